@@ -1,0 +1,27 @@
+"""FedAvg (McMahan et al., arXiv:1602.05629)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from fedlp_jax import masks
+from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.algorithms.compose import compose
+from fedlp_jax.task import Task
+
+
+def fedavg(
+    task: Task, *, client_optimizer: optax.GradientTransformation, **settings: Any
+) -> Algorithm:
+    """Federated averaging: `x' = x + sum n_k (x_k - x) / sum n_k`.
+
+    The same compiled program as `fedlp_homo`, with every layer kept.
+
+    Args:
+      task: what is learnt.
+      client_optimizer: any optax transform.
+      **settings: as in `compose` (epochs, batch_size, weighting, server_optimizer, ...).
+    """
+    return compose(task, client_optimizer=client_optimizer, policy=masks.full(), **settings)

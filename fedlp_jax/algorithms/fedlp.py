@@ -1,0 +1,69 @@
+"""FedLP: federated layer-wise pruning (Zhu et al., ICC 2023, arXiv:2303.06360)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from fedlp_jax import masks
+from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.algorithms.compose import compose
+from fedlp_jax.submodel import Depths, Heads, by_depth
+from fedlp_jax.task import Task
+
+
+def fedlp_homo(
+    task: Task,
+    *,
+    keep: masks.Keep,
+    client_optimizer: optax.GradientTransformation,
+    **settings: Any,
+) -> Algorithm:
+    """FedLP-Homo: every client trains the whole model and sends each layer with probability keep.
+
+    `x'_l = x_l + sum_{k in U_l} a_k (x_{k,l} - x_l) / sum_{k in U_l} a_k`, U_l the clients that
+    sent layer l; a layer nobody sent keeps its value. It saves upload, not computation.
+
+    Args:
+      task: what is learnt.
+      keep: the layer-preserving rate: a number, one per client or per layer, a mapping from layer
+        name, or a function of the round; see `masks.bernoulli`.
+      client_optimizer: any optax transform.
+      **settings: as in `compose` (epochs, batch_size, weighting, aggregator, layers, ...).
+    """
+    return compose(
+        task, client_optimizer=client_optimizer, policy=masks.bernoulli(keep), **settings
+    )
+
+
+def fedlp_hetero(
+    task: Task,
+    *,
+    depths: Depths,
+    client_optimizer: optax.GradientTransformation,
+    heads: Heads = "persist",
+    keep: masks.Keep = 1.0,
+    **settings: Any,
+) -> Algorithm:
+    """FedLP-Hetero: each client holds a prefix of the network's layers and an exit head.
+
+    A client of depth c downloads, trains and sends its prefix only, and really runs the shallow
+    network. Each layer is averaged over the clients that hold it.
+
+    Args:
+      task: what is learnt; its module offers depths (`fedlp_jax.network.network`).
+      depths: "uniform", a flag 1 to G, G probabilities, or K depths; see
+        `submodel.assign_depths`.
+      client_optimizer: any optax transform.
+      heads: "persist", "reset_to_init" (the authors' code) or "shared"; see `submodel.by_depth`.
+      keep: layers of the prefix are sent with this probability, as in FedLP-Homo.
+      **settings: as in `compose`.
+    """
+    return compose(
+        task,
+        client_optimizer=client_optimizer,
+        submodels=by_depth(depths, heads),
+        policy=masks.bernoulli(keep),
+        **settings,
+    )

@@ -1,0 +1,203 @@
+"""`fedlp run` and `fedlp info`.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input (then nothing was written), 130 interrupted. Help
+stays fast because jax is imported only by a command that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+
+_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+_RUN_EXAMPLES = """
+Any field of the configuration can be set: [bold]--algorithm.keep 0.7[/bold],
+[bold]--model.hidden "[64, 32]"[/bold], [bold]--partition.name dirichlet --partition.alpha
+0.1[/bold].
+
+Examples:
+
+  fedlp run configs/quickstart.yaml
+
+  fedlp run configs/mnist.yaml --rounds 5 --seed 1 --out results/mnist
+
+  fedlp run configs/paper/homo-0.5-iid.yaml --algorithm.keep 0.9
+"""
+_INFO_EXAMPLES = """
+Examples:
+
+  fedlp info
+
+  fedlp info configs/cifar10.yaml --algorithm.layers by_tensor
+"""
+
+app = typer.Typer(
+    name="fedlp",
+    help="Federated learning with layer-wise pruning, simulated in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Path = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds to run.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
+Cohort = Annotated[
+    str | None, typer.Option(help="Clients of a round, or their share.", metavar="N")
+]
+Name = Annotated[str | None, typer.Option(help="Name of the run; otherwise that of the file.")]
+Out = Annotated[str | None, typer.Option(help="Run directory; otherwise runs/NAME-N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run in that directory.")]
+
+
+def main() -> None:
+    """Entry point of the command `fedlp`."""
+    app(prog_name="fedlp")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedlp_jax.report import versions
+
+        typer.echo(f"fedlp-jax {versions()['fedlp_jax']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command(context_settings=_ANY_FIELD, epilog=_RUN_EXAMPLES)
+def run(
+    context: typer.Context,
+    config: Path,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    rounds: Rounds = None,
+    cohort: Cohort = None,
+    seed: Seed = None,
+    name: Name = None,
+) -> None:
+    """Train as a configuration says and write a run directory."""
+    typed = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
+    with _exit_codes():
+        from fedlp_jax.experiment import execute
+        from fedlp_jax.tables import result_table, show
+
+        path, settings = _settings([config, *context.args], typed)
+        outcome = execute(_load(path, settings), out, overwrite=overwrite, progress=True)
+        show(result_table(outcome.summary, outcome.directory))
+
+
+@app.command(context_settings=_ANY_FIELD, epilog=_INFO_EXAMPLES)
+def info(context: typer.Context, config: Path = "") -> None:
+    """Show versions and devices; with CONFIG also its settings, partition, layers and costs."""
+    with _exit_codes():
+        from fedlp_jax import tables
+
+        words = [config, *context.args] if config else context.args
+        if not words:
+            from fedlp_jax.placement import setup
+
+            setup()
+            tables.show(tables.environment_table())
+            return
+        from fedlp_jax.experiment import build
+        from fedlp_jax.overview import overview
+
+        path, settings = _settings(words, {})
+        loaded = _load(path, settings)
+        arguments = build(loaded)
+        tables.show(*tables.config_tables(loaded, overview(loaded, arguments)))
+
+
+def _load(path: str, settings: dict[str, Any]) -> Any:
+    """The checked configuration; then, before jax is used for the first time, its CPU devices."""
+    from fedlp_jax.config import load_config
+    from fedlp_jax.placement import setup
+
+    config = load_config(path, settings)
+    setup(cpu_devices=config.plan.devices)
+    return config
+
+
+def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Sorts the words of a command line into the file and `--any.field VALUE` pairs.
+
+    Args:
+      words: CONFIG and everything that typer knows nothing about, in their order.
+      typed: options that typer knows, None = not given.
+
+    Returns:
+      `(path, {dotted field: value})`; values are read as YAML.
+
+    Raises:
+      FedLPError: a field without a value, or not exactly one file.
+    """
+    from fedlp_jax.config_file import parse_value
+    from fedlp_jax.types import FedLPError
+
+    files: list[str] = []
+    settings: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        field, given, value = word[2:].partition("=")
+        value = value if given else next(rest, "--")
+        if value.startswith("--"):
+            raise FedLPError(f"--{field} needs a value, as in --algorithm.keep 0.5.")
+        settings[field] = parse_value(value)
+    if len(files) != 1:
+        raise FedLPError(f"one configuration is needed, but {len(files)} are given: {files}.")
+    for field, value in typed.items():
+        if value is not None:
+            settings[field] = parse_value(value) if field == "cohort" else value
+    return files[0], settings
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns what went wrong into a sentence on stderr and an exit code; bugs keep a traceback."""
+    import warnings
+
+    warnings.showwarning = _say_warning
+    from fedlp_jax.types import FedLPError
+
+    try:
+        yield
+    except FedLPError as error:
+        _leave(error, "", _BAD_INPUT)
+    except KeyboardInterrupt as error:
+        _leave(error, "interrupted.", _INTERRUPTED)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, NotImplementedError | RecursionError):
+            raise
+        _leave(error, "the run failed: ", _FAILED)
+
+
+def _leave(error: BaseException, what: str, code: int) -> None:
+    for line in f"{what}{error}".splitlines():
+        print(f"fedlp: {line}", file=sys.stderr)
+    if code != _BAD_INPUT:
+        # Where the rounds so far are.
+        for note in getattr(error, "__notes__", ()):
+            print(f"fedlp: {note}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"fedlp: warning: {message}", file=sys.stderr)

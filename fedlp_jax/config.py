@@ -1,0 +1,114 @@
+"""The typed configuration of one run: what every field may hold, checked before anything else.
+
+A YAML file, with what it extends and what the command line lays over it, becomes one `Config`;
+its fields are the arguments of `fl.simulate` and of what that takes. Fields that nobody knows are
+refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, ValidationError, model_validator
+
+from fedlp_jax import config_section
+from fedlp_jax.config_field import Checked, refuse, text, whole
+from fedlp_jax.config_file import Raw, read_config
+from fedlp_jax.config_problem import section_kinds, sentences
+from fedlp_jax.config_section import OptionalCount, Section, Seed
+from fedlp_jax.types import FedLPError
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip(".") or any(c in value for c in "/\\\0\n") or len(value) > 100:
+        raise refuse(f"is {value!r}, but must be usable as the name of a folder")
+    return value
+
+
+def _cohort(value: Any) -> int | float:
+    # As in simulate: 1 is one client and 1.0 all of them.
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 1 or value % 1:
+        raise refuse(
+            f"is {value!r}, but must be a whole number of clients >= 1, or a share of them above 0 "
+            "and up to 1.0"
+        )
+    return int(value)
+
+
+class Config(Section):
+    """One run, whole."""
+
+    name: Annotated[str, Checked(text), AfterValidator(_folder_name)] = "run"
+    seed: Seed = 0
+    data: config_section.Data
+    partition: config_section.Partition
+    model: config_section.Model
+    algorithm: config_section.Algorithm
+    rounds: Annotated[int, Checked(whole(0))]
+    cohort: Annotated[int | float, Checked(_cohort)]  # clients of a round, or their share
+    eval_every: OptionalCount = None  # rounds from one evaluation to the next; null = the last only
+    plan: config_section.Plan = config_section.Plan()
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> Config:
+        clients = getattr(self.partition, "clients", None)
+        if clients is not None and self.cohort > clients:
+            raise refuse(
+                f"cohort is {self.cohort}, but there are only {clients} clients; lower cohort or "
+                "raise partition.clients"
+            )
+        return self
+
+
+_KINDS = section_kinds(Config)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a YAML file, with all it extends, and checks it.
+
+    Args:
+      path: the file.
+      overrides: dotted field -> value, laid over the file: `{"algorithm.keep": 0.7}`.
+
+    Raises:
+      FedLPError: one sentence for each problem, with the dotted field.
+    """
+    return parse_config(read_config(path, overrides, _left_behind), source=str(path))
+
+
+def parse_config(raw: Raw, source: str = "") -> Config:
+    """Checks a nested dictionary.
+
+    Args:
+      raw: as a YAML file would give it.
+      source: what to put before every sentence about it, as the name of the file.
+
+    Raises:
+      FedLPError: one sentence for each problem, with the dotted field.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = sentences(error, raw, _KINDS)
+    before = f"{source}: " if source else ""
+    raise FedLPError("\n".join(before + line for line in lines))
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _left_behind(section: str, old: str, new: str) -> set[str]:
+    """Fields which a section does not take along when its kind changes from old to new."""
+    if section == "data":
+        return {"options"}
+    kinds = _KINDS.get(section, {})
+    if old not in kinds or new not in kinds:
+        return set()
+    return set(kinds[old].model_fields) - set(kinds[new].model_fields)

@@ -1,0 +1,131 @@
+"""Checks of single configuration fields, and the sentences said about values they refuse.
+
+A check takes a raw value and returns the good one. Its sentence is a predicate ("is 1.5, but must
+be ..."), before which `config_problem` puts the dotted field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BeforeValidator as Checked
+from pydantic_core import PydanticCustomError
+
+__all__ = [
+    "Check",
+    "Checked",
+    "choice",
+    "flag",
+    "nearest",
+    "optional",
+    "real",
+    "refuse",
+    "several",
+    "text",
+    "whole",
+]
+
+Check = Callable[[Any], Any]
+_HUGE = 1e300  # what is larger is a slip, and infinite in f32 anyway
+
+
+def refuse(sentence: str) -> PydanticCustomError:
+    """The error a check raises; its sentence is shown as it is."""
+    # Braces in a sentence would be taken for places to fill in, hence the detour.
+    return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'adam'?` for a word close to a known one, otherwise nothing."""
+    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
+    plain = {k.lower().replace("-", "_"): k for k in known}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1)
+    return f"; did you mean '{plain[close[0]]}'?" if close else ""
+
+
+def optional(check: Check) -> Check:
+    """Also accepts null."""
+    return lambda value: None if value is None else check(value)
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """Whole numbers from low to high, also written as 1e6."""
+    wanted = "a whole number " + (f"from {low} to {high}" if high is not None else f">= {low}")
+
+    def check(value: Any) -> int:
+        good = _is_number(value) and value == value // 1 and value >= low
+        if not good or (high is not None and value > high):
+            raise refuse(f"is {value!r}, but must be {wanted}")
+        return int(value)
+
+    return check
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
+    """Numbers from low to high; `above` leaves out low itself, `below` high itself."""
+    wanted = f"a number {'above' if above else '>='} {low:g}"
+    if not math.isinf(high):
+        wanted += f" and {'below' if below else '<='} {high:g}"
+
+    def check(value: Any) -> float:
+        good = _is_number(value) and low <= value <= high
+        if not good or (above and value == low) or (below and value == high):
+            raise refuse(f"is {value!r}, but must be {wanted}")
+        return float(value)
+
+    return check
+
+
+def several(element: Check, *, alone: bool = False, minimum: int = 1) -> Check:
+    """Lists of at least `minimum` elements; with `alone`, also one element by itself."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            if len(value) < minimum:
+                raise refuse(f"is {value!r}, but must have {minimum} or more entries")
+            return tuple(_entry(element, i, v) for i, v in enumerate(value))
+        if not alone:
+            raise refuse(f"is {value!r}, but must be a list")
+        return element(value)
+
+    return check
+
+
+def choice(*known: str) -> Check:
+    """One of a few words."""
+
+    def check(value: Any) -> str:
+        if value not in known:
+            hint = nearest(value, known) if isinstance(value, str) else ""
+            raise refuse(f"is {value!r}, but must be {' or '.join(known)}{hint}")
+        return str(value)
+
+    return check
+
+
+def text(value: Any) -> str:
+    """Text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise refuse(f"is {value!r}, but must be text")
+    return value
+
+
+def flag(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise refuse(f"is {value!r}, but must be true or false")
+    return value
+
+
+def _entry(element: Check, index: int, value: Any) -> Any:
+    try:
+        return element(value)
+    except PydanticCustomError as error:
+        raise refuse(f"[{index}] {error.message()}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE

@@ -1,0 +1,135 @@
+"""What is said about a configuration that does not pass: one sentence for each problem.
+
+The dotted field comes first, then the value and what it may be, or the nearest field or kind that
+is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fedlp_jax.config_field import nearest
+
+# dotted section -> kind -> class; a section of one kind only has the kind ""
+Kinds = dict[str, dict[str, type[BaseModel]]]
+
+
+def section_kinds(root: type[BaseModel]) -> Kinds:
+    """All sections that a configuration may have, by dotted name; the root is ""."""
+    kinds: Kinds = {"": {"": root}}
+    _collect(root, "", kinds)
+    return kinds
+
+
+def sentences(error: ValidationError, raw: Mapping[str, Any], kinds: Kinds) -> list[str]:
+    """One sentence for each problem, in the order of the fields."""
+    said = (_sentence(one, raw, kinds) for one in error.errors(include_url=False))
+    return list(dict.fromkeys(said))
+
+
+def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
+    field = _dotted(problem["loc"], kinds)
+    value = problem.get("input")
+    match problem["type"]:
+        case "refused":
+            return _refused(field, problem["msg"])
+        case "extra_forbidden":
+            return _unknown_field(field, raw, kinds)
+        case "missing":
+            return f"{field} is missing."
+        case "union_tag_not_found":
+            return f"{field}.name is missing: it may be {_listed(kinds[field])}."
+        case "union_tag_invalid":
+            tag = str(problem["ctx"]["tag"])
+            hint = nearest(tag, kinds[field]) or f": it may be {_listed(kinds[field])}."
+            return f"{field}.name is '{tag}', which is not known{hint}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            hint = f"; to choose a kind set {field}.name" if len(kinds.get(field, "")) > 1 else ""
+            return f"{field} is {value!r}, but must be a section with fields of its own{hint}."
+        case _:
+            return f"{field} is {value!r}: {problem['msg']}."
+
+
+def _refused(field: str, predicate: str) -> str:
+    """`keep` and `is 2, ...`, or `keep` and `[1] is 2, ...` about one entry of a list."""
+    space = "" if predicate.startswith("[") or not field else " "
+    return f"{field}{space}{predicate}" + ("" if predicate.endswith("?") else ".")
+
+
+def _unknown_field(field: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
+    section, _, leaf = field.rpartition(".")
+    here = kinds[section]
+    kind = _kind_of(section, raw, kinds)
+    whole = f"'{kind}'" if kind else (f"section {section}" if section else "a configuration")
+    others = [name for name, model in here.items() if leaf in model.model_fields]
+    if others:
+        return f"{field} is not a field of {whole}, only of {_listed(others)}."
+    hint = nearest(leaf, here[kind].model_fields)
+    if not hint:
+        hint = _nearest_elsewhere(leaf, kinds)
+    if not hint:
+        hint = f": it has {_listed(here[kind].model_fields, last='and')}."
+    return f"{field} is not a field of {whole}{hint}"
+
+
+def _nearest_elsewhere(leaf: str, kinds: Kinds) -> str:
+    """A field of another section with exactly or nearly that name."""
+    full = {
+        name: f"{section}.{name}".strip(".")
+        for section, models in reversed(kinds.items())
+        for model in models.values()
+        for name in model.model_fields
+    }
+    hint = nearest(leaf, full)
+    name = hint.partition("'")[2].rpartition("'")[0]
+    return hint.replace(f"'{name}'", f"'{full[name]}'") if hint else ""
+
+
+def _kind_of(section: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
+    """The kind that the raw section says it is, "" where there is only one."""
+    value: Any = raw
+    for part in section.split(".") if section else ():
+        value = value.get(part) if isinstance(value, Mapping) else None
+    name = value.get("name") if isinstance(value, Mapping) else None
+    return name if name in kinds[section] else ""
+
+
+def _dotted(loc: tuple[int | str, ...], kinds: Kinds) -> str:
+    """Pydantic's place of an error without the kinds it names on the way."""
+    parts: list[str] = []
+    named: set[str] = set()
+    for part in map(str, loc):
+        section = ".".join(parts)
+        if part in kinds.get(section, ()) and section not in named:
+            named.add(section)
+        else:
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _collect(model: type[BaseModel], section: str, kinds: Kinds) -> None:
+    for name, info in model.model_fields.items():
+        inner = f"{section}.{name}".strip(".")
+        for part in _models(info.annotation):
+            tag = get_args(part.model_fields["name"].annotation) if _named(part) else ()
+            kinds.setdefault(inner, {})[tag[0] if tag else ""] = part
+            _collect(part, inner, kinds)
+
+
+def _named(model: type[BaseModel]) -> bool:
+    return "name" in model.model_fields
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections within a type: `A | B | None` -> [A, B]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _listed(words: Any, last: str = "or") -> str:
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else str(end)

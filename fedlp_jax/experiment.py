@@ -1,0 +1,254 @@
+"""A configuration -> a run: its parts are built and checked, then trained, then written down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from fedlp_jax import config_section as section
+from fedlp_jax import models, plots
+from fedlp_jax.algorithms import Algorithm, fedavg, fedlp_hetero, fedlp_homo
+from fedlp_jax.cohort import cohort_size
+from fedlp_jax.config import Config, dump_config, load_config, parse_config
+from fedlp_jax.costs import Ledger
+from fedlp_jax.data import partition as schemes
+from fedlp_jax.data.datasets import Dataset, load
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.layers import layer_table
+from fedlp_jax.placement import Plan, resolve
+from fedlp_jax.progress import Progress
+from fedlp_jax.report import RunDirectory, environment
+from fedlp_jax.simulate import DivergedError, Result, simulate
+from fedlp_jax.task import classification
+from fedlp_jax.types import FedLPError
+
+_ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "fedavg": fedavg,
+    "fedlp_homo": fedlp_homo,
+    "fedlp_hetero": fedlp_hetero,
+}
+_MODELS: dict[str, Callable[..., Any]] = {
+    "fedlp_cnn": models.FedLPCNN,
+    "mnist_cnn": models.MNISTCNN,
+    "mlp": models.MLP,
+    "resnet": models.ResNet,
+    "logistic": models.Logistic,
+}
+
+
+def build(config: Config) -> dict[str, Any]:
+    """Loads the data and builds everything else, on the host.
+
+    Returns:
+      The arguments of `simulate`.
+
+    Raises:
+      FedLPError: the data cannot be read, or a part cannot be built from these settings.
+    """
+    data = load(config.data.name, config.data.data_dir, **config.data.options)
+    clients = build_partition(config.partition, data, config.seed)
+    arguments = config.algorithm.model_dump(exclude={"name", "client_optimizer"})
+    arguments["server_optimizer"] = (
+        None
+        if config.algorithm.server_optimizer is None
+        else build_optimizer(config.algorithm.server_optimizer)
+    )
+    algorithm = _ALGORITHMS[config.algorithm.name](
+        classification(build_model(config.model, data.num_classes)),
+        # The rate is a factor on the updates of a client optimizer with rate 1, for then it is an
+        # argument of the compiled round, and other rates need no other program. It is the last
+        # factor of all these optimizers, so the bits are the same.
+        client_optimizer=build_optimizer(config.algorithm.client_optimizer, learning_rate=1.0),
+        client_schedule=config.algorithm.client_optimizer.learning_rate,
+        **arguments,
+    )
+    size = cohort_size(config.cohort, clients.clients, config.seed)
+    return {
+        "algorithm": algorithm,
+        "data": data,
+        "clients": clients,
+        "rounds": config.rounds,
+        "cohort": config.cohort,
+        "seed": config.seed,
+        "eval_every": config.eval_every,
+        "plan": resolve(Plan(config.plan.devices, config.plan.width), size),
+    }
+
+
+def build_partition(settings: section.Partition, data: Dataset, run_seed: int) -> Partition:
+    """Deals the training examples to clients; the seed is the run's unless it has its own.
+
+    Raises:
+      FedLPError: an impossible request, or `natural` for data that names no clients.
+    """
+    if isinstance(settings, section.Natural):
+        if data.client is None:
+            raise FedLPError(
+                f"partition.name is 'natural', but the data set '{data.name}' does not say whose "
+                "its examples are; choose iid, dirichlet, shards, mixed or quantity."
+            )
+        return schemes.natural(data.train.labels, clients=data.client)
+    arguments = settings.model_dump(exclude={"name"})
+    if arguments["seed"] is None:
+        arguments["seed"] = run_seed
+    scheme = getattr(schemes, settings.name)
+    return scheme(data.train.labels, **arguments)
+
+
+def build_model(settings: section.Model, num_classes: int) -> Any:
+    """The flax module of a model section."""
+    return _MODELS[settings.name](num_classes=num_classes, **settings.model_dump(exclude={"name"}))
+
+
+def build_optimizer(
+    settings: section.Optimizer, learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """The optax transform of an optimizer section; `learning_rate` replaces that of the section."""
+    arguments = settings.model_dump(exclude={"name"})
+    if learning_rate is not None:
+        arguments["learning_rate"] = learning_rate
+    if not isinstance(settings, section.SGD):
+        return getattr(optax, settings.name)(**arguments)
+    decay = arguments.pop("weight_decay")
+    # A trace of zero momentum would carry a copy of the parameters for nothing.
+    arguments["momentum"] = arguments["momentum"] or None
+    sgd = optax.sgd(**arguments)
+    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
+
+
+class Outcome(NamedTuple):
+    """A run that has ended, and where it is written down."""
+
+    result: Result
+    directory: Path
+    summary: dict[str, Any]  # as in summary.json
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Result:
+    """Runs a configuration and writes its run directory.
+
+    Args:
+      config: a configuration, the path of a YAML file, or a nested dictionary.
+      out: the run directory; None = `runs/NAME-N` with the next free N.
+      overwrite: replace a run that `out` holds already.
+      progress: show rounds as they end; None = on a terminal only.
+
+    Returns:
+      What `simulate` returns.
+
+    Raises:
+      FedLPError: bad input; then nothing has been written.
+      DivergedError: no client of a round had a finite update; the rounds before are written.
+    """
+    return execute(config, out, overwrite=overwrite, progress=progress).result
+
+
+def execute(
+    config: Config | str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Outcome:
+    """As `run`; also returns the directory and the summary."""
+    started = time.perf_counter()
+    config = _config(config)
+    with contextlib.closing(RunDirectory(out, config.name, overwrite)) as directory:
+        arguments = build(config)
+        plan = section.Plan(**dataclasses.asdict(arguments["plan"]))
+        resolved = dump_config(config.model_copy(update={"plan": plan}))
+        rows: list[dict[str, Any]] = []
+        with Progress(config.rounds, config.name, wanted=progress) as shown:
+
+            def log(row: dict[str, Any]) -> None:
+                if not directory.begun:
+                    directory.begin(resolved)
+                directory.append(row)
+                rows.append(row)
+                shown.update(row)
+
+            try:
+                result = simulate(**arguments, log=log)
+            except BaseException as error:
+                _note_failure(error, directory, rows)
+                raise
+        if not directory.begun:
+            directory.begin(resolved)  # no round was asked for
+        summary = summarize(config.name, arguments, result)
+        summary["readings"]["total_seconds"] = time.perf_counter() - started
+        directory.summarize(summary)
+        _draw(directory, config.name, arguments["clients"], rows)
+        return Outcome(result, directory.path, summary)
+
+
+def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """What `summary.json` says of a run that is done.
+
+    `fedavg` is what the same rounds cost as FedAvg: every client receives and sends the whole
+    model. It is modelled from the layer table, not run.
+    """
+    clients: Partition = arguments["clients"]
+    whole = Ledger(layer_table(result.variables, arguments["algorithm"].layers), clients=1)
+    all_layers = np.ones((1, len(whole.layers)))
+    one = whole.add(np.zeros(1, np.int64), all_layers, all_layers)
+    participations = sum(result.costs.clients)
+    return {
+        "name": name,
+        "status": "done",
+        "rounds": len(result.history),
+        "final": result.history.rows[-1] if len(result.history) else {},
+        "total": result.costs.total,
+        "fedavg": {key: value * participations for key, value in one.items()},
+        "partition": {
+            "clients": clients.clients,
+            "smallest": clients.sizes.min(),
+            "largest": clients.sizes.max(),
+            "sha256": clients.hash,
+        },
+        "readings": dict(result.readings),
+    } | environment()
+
+
+def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return parse_config(dict(config))
+    return load_config(config)
+
+
+def _note_failure(
+    error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
+) -> None:
+    """Writes down how far a run came that did not reach its end, and tells the error so."""
+    if not directory.begun:
+        error.add_note("Nothing was written.")
+        return
+    statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
+    status = statuses.get(type(error), "failed")
+    summary = {"status": status, "rounds": len(rows), "final": rows[-1], "error": str(error)}
+    directory.summarize(summary | environment())
+    error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
+
+
+def _draw(
+    directory: RunDirectory, name: str, clients: Partition, rows: list[dict[str, Any]]
+) -> None:
+    clients.plot(str(directory.plot_file("partition")))
+    if any(row.get("test_accuracy") is not None for row in rows):
+        for x in ("round", "upload_megabytes"):
+            file = directory.plot_file(f"accuracy_by_{x}")
+            plots.curves({name: rows}, path=str(file), x=x)

@@ -1,0 +1,106 @@
+"""variables -> LayerTable: which leaf belongs to which layer, and how large each layer is.
+
+A layer is what FedLP keeps or prunes as one. `by_module` takes the first component of a leaf's
+path, joined across collections, so that a layer's weight, bias, normalisation and batch statistics
+go together; `by_tensor` makes every tensor its own layer, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+
+from fedlp_jax.types import Array, FedLPError, PyTree, Variables
+
+LayerRule = str | Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTable:
+    """The layers of a tree of variables."""
+
+    names: tuple[str, ...]  # L names, in natural order
+    index: PyTree  # int per leaf: its layer
+    params: np.ndarray  # i64[L], learnable parameters
+    statistics: np.ndarray  # i64[L], other exchanged numbers (batch statistics)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def expand(self, values: Array) -> PyTree:
+        """`f32[L]` -> a tree of scalars, one per leaf."""
+        return jax.tree.map(lambda layer: values[layer], self.index)
+
+    @property
+    def covered(self) -> np.ndarray:
+        """`f32[L]`, 1 where this tree has at least one leaf of the layer."""
+        return (self.params + self.statistics > 0).astype(np.float32)
+
+
+def layer_table(
+    variables: Variables, rule: LayerRule = "by_module", names: Sequence[str] | None = None
+) -> LayerTable:
+    """Builds the layer table of a tree of arrays or shapes.
+
+    Args:
+      variables: `{"params": tree, ...}`; only shapes are read, so it works while tracing.
+      rule: "by_module", "by_tensor", or a mapping from regular expression to layer name. The
+        expression is searched in the leaf's path ("conv1/norm/scale"), the first that matches
+        wins, and a leaf without a match keeps its module's name.
+      names: layer names of a larger model this one is part of; None = the names found here.
+
+    Raises:
+      FedLPError: an unknown rule, a broken expression, or a leaf whose layer is not in `names`.
+    """
+    name_of = _rule_function(rule)
+    leaves, treedef = tree_flatten_with_path(variables)
+    found = [name_of(path_names(path)[1:]) for path, _ in leaves]
+    if names is None:
+        names = sorted(set(found), key=_natural)
+    position = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(found) - set(position))
+    if unknown:
+        raise FedLPError(f"layers {unknown} are not among the {len(names)} of the whole model.")
+    sizes = {True: np.zeros(len(names), np.int64), False: np.zeros(len(names), np.int64)}
+    for name, (path, leaf) in zip(found, leaves, strict=True):
+        sizes[path_names(path)[0] == "params"][position[name]] += int(np.prod(leaf.shape))
+    index = jax.tree.unflatten(treedef, [position[name] for name in found])
+    return LayerTable(tuple(names), index, params=sizes[True], statistics=sizes[False])
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Components of a leaf's path as strings: ("params", "conv1", "kernel")."""
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def _rule_function(rule: LayerRule) -> Any:
+    if rule == "by_module":
+        return lambda parts: parts[0]
+    if rule == "by_tensor":
+        return lambda parts: "/".join(parts)
+    if isinstance(rule, str):
+        raise FedLPError(
+            f"unknown layer rule '{rule}'; use 'by_module', 'by_tensor' or a mapping from "
+            "regular expression to layer name."
+        )
+    try:
+        patterns = [(re.compile(pattern), name) for pattern, name in rule.items()]
+    except re.error as error:
+        raise FedLPError(f"a layer rule is not a regular expression: {error}.") from error
+
+    def name_of(parts: tuple[str, ...]) -> str:
+        path = "/".join(parts)
+        return next((name for pattern, name in patterns if pattern.search(path)), parts[0])
+
+    return name_of
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts conv2 before conv10."""
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", name) if p]

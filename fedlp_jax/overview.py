@@ -1,0 +1,97 @@
+"""What a configuration amounts to, before it is run: layers, submodels, costs of a round.
+
+All numbers here are modelled: counted from shapes, layer tables and probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedlp_jax.cohort import cohort_size
+from fedlp_jax.config import Config
+from fedlp_jax.costs import BYTES, forward_macs
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.layers import LayerTable, layer_table
+from fedlp_jax.masks import keep_matrix
+from fedlp_jax.types import Examples
+
+
+class LevelView(NamedTuple):
+    """One submodel level."""
+
+    clients: int  # of the population
+    shared: int  # parameters exchanged with the server
+    held: int  # parameters, with the private ones
+    macs: dict[str, int]  # module path -> multiply-accumulates of one example's forward pass
+
+
+class Overview(NamedTuple):
+    """What `fedlp info CONFIG` shows beside the settings."""
+
+    clients: Partition
+    cohort: int  # C
+    layers: LayerTable
+    levels: tuple[LevelView, ...]  # the last is the whole model
+    upload_bytes: float  # expected of a round
+    download_bytes: float
+    fedavg_bytes: float  # of the same round as FedAvg, either way
+
+
+def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
+    """Counts what a run would exchange and compute.
+
+    Args:
+      config: the configuration.
+      arguments: what `experiment.build` made of it.
+
+    Raises:
+      FedLPError: probabilities or depths that do not fit the model and the clients.
+    """
+    algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
+    root = jax.random.key(config.seed)
+    example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
+    state = algorithm.init(root, example, clients.clients, None)
+    table = layer_table(state.variables, algorithm.layers)
+    assigned = algorithm.assign(root, clients.clients)  # i32[K]
+    levels, covered = [], []
+    for g, level in enumerate(algorithm.levels(state.variables, example)):
+        part = layer_table(level.extract(state.variables), algorithm.layers, table.names)
+        held = jax.eval_shape(level.task.init, root, example)
+        levels.append(
+            LevelView(
+                clients=int((assigned == g).sum()),
+                shared=int(part.params.sum()),
+                held=sum(x.size for x in jax.tree.leaves(held["params"])),
+                macs=forward_macs(level.task, held, example),
+            )
+        )
+        covered.append(part.covered)
+
+    keep = keep_matrix(getattr(config.algorithm, "keep", 1.0), table, clients.clients)
+    received = np.stack(covered)[assigned]  # f32[K, L]
+    layer_bytes = BYTES * (table.params + table.statistics)
+    cohort = cohort_size(config.cohort, clients.clients, config.seed)
+    mask_bytes = -(-len(table) // 8)
+    return Overview(
+        clients,
+        cohort,
+        table,
+        tuple(levels),
+        upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
+        download_bytes=cohort * float((received @ layer_bytes).mean()),
+        fedavg_bytes=cohort * float(covered[-1] @ layer_bytes),
+    )
+
+
+def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int | None]:
+    """MACs of each layer; None where a layer is no module, as with `by_tensor`."""
+    totals: dict[str, int] = {}
+    for module, count in macs.items():
+        name = module.split("/")[0]
+        totals[name] = totals.get(name, 0) + count
+    return [totals.get(name) for name in layers.names]

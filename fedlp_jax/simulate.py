@@ -1,0 +1,427 @@
+"""simulate: the host loop. Cohort -> round -> evaluation -> numbers -> callbacks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax import metrics as metric
+from fedlp_jax import plots
+from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.cohort import CohortBuilder, CohortRule, cohort_size, members
+from fedlp_jax.costs import Ledger, forward_macs
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.datasets import Dataset, Split
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.layers import LayerTable, layer_table
+from fedlp_jax.placement import Layout, Plan, over_clients, replicated, resolve
+from fedlp_jax.store import PrivateStore
+from fedlp_jax.types import (
+    Array,
+    Cohort,
+    Examples,
+    FedLPError,
+    Normalize,
+    RoundMetrics,
+    ServerState,
+    Variables,
+)
+
+Row = dict[str, Any]
+Callback = Callable[[int, Row, ServerState], None]
+
+# Rounds the device may be ahead of the host. One is enough to hide the host's work.
+_AHEAD = 1
+
+
+class DivergedError(RuntimeError):
+    """No client of a round had a finite update. `result` holds the last good state."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+class History:
+    """The rows of a run, one a round; `history["test_accuracy"]` is a column."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """The values of `key` over the rounds that have it (see `rounds`).
+
+        Raises:
+          KeyError: no round has it.
+        """
+        values = [row[key] for row in self.rows if key in row]
+        if not values:
+            raise KeyError(f"no round has '{key}'; there are: {', '.join(self.keys())}")
+        return np.asarray([np.nan if v is None else v for v in values])
+
+    def rounds(self, key: str) -> np.ndarray:
+        """`i64[R']`, the rounds that have `key`, such as those that were evaluated."""
+        return np.asarray([row["round"] for row in self.rows if key in row], np.int64)
+
+    def keys(self) -> list[str]:
+        """All metrics, in the order in which they first appeared."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+      variables: the deepest model's, `{"params": ..., "batch_stats": ...}`.
+      state: the server's whole state, with shared heads where there are any.
+      history: one row a round.
+      costs: the ledger.
+      plan: the plan that ran.
+      layers: the layer table of what is exchanged.
+      readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
+    """
+
+    variables: Variables
+    state: ServerState
+    history: History
+    costs: Ledger
+    plan: Plan
+    layers: LayerTable
+    readings: dict[str, float]
+
+    def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
+        """Test accuracy against "round" or "upload_megabytes"; returns the matplotlib figure."""
+        return plots.curves({label: self.history.rows}, path=path, x=x)
+
+
+class _Pending(NamedTuple):
+    """A dispatched round whose numbers the host has not read."""
+
+    round: int
+    cohort: Cohort  # numpy
+    metrics: RoundMetrics  # on the device
+    tested: dict[str, Any] | None
+
+
+def simulate(
+    algorithm: Algorithm,
+    data: Dataset,
+    clients: Partition,
+    *,
+    rounds: int,
+    cohort: CohortRule,
+    seed: int = 0,
+    eval_every: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    plan: Plan | None = None,
+    variables: Variables | None = None,
+    log: Callable[[Row], None] | None = None,
+) -> Result:
+    """Runs federated training.
+
+    Every draw is a function of (seed, round, client), so a run repeats bit for bit on one plan, and
+    another plan changes parameters only by the order of a sum.
+
+    Main arguments:
+      algorithm: `fedavg(...)`, `fedlp_homo(...)`, `fedlp_hetero(...)`, `compose(...)` or your own.
+      data: from `load` or `from_arrays`.
+      clients: from `fedlp_jax.partition`.
+      rounds: server updates; 0 returns the initial model.
+      cohort: clients a round: a number, a share in (0, 1), or a function `(seed, round, K) -> ids`.
+      seed: of everything that is drawn.
+      eval_every: test every so many rounds; None = after the last only, which always is tested.
+
+    Other arguments:
+      callbacks: each is called `(round, row, state)` once a round, after the round's numbers are
+        ready; the state is valid during the call only. With callbacks the host waits for every
+        round; `log` does not.
+      plan: devices and width; None = chosen here.
+      variables: initial model; None = drawn from the seed.
+      log: called with each round's row as soon as its numbers are ready.
+
+    Returns:
+      The final model, the history, the ledger.
+
+    Raises:
+      FedLPError: bad input, before anything is compiled.
+      DivergedError: no client of a round had a finite update.
+    """
+    run = _Run(algorithm, data, clients, rounds, cohort, seed, eval_every, plan, variables)
+    run.compile()
+    pending: collections.deque[_Pending] = collections.deque()
+    started = run.clock = time.perf_counter()
+    for round in range(1, rounds + 1):
+        pending.append(run.dispatch(round))
+        while len(pending) > (0 if callbacks else _AHEAD):
+            row = run.read(pending.popleft(), log)
+            for callback in callbacks:
+                callback(round, row, run.state)
+    while pending:
+        run.read(pending.popleft(), log)
+    run.readings["run_seconds"] = time.perf_counter() - started
+    return run.result()
+
+
+class _Run:
+    """One run: what is checked and compiled once, and the state that changes."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        data: Dataset,
+        clients: Partition,
+        rounds: int,
+        cohort: CohortRule,
+        seed: int,
+        eval_every: int | None,
+        plan: Plan | None,
+        variables: Variables | None,
+    ):
+        _check_numbers(rounds, seed, eval_every)
+        _check_partition(clients, data)
+        self.algorithm, self.rounds, self.seed, self.rule = algorithm, rounds, seed, cohort
+        self.eval_every = eval_every or max(rounds, 1)
+        self.population = clients.clients
+        self.size = cohort_size(cohort, self.population, seed)
+        self.plan = resolve(plan, self.size)
+        root = jax.random.key(seed)
+        example = example_of(_examples(data.train, data.normalize))
+        _check_model(algorithm, example, data, root)
+        assigned = algorithm.assign(root, self.population)
+        state = algorithm.init(root, example, self.population, variables)
+        _check_variables(algorithm, example, root, state.variables)
+        self.layers = layer_table(state.variables, algorithm.layers)
+        self.levels = algorithm.levels(state.variables, example)
+        self.builder = CohortBuilder(
+            clients, assigned, algorithm.local_steps, self._level_costs(root, example), self.plan
+        )
+        everywhere = replicated(self.plan)
+        # A copy: rounds donate the state, and the caller's own arrays must survive.
+        self.state: ServerState = jax.device_put(jax.tree.map(jnp.copy, state), everywhere)
+        self.key = jax.device_put(root, everywhere)
+        self.train = jax.device_put(_examples(data.train, data.normalize), everywhere)
+        self.test = jax.device_put(_examples(data.test, data.normalize), everywhere)
+        self.store = None
+        if algorithm.persist:
+            self.store = PrivateStore(self.levels, assigned, root, example, self.plan)
+        self.ledger = Ledger(self.layers, self.population)
+        self.history = History()
+        self.readings: dict[str, float] = {}
+        self.layouts: list[Layout] = []
+        self.clock = 0.0
+
+    def compile(self) -> None:
+        """Traces, lowers and compiles the round and the evaluation, and times each."""
+        if self.rounds == 0:
+            return
+        cohort, private, _ = self._stage(1)
+        everywhere, split = replicated(self.plan), over_clients(self.plan)
+        round_program = jax.jit(
+            functools.partial(self.algorithm.round, plan=self.plan),
+            donate_argnums=(0, 1),
+            out_shardings=(everywhere, split, split),
+        )
+        arguments = (self.state, private, self.train, cohort, self.key)
+        self.round_program = self._timed(round_program, "round", arguments)
+        test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
+        self.test_program = self._timed(test_program, "test", (self.state.variables, self.test))
+
+    def dispatch(self, round: int) -> _Pending:
+        """Starts a round and, where due, its evaluation; waits for nothing."""
+        cohort, private, host = self._stage(round)
+        self.state, private, metrics = self.round_program(
+            self.state, private, self.train, cohort, self.key
+        )
+        if self.store is not None:
+            self.store.put(np.asarray(host.client), private)
+        tested = None
+        if round % self.eval_every == 0 or round == self.rounds:
+            tested = self.test_program(self.state.variables, self.test)
+        return _Pending(round, host, metrics, tested)
+
+    def read(self, pending: _Pending, log: Callable[[Row], None] | None) -> Row:
+        """Waits for a round's numbers and books them.
+
+        Raises:
+          DivergedError: no client counted.
+        """
+        metrics, tested = jax.device_get((pending.metrics, pending.tested))
+        now = time.perf_counter()
+        ran = np.asarray(pending.cohort.client) >= 0
+        ids = np.asarray(pending.cohort.client)[ran]
+        order = np.argsort(ids)
+        ids, metrics = ids[order], jax.tree.map(lambda x: x[ran][order], metrics)
+        row: Row = {"round": pending.round}
+        row |= metric.train_metrics(
+            metrics.client,
+            np.asarray(pending.cohort.level)[ran][order],
+            len(self.levels),
+            self.algorithm.train_loss,
+        )
+        if tested is not None:
+            row |= metric.test_metrics(tested)
+        row |= self.ledger.add(ids, metrics.upload, metrics.download)
+        row["seconds"], self.clock = now - self.clock, now
+        self.history.rows.append(row)
+        if log is not None:
+            log(row)
+        self._warn_of_left_out(pending.round, ids[~metrics.client.finite], len(ids))
+        return row
+
+    def result(self) -> Result:
+        """The run so far."""
+        if self.layouts:
+            self.readings["padded_share"] = float(np.mean([x.padded_share for x in self.layouts]))
+            self.readings["imbalance"] = float(np.mean([x.imbalance for x in self.layouts]))
+        return Result(
+            self.levels[-1].extract(self.state.variables),
+            self.state,
+            self.history,
+            self.ledger,
+            self.plan,
+            self.layers,
+            self.readings,
+        )
+
+    def _stage(self, round: int) -> tuple[Cohort, tuple[Any, ...], Cohort]:
+        """The cohort of a round: on the device, its private variables, and on the host."""
+        ids = members(self.rule, self.seed, round, self.population, self.size)
+        host, layout = self.builder.build(ids)
+        self.layouts.append(layout)
+        private: tuple[Any, ...] = ()
+        if self.store is not None:
+            private = self.store.rows(np.asarray(host.client))
+        return jax.device_put(host, over_clients(self.plan)), private, host
+
+    def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
+        start = time.perf_counter()
+        traced = program.trace(*arguments)
+        lowering = time.perf_counter()
+        lowered = traced.lower()
+        compiling = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+        self.readings[f"{name}_trace_seconds"] = lowering - start
+        self.readings[f"{name}_lowering_seconds"] = compiling - lowering
+        self.readings[f"{name}_compile_seconds"] = end - compiling
+        return compiled
+
+    def _level_costs(self, root: Array, example: Any) -> list[float]:
+        if len(self.levels) == 1:
+            return [1.0]
+        return [
+            float(
+                sum(forward_macs(level.task, _shapes(level.task, root, example), example).values())
+            )
+            for level in self.levels
+        ]
+
+    def _warn_of_left_out(self, round: int, left_out: np.ndarray, clients: int) -> None:
+        if not len(left_out):
+            return
+        who = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
+        if len(left_out) < clients:
+            warnings.warn(
+                f"round {round}: left out {len(left_out)} of {clients} clients whose update was "
+                f"not finite: {who}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        raise DivergedError(
+            f"round {round}: none of the {clients} clients had a finite update ({who}), so there is "
+            f"nothing to average. The model is as after round {round - 1}; lower the client "
+            "learning rate, or look for NaN in the data.",
+            self.result(),
+        )
+
+
+# --- checks, before anything is compiled --------------------------------------------------------
+
+
+def _check_numbers(rounds: int, seed: int, eval_every: int | None) -> None:
+    for name, value, least in (
+        ("rounds", rounds, 0),
+        ("seed", seed, 0),
+        ("eval_every", eval_every, 1),
+    ):
+        if value is None and name == "eval_every":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise FedLPError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if seed >= 2**32:
+        raise FedLPError(f"seed={seed} must be below 2**32.")
+
+
+def _check_partition(clients: Partition, data: Dataset) -> None:
+    examples = len(data.train.labels)
+    if len(clients.labels) != examples:
+        raise FedLPError(
+            f"the partition was made for {len(clients.labels)} examples but the training split of "
+            f"'{data.name}' has {examples}; partition its own labels."
+        )
+    empty = np.flatnonzero(clients.sizes == 0)
+    if len(empty):
+        raise FedLPError(
+            f"{len(empty)} of {clients.clients} clients have no example (client {empty[0]} is the "
+            "first); use min_size=1 or fewer clients."
+        )
+
+
+def _check_model(algorithm: Algorithm, example: Any, data: Dataset, root: Array) -> None:
+    shape = example.inputs.shape[1:]
+    try:
+        variables = _shapes(algorithm.task, root, example)
+        outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
+    except FedLPError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FedLPError(
+            f"the model cannot take the inputs of '{data.name}', of shape {list(shape)}: {reason}"
+        ) from error
+    if outputs.ndim == 2 and outputs.shape[-1] < data.num_classes:
+        raise FedLPError(
+            f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
+            "classes; set its num_classes."
+        )
+
+
+def _check_variables(algorithm: Algorithm, example: Any, root: Array, variables: Variables) -> None:
+    """Compares given variables with those the model would have made."""
+    whole = algorithm.levels(variables, example)[-1].extract(variables)
+    wanted = _shapes(algorithm.task, root, example)
+    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(whole)}
+    want = {
+        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(wanted)
+    }
+    for path in sorted(set(have) | set(want)):
+        if have.get(path) != want.get(path):
+            raise FedLPError(
+                f"variables{path} has shape {have.get(path)} but the model needs {want.get(path)}."
+            )
+
+
+def _shapes(task: Any, root: Array, example: Any) -> Variables:
+    return jax.eval_shape(task.init, root, example)
+
+
+def _examples(split: Split, normalize: Normalize) -> Examples:
+    gain, shift = (np.asarray(x, np.float32) for x in normalize)
+    return Examples(split.inputs, split.labels.astype(np.int32), Normalize(gain, shift))

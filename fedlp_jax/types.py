@@ -1,0 +1,122 @@
+"""The words and shapes every other module uses.
+
+Letters, everywhere in the package:
+
+    K  clients in the population          C  clients in the cohort of a round
+    L  layers (see `fedlp_jax.layers`)    S  local steps of one client
+    B  batch size                         M  largest number of examples of a client
+    N  examples in a split                D  devices on the mesh
+    W  clients vmapped at once            P  client slots of one device
+    G  submodel levels (1 unless a scheme has several, as FedLP-Hetero)
+
+A *layer* is a named group of variables that is kept or pruned as one. *keep* is the
+layer-preserving rate of FedLP (arXiv:2303.06360): a probability of being kept, never of being
+dropped. *variables* are all that is exchanged: parameters and batch statistics.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array
+PyTree = Any  # a nested dict of arrays
+Variables = Any  # {"params": tree, "batch_stats": tree, ...}
+
+
+class FedLPError(ValueError):
+    """Bad input: the message says what is wrong, with the numbers, and the way out."""
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuses a value that is not among `choices`, naming the nearest that is.
+
+    Raises:
+      FedLPError: with the choices.
+    """
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean '{near[0]}'? Known" if near else "known"
+    raise FedLPError(f"{name} '{value}' is unknown; {hint}: {', '.join(choices)}.")
+
+
+class Normalize(NamedTuple):
+    """Affine map from stored to model inputs: `x * gain + shift`, computed inside jit."""
+
+    gain: np.ndarray | Array  # f32[] or f32[channels]
+    shift: np.ndarray | Array  # f32[] or f32[channels]
+
+
+class Batch(NamedTuple):
+    """One batch of one client, padded to B rows."""
+
+    inputs: Array  # uint8|f32[B, ...], as stored: not normalised
+    labels: Array  # i32[B]
+    valid: Array | None  # bool[B], False = padding; None = every row counts (known statically)
+    normalize: Normalize  # the data set's own; a task may carry another
+
+
+class Examples(NamedTuple):
+    """A whole split on the device."""
+
+    inputs: Array  # uint8|f32[N, ...]
+    labels: Array  # i32[N]
+    normalize: Normalize
+
+
+@flax.struct.dataclass
+class Cohort:
+    """The clients of one round, laid out in slots: device d owns slots d * P to (d + 1) * P.
+
+    Within a device, slots are grouped by level; `segment[d, g]` to `segment[d, g + 1]` are those of
+    level g, counted from the first slot of the device. Slots after the last segment are empty.
+    """
+
+    client: Array  # i32[D * P], client id; -1 = empty slot
+    size: Array  # i32[D * P], examples; 0 = empty slot
+    level: Array  # i32[D * P], submodel level, 0 to G - 1
+    rows: Array  # i32[D * P, M], rows of the training split, padded with 0
+    segment: Array  # i32[D, G + 1]
+    # The size of every client of the population, if it is the same for all: it lets a round drop
+    # the masks that only uneven clients need.
+    even_size: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class ClientMetrics(NamedTuple):
+    """What one client reports beside its update. Sums, so that any mean can be taken later."""
+
+    loss_sum: Array  # f32[], sum of the loss over examples seen
+    correct: Array  # f32[], correct predictions on examples seen, while training
+    examples: Array  # f32[], examples seen (each epoch counts)
+    batch_loss_sum: Array  # f32[], sum over steps of the mean loss of the batch
+    steps: Array  # i32[]
+    finite: Array  # bool[], False = the update held a NaN or infinity and was left out
+
+
+class ServerState(NamedTuple):
+    """Everything a run carries from round to round, beside the clients' own states.
+
+    With the configuration and the seed it is all that a resumed run needs.
+    """
+
+    variables: Variables  # what the server holds: the deepest model (and shared heads)
+    policy: PyTree  # of the MaskPolicy: keep probabilities and the like
+    aggregator: PyTree
+    optimizer: PyTree  # of the server optimizer (optax)
+    client_scale: Array  # f32[], factor on the client optimizer's updates
+    round: Array  # i32[], rounds done
+    halted: Array  # bool[], a round had no client that counts; later rounds change nothing
+
+
+class RoundMetrics(NamedTuple):
+    """What a round reports and nobody carries. Slots as in `Cohort`."""
+
+    client: ClientMetrics  # arrays [D * P]
+    upload: Array  # f32[D * P, L], 1 = sent
+    download: Array  # f32[D * P, L], 1 = received
