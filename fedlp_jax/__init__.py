@@ -28,8 +28,8 @@ from fedlp_jax.data.datasets import load as load
 from fedlp_jax.data.partition import Partition as Partition
 from fedlp_jax.placement import Plan as Plan
 from fedlp_jax.placement import setup as setup
-from fedlp_jax.simulate import DivergedError as DivergedError
-from fedlp_jax.simulate import Result as Result
+from fedlp_jax.result import DivergedError as DivergedError
+from fedlp_jax.result import Result as Result
 from fedlp_jax.simulate import simulate as simulate
 from fedlp_jax.task import Task as Task
 from fedlp_jax.task import classification as classification

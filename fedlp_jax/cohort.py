@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -142,12 +143,11 @@ class CohortBuilder:
         slot_size = in_slots(size, 0)
         here = np.where(column < slot_size[:, None], start[member][:, None] + column, 0)
         rows = np.where(column < slot_size[:, None], self._partition.order[here], 0)
-        cohort = Cohort(
-            client=in_slots(ids, -1),
-            size=slot_size,
-            level=in_slots(level, 0),
-            rows=rows.astype(np.int32),
-            segment=layout.segment,
-            even_size=self._even,
-        )
-        return cohort, layout
+        columns: dict[str, Any] = {  # numpy here, device arrays once staged
+            "client": in_slots(ids, -1),
+            "size": slot_size,
+            "level": in_slots(level, 0),
+            "rows": rows.astype(np.int32),
+            "segment": layout.segment,
+        }
+        return Cohort(**columns, even_size=self._even), layout

@@ -40,6 +40,13 @@ def _cohort(value: Any) -> int | float:
     return int(value)
 
 
+class Plan(Section):
+    """How a round is laid on the hardware; it changes the cost of a run, never its result."""
+
+    devices: OptionalCount = None  # null = all there are
+    width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
+
+
 class Config(Section):
     """One run, whole."""
 
@@ -52,7 +59,7 @@ class Config(Section):
     rounds: Annotated[int, Checked(whole(0))]
     cohort: Annotated[int | float, Checked(_cohort)]  # clients of a round, or their share
     eval_every: OptionalCount = None  # rounds from one evaluation to the next; null = the last only
-    plan: config_section.Plan = config_section.Plan()
+    plan: Plan = Plan()
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> Config:

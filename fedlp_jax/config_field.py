@@ -38,12 +38,12 @@ def refuse(sentence: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'adam'?` for a word close to a known one, otherwise nothing."""
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is closest, if one is close."""
     # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
     plain = {k.lower().replace("-", "_"): k for k in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1)
-    return f"; did you mean '{plain[close[0]]}'?" if close else ""
+    return plain[close[0]] if close else None
 
 
 def optional(check: Check) -> Check:
@@ -99,7 +99,8 @@ def choice(*known: str) -> Check:
 
     def check(value: Any) -> str:
         if value not in known:
-            hint = nearest(value, known) if isinstance(value, str) else ""
+            near = nearest(value, known) if isinstance(value, str) else None
+            hint = f"; did you mean '{near}'?" if near else ""
             raise refuse(f"is {value!r}, but must be {' or '.join(known)}{hint}")
         return str(value)
 

@@ -31,20 +31,22 @@ def sentences(error: ValidationError, raw: Mapping[str, Any], kinds: Kinds) -> l
 
 
 def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
-    field = _dotted(problem["loc"], kinds)
+    parts = _parts(problem["loc"], kinds)
+    field = ".".join(parts)
     value = problem.get("input")
     match problem["type"]:
         case "refused":
             return _refused(field, problem["msg"])
         case "extra_forbidden":
-            return _unknown_field(field, raw, kinds)
+            return _unknown_field(".".join(parts[:-1]), parts[-1], raw, kinds)
         case "missing":
             return f"{field} is missing."
         case "union_tag_not_found":
             return f"{field}.name is missing: it may be {_listed(kinds[field])}."
         case "union_tag_invalid":
             tag = str(problem["ctx"]["tag"])
-            hint = nearest(tag, kinds[field]) or f": it may be {_listed(kinds[field])}."
+            near = nearest(tag, kinds[field])
+            hint = f"; did you mean '{near}'?" if near else f": it may be {_listed(kinds[field])}."
             return f"{field}.name is '{tag}', which is not known{hint}"
         case "model_type" | "model_attributes_type" | "dict_type":
             hint = f"; to choose a kind set {field}.name" if len(kinds.get(field, "")) > 1 else ""
@@ -59,33 +61,32 @@ def _refused(field: str, predicate: str) -> str:
     return f"{field}{space}{predicate}" + ("" if predicate.endswith("?") else ".")
 
 
-def _unknown_field(field: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
-    section, _, leaf = field.rpartition(".")
+def _unknown_field(section: str, leaf: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
+    field = f"{section}.{leaf}".strip(".")
+    if "." in leaf:
+        return f"'{leaf}' is written with dots, which is for the command line; nest it in a file."
     here = kinds[section]
     kind = _kind_of(section, raw, kinds)
     whole = f"'{kind}'" if kind else (f"section {section}" if section else "a configuration")
     others = [name for name, model in here.items() if leaf in model.model_fields]
     if others:
         return f"{field} is not a field of {whole}, only of {_listed(others)}."
-    hint = nearest(leaf, here[kind].model_fields)
-    if not hint:
-        hint = _nearest_elsewhere(leaf, kinds)
-    if not hint:
-        hint = f": it has {_listed(here[kind].model_fields, last='and')}."
-    return f"{field} is not a field of {whole}{hint}"
+    near = nearest(leaf, here[kind].model_fields) or _nearest_elsewhere(leaf, kinds)
+    if near:
+        return f"{field} is not a field of {whole}; did you mean '{near}'?"
+    return f"{field} is not a field of {whole}: it has {_listed(here[kind].model_fields, 'and')}."
 
 
-def _nearest_elsewhere(leaf: str, kinds: Kinds) -> str:
-    """A field of another section with exactly or nearly that name."""
+def _nearest_elsewhere(leaf: str, kinds: Kinds) -> str | None:
+    """The dotted name of a field of another section with exactly or nearly that name."""
     full = {
         name: f"{section}.{name}".strip(".")
         for section, models in reversed(kinds.items())
         for model in models.values()
         for name in model.model_fields
     }
-    hint = nearest(leaf, full)
-    name = hint.partition("'")[2].rpartition("'")[0]
-    return hint.replace(f"'{name}'", f"'{full[name]}'") if hint else ""
+    near = nearest(leaf, full)
+    return full[near] if near else None
 
 
 def _kind_of(section: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
@@ -97,7 +98,7 @@ def _kind_of(section: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
     return name if name in kinds[section] else ""
 
 
-def _dotted(loc: tuple[int | str, ...], kinds: Kinds) -> str:
+def _parts(loc: tuple[int | str, ...], kinds: Kinds) -> list[str]:
     """Pydantic's place of an error without the kinds it names on the way."""
     parts: list[str] = []
     named: set[str] = set()
@@ -107,7 +108,7 @@ def _dotted(loc: tuple[int | str, ...], kinds: Kinds) -> str:
             named.add(section)
         else:
             parts.append(part)
-    return ".".join(parts)
+    return parts
 
 
 def _collect(model: type[BaseModel], section: str, kinds: Kinds) -> None:

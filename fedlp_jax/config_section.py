@@ -292,13 +292,3 @@ class FedLPHetero(_Local):
 
 
 Algorithm = Annotated[FedAvg | FedLPHomo | FedLPHetero, Field(discriminator="name")]
-
-
-# PLAN
-
-
-class Plan(Section):
-    """How a round is laid on the hardware; it changes the cost of a run, never its result."""
-
-    devices: OptionalCount = None  # null = all there are
-    width: OptionalCount = None  # clients vmapped at once; null = as measured to be good

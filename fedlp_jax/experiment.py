@@ -168,7 +168,7 @@ def execute(
     config = _config(config)
     with contextlib.closing(RunDirectory(out, config.name, overwrite)) as directory:
         arguments = build(config)
-        plan = section.Plan(**dataclasses.asdict(arguments["plan"]))
+        plan = config.plan.model_copy(update=dataclasses.asdict(arguments["plan"]))
         resolved = dump_config(config.model_copy(update={"plan": plan}))
         rows: list[dict[str, Any]] = []
         with Progress(config.rounds, config.name, wanted=progress) as shown:

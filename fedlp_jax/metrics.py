@@ -91,24 +91,29 @@ def train_metrics(
     Returns:
       `train_loss`, `train_accuracy`, `clients`, `clients_left_out`; a mean over nobody is None.
     """
-    row = _means(client, client.finite, kind, "")
-    row["clients"] = int(client.finite.size)
-    row["clients_left_out"] = int((~client.finite).sum())
+    finite = np.asarray(client.finite)
+    row = _means(client, finite, kind, "")
+    row["clients"] = int(finite.size)
+    row["clients_left_out"] = int((~finite).sum())
     if levels > 1:
         for g in range(levels):
-            row |= _means(client, client.finite & (level == g), kind, f"_depth_{g + 1}")
+            row |= _means(client, finite & (level == g), kind, f"_depth_{g + 1}")
     return row
 
 
 def _means(client: ClientMetrics, who: np.ndarray, kind: str, suffix: str) -> dict[str, Any]:
     if not who.any():
         return {f"train_loss{suffix}": None, f"train_accuracy{suffix}": None}
-    examples = client.examples[who].sum(dtype=np.float64)
+    examples = _of(client.examples, who).sum()
     if kind == "batches":
-        loss = np.mean(client.batch_loss_sum[who] / client.steps[who], dtype=np.float64)
+        loss = (_of(client.batch_loss_sum, who) / _of(client.steps, who)).mean()
     else:
-        loss = client.loss_sum[who].sum(dtype=np.float64) / examples
+        loss = _of(client.loss_sum, who).sum() / examples
     return {
         f"train_loss{suffix}": float(loss),
-        f"train_accuracy{suffix}": float(client.correct[who].sum(dtype=np.float64) / examples),
+        f"train_accuracy{suffix}": float(_of(client.correct, who).sum() / examples),
     }
+
+
+def _of(values: Array, who: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float64)[who]

@@ -23,6 +23,8 @@ from fedlp_jax.types import Array, FedLPError, Variables
 
 
 class Apply(Protocol):
+    """A network as a function of its variables."""
+
     def __call__(
         self, variables: Variables, inputs: Array, key: Array | None, valid: Array | None
     ) -> tuple[Array, Variables]:
@@ -73,7 +75,7 @@ def network(module: Any) -> Network:
 
 
 def _any_promotion() -> contextlib.AbstractContextManager[Any]:
-    """flax's own layers mix dtypes, which a process with strict promotion would refuse."""
+    """Flax's own layers mix dtypes, which a process with strict promotion would refuse."""
     return jax.numpy_dtype_promotion("standard")
 
 
@@ -145,7 +147,7 @@ def _linen(module: nn.Module) -> Network:
             outputs, updated = module.apply(
                 variables,
                 inputs,
-                rngs={"dropout": key} if train else {},
+                rngs={} if key is None else {"dropout": key},
                 mutable=statistics if train else [],
                 **mode(train),
             )
@@ -158,12 +160,12 @@ def _linen(module: nn.Module) -> Network:
     return Network(init, apply, lambda d: _linen(module.clone(depth=d)), depth)
 
 
-def _mode_arguments(call: Callable[..., Any]) -> Callable[[bool], dict[str, bool]]:
+def _mode_arguments(call: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
     """Finds how a module is told to train: `train`, `training`, or their opposites."""
     names = inspect.signature(call).parameters
     positive = [name for name in ("train", "training") if name in names]
     negative = [name for name in ("deterministic", "use_running_average") if name in names]
-    return lambda train: dict.fromkeys(positive, train) | dict.fromkeys(negative, not train)
+    return lambda train: {**dict.fromkeys(positive, train), **dict.fromkeys(negative, not train)}
 
 
 # --- nnx ------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def _nnx(module: nnx.Module) -> Network:
             model.train()
             _reseed(model, key)
         with _any_promotion(), _rows(valid):
-            outputs = model(inputs)  # type: ignore[operator]
+            outputs = model(inputs)
         if not statistics:
             return outputs, {}
         return outputs, {_STATISTICS: nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}
@@ -214,7 +216,8 @@ def _split_nnx(module: nnx.Module) -> tuple[Any, Any, Any, Any]:
     for _, part in nnx.iter_modules(model):
         if type(part) is nnx.BatchNorm:
             object.__setattr__(part, "__class__", _RowMaskedBatchNorm)
-    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    return parts
 
 
 def _reseed(model: nnx.Module, key: Array) -> None:

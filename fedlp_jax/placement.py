@@ -228,7 +228,7 @@ def _alone(level: Level) -> Callable[[PyTree, PyTree, Array], Any]:
 def _chunks(
     level: Level, shared: PyTree, clients: PyTree, start: Array, stop: Array, width: int, carry: Any
 ) -> Any:
-    """Runs slots `start` to `stop` of one device, W at a time; the last chunk may have idle lanes."""
+    """Runs slots `start` to `stop`, W at a time; the last chunk may have idle lanes."""
     slots = jax.tree.leaves(clients)[0].shape[0]
     if width == 1:
 

@@ -157,12 +157,7 @@ def curves(
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if len(histories) > 1:
-        longest = max(map(len, histories))
-        if len(histories) <= 8 and longest <= 30:
-            axes.legend(fontsize="small", frameon=False)
-        else:
-            ncols = max(72 // (longest + 8), 1)  # about 72 small characters fit below the axes
-            figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
+        _legend(figure, axes, list(histories))
     return _written(figure, path)
 
 
@@ -244,6 +239,16 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
     axes.hist(sizes, bins=bins.tolist(), color=_LINES[0])
     axes.set(xlabel="examples of a client", ylabel="clients")
     axes.xaxis.set_major_formatter("{x:,.10g}")
+
+
+def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
+    """Names the curves: within the axes where there is room, else below."""
+    longest = max(map(len, labels))
+    if len(labels) <= 8 and longest <= 30:
+        axes.legend(fontsize="small", frameon=False)
+        return
+    ncols = max(72 // (longest + 8), 1)  # about 72 small characters fit below the axes
+    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
 
 
 def _points(label: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> np.ndarray:

@@ -49,7 +49,7 @@ class Progress:
         """Starts showing."""
         if self._wanted and self._console.is_terminal:
             self._bar.start()
-        elif self._wanted:
+        elif self._wanted and self._rounds:
             self._line(f"{self._name}: compiling the first of {self._rounds} rounds ...")
         return self
 

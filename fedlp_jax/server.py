@@ -45,7 +45,12 @@ def server_step(
         for name, tree in variables.items()
     }
     new = jax.tree.map(lambda s, n, o: jnp.where(s, n, o), sent, moved, variables)
-    gated = optax.tree_map_params(
-        optimizer, lambda n, o, s: jnp.where(s, n, o), new_state, state, sent["params"]
+    # Which leaves of the optimizer's state belong to a layer that was sent; counters always move.
+    moves = optax.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        new_state,
+        sent["params"],
+        transform_non_params=lambda _: jnp.ones((), bool),
     )
-    return new, gated
+    return new, jax.tree.map(lambda s, n, o: jnp.where(s, n, o), moves, new_state, state)

@@ -3,111 +3,42 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax import checks
 from fedlp_jax import metrics as metric
-from fedlp_jax import plots
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortBuilder, CohortRule, cohort_size, members
 from fedlp_jax.costs import Ledger, forward_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.datasets import Dataset, Split
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.layers import LayerTable, layer_table
+from fedlp_jax.layers import layer_table
 from fedlp_jax.placement import Layout, Plan, over_clients, replicated, resolve
+from fedlp_jax.progress import Progress
+from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.types import (
     Array,
     Cohort,
     Examples,
-    FedLPError,
     Normalize,
     RoundMetrics,
     ServerState,
     Variables,
 )
 
-Row = dict[str, Any]
 Callback = Callable[[int, Row, ServerState], None]
 
 # Rounds the device may be ahead of the host. One is enough to hide the host's work.
 _AHEAD = 1
-
-
-class DivergedError(RuntimeError):
-    """No client of a round had a finite update. `result` holds the last good state."""
-
-    def __init__(self, message: str, result: Result):
-        super().__init__(message)
-        self.result = result
-
-
-class History:
-    """The rows of a run, one a round; `history["test_accuracy"]` is a column."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """The values of `key` over the rounds that have it (see `rounds`).
-
-        Raises:
-          KeyError: no round has it.
-        """
-        values = [row[key] for row in self.rows if key in row]
-        if not values:
-            raise KeyError(f"no round has '{key}'; there are: {', '.join(self.keys())}")
-        return np.asarray([np.nan if v is None else v for v in values])
-
-    def rounds(self, key: str) -> np.ndarray:
-        """`i64[R']`, the rounds that have `key`, such as those that were evaluated."""
-        return np.asarray([row["round"] for row in self.rows if key in row], np.int64)
-
-    def keys(self) -> list[str]:
-        """All metrics, in the order in which they first appeared."""
-        return list(dict.fromkeys(key for row in self.rows for key in row))
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclasses.dataclass
-class Result:
-    """What a run leaves.
-
-    Attributes:
-      variables: the deepest model's, `{"params": ..., "batch_stats": ...}`.
-      state: the server's whole state, with shared heads where there are any.
-      history: one row a round.
-      costs: the ledger.
-      plan: the plan that ran.
-      layers: the layer table of what is exchanged.
-      readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
-    """
-
-    variables: Variables
-    state: ServerState
-    history: History
-    costs: Ledger
-    plan: Plan
-    layers: LayerTable
-    readings: dict[str, float]
-
-    def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
-        """Test accuracy against "round" or "upload_megabytes"; returns the matplotlib figure."""
-        return plots.curves({label: self.history.rows}, path=path, x=x)
 
 
 class _Pending(NamedTuple):
@@ -132,13 +63,14 @@ def simulate(
     plan: Plan | None = None,
     variables: Variables | None = None,
     log: Callable[[Row], None] | None = None,
+    progress: bool = False,
 ) -> Result:
     """Runs federated training.
 
     Every draw is a function of (seed, round, client), so a run repeats bit for bit on one plan, and
     another plan changes parameters only by the order of a sum.
 
-    Main arguments:
+    Args:
       algorithm: `fedavg(...)`, `fedlp_homo(...)`, `fedlp_hetero(...)`, `compose(...)` or your own.
       data: from `load` or `from_arrays`.
       clients: from `fedlp_jax.partition`.
@@ -147,13 +79,14 @@ def simulate(
       seed: of everything that is drawn.
       eval_every: test every so many rounds; None = after the last only, which always is tested.
 
-    Other arguments:
+    Other Arguments:
       callbacks: each is called `(round, row, state)` once a round, after the round's numbers are
         ready; the state is valid during the call only. With callbacks the host waits for every
         round; `log` does not.
       plan: devices and width; None = chosen here.
       variables: initial model; None = drawn from the seed.
       log: called with each round's row as soon as its numbers are ready.
+      progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere.
 
     Returns:
       The final model, the history, the ledger.
@@ -163,17 +96,19 @@ def simulate(
       DivergedError: no client of a round had a finite update.
     """
     run = _Run(algorithm, data, clients, rounds, cohort, seed, eval_every, plan, variables)
-    run.compile()
-    pending: collections.deque[_Pending] = collections.deque()
-    started = run.clock = time.perf_counter()
-    for round in range(1, rounds + 1):
-        pending.append(run.dispatch(round))
-        while len(pending) > (0 if callbacks else _AHEAD):
-            row = run.read(pending.popleft(), log)
-            for callback in callbacks:
-                callback(round, row, run.state)
-    while pending:
-        run.read(pending.popleft(), log)
+    with Progress(rounds, data.name, wanted=progress) as shown:
+        listeners = [shown.update] + ([log] if log is not None else [])
+        run.compile()
+        pending: collections.deque[_Pending] = collections.deque()
+        started = run.clock = time.perf_counter()
+        for round in range(1, rounds + 1):
+            pending.append(run.dispatch(round))
+            while len(pending) > (0 if callbacks else _AHEAD):
+                row = run.read(pending.popleft(), listeners)
+                for callback in callbacks:
+                    callback(round, row, run.state)
+        while pending:
+            run.read(pending.popleft(), listeners)
     run.readings["run_seconds"] = time.perf_counter() - started
     return run.result()
 
@@ -193,8 +128,8 @@ class _Run:
         plan: Plan | None,
         variables: Variables | None,
     ):
-        _check_numbers(rounds, seed, eval_every)
-        _check_partition(clients, data)
+        checks.check_numbers(rounds, seed, eval_every)
+        checks.check_partition(clients, data)
         self.algorithm, self.rounds, self.seed, self.rule = algorithm, rounds, seed, cohort
         self.eval_every = eval_every or max(rounds, 1)
         self.population = clients.clients
@@ -202,10 +137,10 @@ class _Run:
         self.plan = resolve(plan, self.size)
         root = jax.random.key(seed)
         example = example_of(_examples(data.train, data.normalize))
-        _check_model(algorithm, example, data, root)
+        checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         state = algorithm.init(root, example, self.population, variables)
-        _check_variables(algorithm, example, root, state.variables)
+        checks.check_variables(algorithm, example, root, state.variables)
         self.layers = layer_table(state.variables, algorithm.layers)
         self.levels = algorithm.levels(state.variables, example)
         self.builder = CohortBuilder(
@@ -232,8 +167,11 @@ class _Run:
             return
         cohort, private, _ = self._stage(1)
         everywhere, split = replicated(self.plan), over_clients(self.plan)
+        algorithm, plan = self.algorithm, self.plan
         round_program = jax.jit(
-            functools.partial(self.algorithm.round, plan=self.plan),
+            lambda state, private, examples, cohort, key: algorithm.round(
+                state, private, examples, cohort, key, plan
+            ),
             donate_argnums=(0, 1),
             out_shardings=(everywhere, split, split),
         )
@@ -255,7 +193,7 @@ class _Run:
             tested = self.test_program(self.state.variables, self.test)
         return _Pending(round, host, metrics, tested)
 
-    def read(self, pending: _Pending, log: Callable[[Row], None] | None) -> Row:
+    def read(self, pending: _Pending, listeners: Sequence[Callable[[Row], None]]) -> Row:
         """Waits for a round's numbers and books them.
 
         Raises:
@@ -279,8 +217,8 @@ class _Run:
         row |= self.ledger.add(ids, metrics.upload, metrics.download)
         row["seconds"], self.clock = now - self.clock, now
         self.history.rows.append(row)
-        if log is not None:
-            log(row)
+        for listener in listeners:
+            listener(row)
         self._warn_of_left_out(pending.round, ids[~metrics.client.finite], len(ids))
         return row
 
@@ -327,7 +265,11 @@ class _Run:
             return [1.0]
         return [
             float(
-                sum(forward_macs(level.task, _shapes(level.task, root, example), example).values())
+                sum(
+                    forward_macs(
+                        level.task, checks.initial_shapes(level.task, root, example), example
+                    ).values()
+                )
             )
             for level in self.levels
         ]
@@ -345,83 +287,14 @@ class _Run:
             )
             return
         raise DivergedError(
-            f"round {round}: none of the {clients} clients had a finite update ({who}), so there is "
-            f"nothing to average. The model is as after round {round - 1}; lower the client "
+            f"round {round}: none of the {clients} clients had a finite update ({who}), so there "
+            f"is nothing to average. The model is as after round {round - 1}; lower the client "
             "learning rate, or look for NaN in the data.",
             self.result(),
         )
 
 
-# --- checks, before anything is compiled --------------------------------------------------------
-
-
-def _check_numbers(rounds: int, seed: int, eval_every: int | None) -> None:
-    for name, value, least in (
-        ("rounds", rounds, 0),
-        ("seed", seed, 0),
-        ("eval_every", eval_every, 1),
-    ):
-        if value is None and name == "eval_every":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise FedLPError(f"{name}={value!r} must be a whole number of at least {least}.")
-    if seed >= 2**32:
-        raise FedLPError(f"seed={seed} must be below 2**32.")
-
-
-def _check_partition(clients: Partition, data: Dataset) -> None:
-    examples = len(data.train.labels)
-    if len(clients.labels) != examples:
-        raise FedLPError(
-            f"the partition was made for {len(clients.labels)} examples but the training split of "
-            f"'{data.name}' has {examples}; partition its own labels."
-        )
-    empty = np.flatnonzero(clients.sizes == 0)
-    if len(empty):
-        raise FedLPError(
-            f"{len(empty)} of {clients.clients} clients have no example (client {empty[0]} is the "
-            "first); use min_size=1 or fewer clients."
-        )
-
-
-def _check_model(algorithm: Algorithm, example: Any, data: Dataset, root: Array) -> None:
-    shape = example.inputs.shape[1:]
-    try:
-        variables = _shapes(algorithm.task, root, example)
-        outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
-    except FedLPError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FedLPError(
-            f"the model cannot take the inputs of '{data.name}', of shape {list(shape)}: {reason}"
-        ) from error
-    if outputs.ndim == 2 and outputs.shape[-1] < data.num_classes:
-        raise FedLPError(
-            f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
-            "classes; set its num_classes."
-        )
-
-
-def _check_variables(algorithm: Algorithm, example: Any, root: Array, variables: Variables) -> None:
-    """Compares given variables with those the model would have made."""
-    whole = algorithm.levels(variables, example)[-1].extract(variables)
-    wanted = _shapes(algorithm.task, root, example)
-    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(whole)}
-    want = {
-        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(wanted)
-    }
-    for path in sorted(set(have) | set(want)):
-        if have.get(path) != want.get(path):
-            raise FedLPError(
-                f"variables{path} has shape {have.get(path)} but the model needs {want.get(path)}."
-            )
-
-
-def _shapes(task: Any, root: Array, example: Any) -> Variables:
-    return jax.eval_shape(task.init, root, example)
-
-
 def _examples(split: Split, normalize: Normalize) -> Examples:
+    arrays: tuple[Any, Any] = split.inputs, split.labels.astype(np.int32)  # on the host still
     gain, shift = (np.asarray(x, np.float32) for x in normalize)
-    return Examples(split.inputs, split.labels.astype(np.int32), Normalize(gain, shift))
+    return Examples(*arrays, Normalize(gain, shift))

@@ -93,9 +93,9 @@ class PrivateStore:
         copies = plan.devices or 1 if jax.default_backend() == "cpu" else 1
         if need * copies > have // 2:
             raise FedLPError(
-                f"heads='persist' would keep {need / 2**30:.1f} GiB for {int(counts.sum())} clients "
-                f"on {copies} device(s), more than half of this machine's {have / 2**30:.0f} GiB; "
-                "use heads='shared' or 'reset_to_init', or fewer clients."
+                f"heads='persist' would keep {need / 2**30:.1f} GiB for {int(counts.sum())} "
+                f"clients on {copies} device(s), more than half of the {have / 2**30:.0f} GiB of "
+                "this machine; use heads='shared' or 'reset_to_init', or fewer clients."
             )
 
 

@@ -284,6 +284,8 @@ def test_overrides_merge_like_a_last_child(write):
         ({"a": "plan: {width: 1, width: 2}"}, "the key 'width' is given twice."),
         ({"a": "rounds: [1\n"}, "a.yaml, line 2 is not valid YAML"),
         ({"a": "1: 2"}, "the key 1 is not text."),
+        ({"a": yaml.safe_dump(HOMO | {"algorithm.keep": 1})}, "nest it in a file."),
+        ({"a": yaml.safe_dump(HOMO | {"foo.bar": 1})}, "'foo.bar' is written with dots"),
         ({"a": "a: !!python/object/apply:os.getcwd []"}, "is not valid YAML: could not determine"),
         ({"a": "when: 2024-99-99"}, "is not valid YAML"),
     ],

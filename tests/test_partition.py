@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedlp_jax.data import partition
 from fedlp_jax.types import FedLPError
 
-# As many examples of each class as CIFAR-10 has, in an order of its own.
+# As many of each class as in CIFAR-10.
 CIFAR = np.random.default_rng(7).permutation(np.repeat(np.arange(10), 5000))
 
 SCHEMES = {
@@ -148,7 +148,6 @@ def test_min_size_moves_no_more_than_it_must():
     assert "of 100 clients without examples. Pass min_size=1" in str(refusal.value)
     dealt = partition.dirichlet(CIFAR, **arguments, min_size=20)
     assert dealt.sizes.min() == 20
-    # Without anything to repair, min_size changes nothing.
     even = {"clients": 100, "alpha": 1.0, "seed": 0}
     free, bound = (partition.dirichlet(CIFAR, **even, min_size=least) for least in (None, 2))
     assert free.hash == bound.hash

@@ -1,0 +1,95 @@
+"""What `simulate` refuses, before anything is compiled."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.data.datasets import Dataset
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.task import Task
+from fedlp_jax.types import Array, Batch, FedLPError, Variables
+
+
+def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
+    """The shapes of a task's variables, without computing them."""
+    return jax.eval_shape(task.init, root, example)
+
+
+def check_numbers(rounds: int, seed: int, eval_every: int | None) -> None:
+    """Refuses numbers that are not whole or too small.
+
+    Raises:
+      FedLPError: with the name, the value and the least it may be.
+    """
+    for name, value, least in (
+        ("rounds", rounds, 0),
+        ("seed", seed, 0),
+        ("eval_every", eval_every, 1),
+    ):
+        if value is None and name == "eval_every":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise FedLPError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if seed >= 2**32:
+        raise FedLPError(f"seed={seed} must be below 2**32.")
+
+
+def check_partition(clients: Partition, data: Dataset) -> None:
+    """Refuses a partition of other examples than the training split's.
+
+    Raises:
+      FedLPError: with both numbers.
+    """
+    examples = len(data.train.labels)
+    if len(clients.labels) != examples:
+        raise FedLPError(
+            f"the partition was made for {len(clients.labels)} examples but the training split of "
+            f"'{data.name}' has {examples}; partition its own labels."
+        )
+
+
+def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array) -> None:
+    """Refuses a model that cannot take the inputs or has too few outputs.
+
+    Raises:
+      FedLPError: with the shape, or both numbers.
+    """
+    shape = example.inputs.shape[1:]
+    try:
+        variables = initial_shapes(algorithm.task, root, example)
+        outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
+    except FedLPError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FedLPError(
+            f"the model cannot take the inputs of '{data.name}', of shape {list(shape)}: {reason}"
+        ) from error
+    if outputs.ndim == 2 and outputs.shape[-1] < data.num_classes:
+        raise FedLPError(
+            f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
+            "classes; set its num_classes."
+        )
+
+
+def check_variables(
+    algorithm: Algorithm, example: Batch, root: Array, variables: Variables
+) -> None:
+    """Compares given variables with those the model would have made.
+
+    Raises:
+      FedLPError: with the first path that differs and both shapes.
+    """
+    whole = algorithm.levels(variables, example)[-1].extract(variables)
+    wanted = initial_shapes(algorithm.task, root, example)
+    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(whole)}
+    want = {
+        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(wanted)
+    }
+    for path in sorted(set(have) | set(want)):
+        if have.get(path) != want.get(path):
+            raise FedLPError(
+                f"variables{path} has shape {have.get(path)} but the model needs {want.get(path)}."
+            )

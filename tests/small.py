@@ -1,0 +1,50 @@
+"""Small models and data that several test files share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fedlp_jax as fl
+
+
+class Steps(nn.Module):
+    """A network with depths: `depth` hidden layers that depths share, then a head of its own."""
+
+    depth: int = 3
+    width: int = 8
+    classes: int = 3
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = x.reshape(x.shape[0], -1)
+        for i in range(1, self.depth + 1):
+            x = nn.Dense(self.width, name=f"hidden{i}")(x)
+            if self.norm:
+                x = nn.BatchNorm(use_running_average=not train, name=f"norm{i}")(x)
+            x = nn.relu(x)
+        return nn.Dense(self.classes, name=f"head{self.depth}")(x)
+
+
+def dataset(examples=60, features=4, classes=3, seed=0):
+    """Well-scaled float inputs of shape [N, features]."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, features))
+
+    def split(n):
+        labels = rng.integers(0, classes, n)
+        labels[:classes] = np.arange(classes)
+        return (centres[labels] + rng.normal(size=(n, features))).astype(np.float32), labels
+
+    return fl.from_arrays(*split(examples), *split(37), num_classes=classes)
+
+
+def in_float64(variables):
+    """The same numbers in float64; needs `jax.enable_x64`."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+
+
+def flat(tree):
+    """All numbers of a tree in one vector."""
+    return np.concatenate([np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)])

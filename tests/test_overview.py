@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+import fedlp_jax as fl
+from fedlp_jax import experiment
+from fedlp_jax.config import parse_config
+from fedlp_jax.overview import macs_by_layer, overview
+from fedlp_jax.tables import config_tables, show
+
+SMALL = {
+    "data": {"name": "digits"},
+    "partition": {"name": "iid", "clients": 20},
+    "model": {"name": "mlp", "hidden": [16]},
+    "algorithm": {
+        "name": "fedlp_homo",
+        "keep": 1.0,
+        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+    },
+    "rounds": 1,
+    "cohort": 4,
+    "plan": {"devices": 1},
+}
+HETERO = SMALL | {
+    "data": {"name": "synthetic", "options": {"examples": 400, "shape": [32, 32, 3]}},
+    "partition": {"name": "iid", "clients": 200},
+    "model": {"name": "fedlp_cnn"},
+    "algorithm": {
+        "name": "fedlp_hetero",
+        "depths": [0.5, 0.0, 0.0, 0.0, 0.5],
+        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+    },
+}
+
+
+def of(raw):
+    config = parse_config(raw)
+    arguments = experiment.build(config)
+    return config, arguments, overview(config, arguments)
+
+
+def test_with_certain_masks_the_expected_traffic_is_what_the_ledger_books():
+    _, arguments, view = of(SMALL)
+    row = fl.simulate(**arguments).history.rows[0]
+    assert view.upload_bytes == row["upload_bytes"]
+    assert view.download_bytes == row["download_bytes"] == view.fedavg_bytes
+
+
+@pytest.mark.parametrize(("keep", "share"), [(0.25, 0.25), ([0.0] * 10 + [1.0] * 10, 0.5)])
+def test_expected_upload_follows_keep(keep, share):
+    _, _, view = of(SMALL | {"algorithm": SMALL["algorithm"] | {"keep": keep}})
+    mask_bytes = 4 * 1  # one byte for each client of the cohort
+    assert view.upload_bytes - mask_bytes == pytest.approx(share * view.fedavg_bytes)
+
+
+def test_submodels_have_the_known_sizes():
+    _, _, view = of(HETERO)
+    assert [level.shared for level in view.levels] == [10_272, 28_896, 65_952, 140_064, 551_466]
+    assert [level.held for level in view.levels] == [
+        *(1_060_266, 554_602, 591_658, 403_626, 551_466),
+    ]
+    assert sum(level.clients for level in view.levels) == 200
+    assert view.levels[1].clients == 0
+    macs = [sum(level.macs.values()) / 1e6 for level in view.levels]
+    np.testing.assert_allclose(macs, [11.634, 15.894, 25.396, 29.886, 39.356], atol=6e-4)
+    share = view.levels[0].clients / 200
+    sent = share * 10_272 + (1 - share) * 551_466
+    statistics = 2 * (share * 64 + (1 - share) * 448)
+    assert view.download_bytes == pytest.approx(4 * 4 * (sent + statistics), rel=1e-6)
+
+
+def test_macs_are_shown_where_layers_are_modules():
+    _, _, view = of(SMALL)
+    assert sum(macs_by_layer(view.levels[-1].macs, view.layers)) == 64 * 16 + 16 * 10
+    _, _, view = of(SMALL | {"algorithm": SMALL["algorithm"] | {"layers": "by_tensor"}})
+    assert macs_by_layer(view.levels[-1].macs, view.layers) == [None] * 4
+
+
+def test_the_tables_show_depths_only_where_there_are_some(capsys):
+    for raw, shown in ((SMALL, False), (HETERO, True)):
+        config, _, view = of(raw)
+        show(*config_tables(config, view))
+        text = capsys.readouterr().out
+        assert ("Submodels" in text) == shown
+        assert "Traffic of a round" in text
