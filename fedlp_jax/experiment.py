@@ -25,7 +25,8 @@ from fedlp_jax.layers import layer_table
 from fedlp_jax.placement import Plan, resolve
 from fedlp_jax.progress import Progress
 from fedlp_jax.report import RunDirectory, environment
-from fedlp_jax.simulate import DivergedError, Result, simulate
+from fedlp_jax.result import DivergedError, Result
+from fedlp_jax.simulate import simulate
 from fedlp_jax.task import classification
 from fedlp_jax.types import FedLPError
 

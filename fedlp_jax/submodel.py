@@ -126,6 +126,12 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
                 "private ones a name of their own."
             )
 
+    # Private variables compute in what the server's do.
+    dtype = next(x.dtype for path, x in server.items() if path[0] == "params")
+
+    def private(key: Array, batch: Batch) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(dtype), split(part.init(key, batch))[1])
+
     def merge(shared_part: Variables, private_part: PyTree) -> Variables:
         return unflatten_dict(flatten_dict(shared_part) | flatten_dict(private_part))
 
@@ -145,7 +151,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         merge=merge,
         split=split,
         embed=embed,
-        private=lambda key, batch: split(part.init(key, batch))[1],
+        private=private,
     )
 
 

@@ -1,8 +1,22 @@
 """Every test runs under strict promotion, several CPU devices, and warnings as errors."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import jax
 
 # Before anything touches a device.
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests compile the same small round: the workers of one test run share what they compiled.
+if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+    _compiled = os.path.join(tempfile.gettempdir(), os.environ["PYTEST_XDIST_TESTRUNUID"])
+else:
+    _compiled = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

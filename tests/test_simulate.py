@@ -1,0 +1,323 @@
+"""Runs as a user sees them: algebra of the method, repeatability, callbacks, what is refused."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import Steps, dataset, flat
+
+import fedlp_jax as fl
+
+DATA = dataset()
+CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
+TASK = fl.classification(Steps())
+COMMON = {"client_optimizer": optax.sgd(0.1), "epochs": 2, "batch_size": 2}
+ONE = fl.Plan(devices=1, width=1)
+
+
+def run(algorithm, data=DATA, clients=CLIENTS, **settings):
+    settings = {"rounds": 2, "cohort": 4, "seed": 0, "plan": ONE} | settings
+    return fl.simulate(algorithm, data, clients, **settings)
+
+
+# --- algebra ------------------------------------------------------------------------------------
+
+
+def test_keep_one_is_fedavg_bit_for_bit():
+    homo = run(fl.fedlp_homo(TASK, keep=1.0, **COMMON))
+    fedavg = run(fl.fedavg(TASK, **COMMON))
+    assert np.array_equal(flat(homo.state.variables), flat(fedavg.state.variables))
+    assert homo.costs.total == fedavg.costs.total
+
+
+@pytest.mark.parametrize("server", [None, optax.adam(0.1), optax.adamw(0.1, weight_decay=0.5)])
+def test_keep_zero_changes_no_bit(server):
+    algorithm = fl.fedlp_homo(TASK, keep=0.0, server_optimizer=server, **COMMON)
+    before, after = run(algorithm, rounds=0), run(algorithm, rounds=2)
+    assert np.array_equal(flat(before.variables), flat(after.variables))
+    assert after.costs.total["upload_params"] == 0
+    assert after.costs.total["upload_bytes"] == 2 * 4 * 1  # the masks alone
+    assert after.costs.total["download_params"] == 2 * 4 * flat(before.variables).size
+
+
+def test_one_uploader_gives_its_layer_to_one_ulp():
+    keep = np.zeros((12, 4))
+    keep[5] = 1.0
+    together = run(fl.fedlp_homo(TASK, keep=keep, **COMMON), rounds=1, cohort=12)
+    alone = run(fl.fedavg(TASK, **COMMON), rounds=1, cohort=lambda *_: [5])
+    np.testing.assert_allclose(flat(together.variables), flat(alone.variables), rtol=3e-7, atol=1e-8)
+    assert together.costs.senders[0].tolist() == [1, 1, 1, 1]
+
+
+def test_inverse_probability_at_keep_one_is_fedavg():
+    plain = run(fl.fedavg(TASK, **COMMON))
+    other = run(fl.fedavg(TASK, aggregator="inverse_probability", **COMMON))
+    np.testing.assert_allclose(flat(plain.variables), flat(other.variables), rtol=1e-6, atol=1e-8)
+
+
+def test_fedavg_and_homo_are_one_program():
+    """Keep probabilities, weights and the seed are arguments of the program, not constants in it."""
+    texts = [
+        _lowered(algorithm, seed)
+        for algorithm, seed in (
+            (fl.fedavg(TASK, **COMMON), 0),
+            (fl.fedlp_homo(TASK, keep=0.3, **COMMON), 7),
+            (fl.fedlp_homo(TASK, keep=0.9, client_schedule=None, **COMMON), 0),
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_rates_are_arguments_of_the_program():
+    texts = [_lowered(fl.fedavg(TASK, client_schedule=rate, **COMMON), 0) for rate in (0.5, 0.25)]
+    assert texts[0] == texts[1]
+
+
+def _lowered(algorithm, seed):
+    from fedlp_jax.simulate import _Run
+
+    prepared = _Run(algorithm, DATA, CLIENTS, 1, 4, seed, None, ONE, None)
+    cohort, private, _ = prepared._stage(1)
+    program = jax.jit(lambda *a: algorithm.round(*a, prepared.plan))
+    return program.lower(
+        prepared.state, private, prepared.train, cohort, prepared.key
+    ).as_text()
+
+
+# --- repeatability ------------------------------------------------------------------------------
+
+
+def test_two_runs_of_one_seed_are_equal_in_every_bit():
+    algorithm = fl.fedlp_homo(TASK, keep=0.5, **COMMON)
+    a, b, other = run(algorithm), run(algorithm), run(algorithm, seed=1)
+    assert np.array_equal(flat(a.state.variables), flat(b.state.variables))
+    assert [_timeless(row) for row in a.history] == [_timeless(row) for row in b.history]
+    assert not np.array_equal(flat(a.variables), flat(other.variables))
+
+
+def _timeless(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_a_longer_run_begins_like_a_shorter_one():
+    algorithm = fl.fedlp_homo(TASK, keep=0.5, **COMMON)
+    short, long = run(algorithm, rounds=1), run(algorithm, rounds=3)
+    assert short.history["train_loss"][0] == long.history["train_loss"][0]
+    assert short.costs.senders[0].tolist() == long.costs.senders[0].tolist()
+
+
+def test_the_order_of_a_cohort_does_not_matter():
+    algorithm = fl.fedlp_homo(TASK, keep=0.5, **COMMON)
+    a = run(algorithm, cohort=lambda *_: [1, 5, 3, 9])
+    b = run(algorithm, cohort=lambda *_: [9, 3, 1, 5])
+    assert np.array_equal(flat(a.variables), flat(b.variables))
+
+
+def test_many_rounds_and_cohorts_are_one_compilation():
+    algorithm = fl.fedlp_hetero(TASK, depths="uniform", **COMMON)
+    clients = fl.partition.dirichlet(
+        DATA.train.labels, clients=12, alpha=0.5, seed=0, min_size=1
+    )
+    traces = []
+    counted = algorithm._replace(
+        round=lambda *a: traces.append(1) or algorithm.round(*a)  # runs only while tracing
+    )
+    result = run(counted, clients=clients, rounds=6, plan=fl.Plan(2, 2))
+    assert len(traces) == 1
+    assert len(result.history) == 6
+
+
+# --- numbers, callbacks, evaluation ---------------------------------------------------------------
+
+
+def test_a_row_has_what_users_rely_on():
+    result = run(fl.fedlp_homo(TASK, keep=0.5, **COMMON), rounds=3, eval_every=2)
+    required = "round train_loss upload_params download_params upload_bytes download_bytes seconds"
+    for row in result.history:
+        assert set(required.split()) <= set(row)
+    assert result.history.rounds("test_accuracy").tolist() == [2, 3]
+    assert result.history["round"].tolist() == [1, 2, 3]
+    assert result.history["upload_bytes"].sum() == result.costs.total["upload_bytes"]
+    with pytest.raises(KeyError, match="no round has 'acuracy'; there are: round, train_loss"):
+        result.history["acuracy"]
+
+
+def test_evaluation_is_exact_for_any_split_size_and_plan():
+    """37 test rows: no multiple of any batch."""
+    for plan in (ONE, fl.Plan(3, 1)):
+        result = run(fl.fedavg(TASK, **COMMON), plan=plan)
+        logits = Steps().apply(result.variables, jnp.asarray(DATA.test.inputs), False)
+        hits = np.asarray(logits).argmax(axis=1) == DATA.test.labels
+        assert result.history["test_accuracy"][-1] == pytest.approx(hits.mean(), abs=1e-7)
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.asarray(DATA.test.labels, jnp.int32)
+        ).mean()
+        assert result.history["test_loss"][-1] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_shared_heads_are_tested_at_every_depth():
+    algorithm = fl.fedlp_hetero(TASK, depths="uniform", heads="shared", **COMMON)
+    result = run(algorithm)
+    last = result.history.rows[-1]
+    for depth in (1, 2, 3):
+        net = Steps(depth=depth)
+        logits = net.apply(result.state.variables, jnp.asarray(DATA.test.inputs), False)
+        accuracy = (np.asarray(logits).argmax(axis=1) == DATA.test.labels).mean()
+        assert last[f"test_accuracy_depth_{depth}"] == pytest.approx(accuracy, abs=1e-7)
+    assert last["test_accuracy"] == last["test_accuracy_depth_3"]
+    assert "head1" in result.state.variables["params"]
+    assert "head1" not in result.variables["params"]
+
+
+def test_callbacks_come_once_a_round_with_a_usable_state():
+    seen = []
+
+    def callback(round, row, state):
+        seen.append((round, row["round"], int(state.round), float(flat(state.variables).sum())))
+
+    result = run(fl.fedavg(TASK, **COMMON), rounds=3, callbacks=[callback])
+    assert [s[:3] for s in seen] == [(1, 1, 1), (2, 2, 2), (3, 3, 3)]
+    assert seen[-1][3] == pytest.approx(float(flat(result.variables).sum()))
+    quiet = run(fl.fedavg(TASK, **COMMON), rounds=3)
+    assert np.array_equal(flat(quiet.variables), flat(result.variables))
+
+
+def test_no_rounds_return_the_initial_model_and_given_variables_survive():
+    algorithm = fl.fedavg(TASK, **COMMON)
+    initial = run(algorithm, rounds=0)
+    assert len(initial.history) == 0
+    result = run(algorithm, variables=initial.variables)
+    assert np.array_equal(flat(run(algorithm).variables), flat(result.variables))
+    assert np.isfinite(flat(initial.variables)).all()  # not donated away
+
+
+def test_a_cohort_may_be_a_share():
+    assert run(fl.fedavg(TASK, **COMMON), cohort=0.5).history["clients"].tolist() == [6, 6]
+
+
+def test_a_schedule_scales_by_round():
+    frozen = run(
+        fl.fedavg(TASK, client_schedule=lambda round: jnp.where(round < 2, 1.0, 0.0), **COMMON)
+    )
+    once = run(fl.fedavg(TASK, **COMMON), rounds=1)
+    assert np.array_equal(flat(frozen.variables), flat(once.variables))
+
+
+# --- clients that fail ----------------------------------------------------------------------------
+
+
+def poisoned(clients):
+    """Data in which the given clients hold a NaN. Checked loaders refuse it, so it is put in late."""
+    inputs = DATA.train.inputs.copy()
+    for client in clients:
+        inputs[CLIENTS.rows(client)[0]] = np.nan
+    import dataclasses
+
+    return dataclasses.replace(DATA, train=DATA.train._replace(inputs=inputs))
+
+
+def test_a_client_that_is_not_finite_is_left_out_counted_and_named():
+    everyone = lambda *_: [1, 3, 5, 7]  # noqa: E731
+    without = run(fl.fedavg(TASK, **COMMON), cohort=lambda *_: [1, 5, 7], rounds=1)
+    with pytest.warns(RuntimeWarning, match="left out 1 of 4 clients .* not finite: 3"):
+        result = run(fl.fedavg(TASK, **COMMON), data=poisoned([3]), cohort=everyone, rounds=1)
+    assert result.history["clients_left_out"].tolist() == [1]
+    np.testing.assert_allclose(flat(result.variables), flat(without.variables), rtol=1e-6)
+    assert np.isfinite(result.history["train_loss"]).all()
+    assert result.costs.clients == [4]  # it has sent all the same
+
+
+def test_a_run_whose_clients_all_fail_stops_with_the_last_good_model():
+    cohorts = {1: [0, 1], 2: [2, 3], 3: [4, 5]}
+    good = run(fl.fedavg(TASK, **COMMON), cohort=lambda s, r, k: cohorts[r], rounds=1)
+    with pytest.raises(fl.DivergedError, match="round 2: none of the 2 clients") as caught:
+        run(
+            fl.fedavg(TASK, **COMMON),
+            data=poisoned([2, 3]),
+            cohort=lambda s, r, k: cohorts[r],
+            rounds=3,
+        )
+    assert np.array_equal(flat(caught.value.result.variables), flat(good.variables))
+    assert len(caught.value.result.history) == 2
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+class Wants2D(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Conv(4, (3, 3))(x).reshape(x.shape[0], -1)[:, :3] @ jnp.ones((5, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": -1}, "rounds=-1 must be a whole number of at least 0"),
+        ({"rounds": 1.5}, "rounds=1.5"),
+        ({"eval_every": 0}, "eval_every=0 must be a whole number of at least 1"),
+        ({"seed": -3}, "seed=-3"),
+        ({"cohort": 13}, "cohort=13 exceeds the 12 clients in this partition"),
+        ({"cohort": 0}, "cohort=0 must be at least 1"),
+        ({"cohort": 1.5}, "neither a whole number of clients nor a share"),
+        ({"cohort": "four"}, "must be a number of clients"),
+        ({"cohort": lambda *_: [1, 99]}, "ids 1 to 99 in round 1; clients are 0 to 11"),
+        ({"cohort": lambda *_: [1, 1]}, "a client twice"),
+        ({"cohort": lambda *_: []}, "give client ids"),
+        ({"plan": fl.Plan(devices=64)}, "plan.devices=64 but jax sees 4"),
+        ({"plan": fl.Plan(width=0)}, "plan.width=0 must be a whole number of at least 1"),
+        ({"variables": {"params": {"hidden1": {"kernel": jnp.zeros((4, 9))}}}}, "has shape"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(fl.FedLPError, match=message):
+        run(fl.fedavg(TASK, **COMMON), **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fl.fedavg(TASK, **COMMON | {"epochs": 0}), "epochs=0 must be a whole number"),
+        (lambda: fl.fedavg(TASK, steps=3, **COMMON), "give epochs or steps, one of the two"),
+        (lambda: fl.fedavg(TASK, weighting="size", **COMMON), "weighting 'size' is unknown"),
+        (lambda: fl.fedavg(TASK, aggregator="masked_means", **COMMON), "did you mean 'masked_mean'"),
+        (lambda: fl.fedlp_hetero(TASK, depths=1, heads="keep", **COMMON), "heads='keep' must be"),
+        (lambda: run(fl.fedlp_hetero(TASK, depths=4, **COMMON)), "depths=4 is outside 1 to 3"),
+        (lambda: run(fl.fedlp_hetero(TASK, depths=[0.5, 0.4], **COMMON)), r"depths has shape \[2\]"),
+        (lambda: run(fl.fedlp_homo(TASK, keep=2.0, **COMMON)), "keep=2 is outside"),
+        (
+            lambda: run(fl.fedlp_hetero(TASK, depths=1, layers={"hidden": "body"}, **COMMON)),
+            "layer 'body' is only partly in the submodel of depth 1",
+        ),
+        (
+            lambda: run(fl.fedavg(fl.classification(Steps(classes=2)), **COMMON)),
+            "the model has 2 outputs but 'arrays' has 3 classes",
+        ),
+        (
+            lambda: run(fl.fedavg(fl.classification(Wants2D()), **COMMON)),
+            r"the model cannot take the inputs of 'arrays', of shape \[4\]",
+        ),
+        (
+            lambda: run(
+                fl.fedavg(TASK, **COMMON),
+                clients=fl.partition.iid(np.zeros(30, np.int64), clients=3),
+            ),
+            "made for 30 examples but the training split of 'arrays' has 60",
+        ),
+        (lambda: fl.classification("resnet"), "a model must be a flax linen module"),
+    ],
+)
+def test_refusals_of_algorithms(make, message):
+    with pytest.raises(fl.FedLPError, match=message):
+        make()
+
+
+def test_nothing_is_compiled_before_a_refusal(caplog):
+    with jax.log_compiles(True), pytest.raises(fl.FedLPError):
+        run(fl.fedavg(TASK, **COMMON), cohort=99)
+    assert not [r for r in caplog.records if "ompil" in r.getMessage()]
+    with jax.log_compiles(True):
+        run(fl.fedavg(TASK, **COMMON), rounds=1)
+    assert [r for r in caplog.records if "ompil" in r.getMessage()]  # the log would have shown it
