@@ -115,6 +115,7 @@ Partition = Annotated[
 # MODEL
 
 _HIDDEN = (512, 128, 128, 64, 32)
+Init = Annotated[str, Checked(choice("flax", "pytorch"))]
 
 
 class FedLPCNN(Section):
@@ -122,13 +123,14 @@ class FedLPCNN(Section):
 
     name: Literal["fedlp_cnn"]
     depth: Annotated[int, Checked(whole(1, 5))] = 5
-    init: Annotated[str, Checked(choice("flax", "pytorch"))] = "flax"
+    init: Init = "flax"
 
 
 class MNISTCNN(Section):
     """Two convolutions and two dense layers."""
 
     name: Literal["mnist_cnn"]
+    init: Init = "flax"
 
 
 class MLP(Section):
@@ -136,18 +138,21 @@ class MLP(Section):
 
     name: Literal["mlp"]
     hidden: Annotated[tuple[int, ...], Checked(several(whole(1), minimum=0))] = _HIDDEN
+    init: Init = "flax"
 
 
 class ResNet(Section):
     """Three stages of two blocks with 16, 32 and 64 channels."""
 
     name: Literal["resnet"]
+    init: Init = "flax"
 
 
 class Logistic(Section):
     """One dense layer."""
 
     name: Literal["logistic"]
+    init: Init = "flax"
 
 
 Model = Annotated[FedLPCNN | MNISTCNN | MLP | ResNet | Logistic, Field(discriminator="name")]

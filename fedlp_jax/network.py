@@ -66,7 +66,9 @@ def network(module: Any) -> Network:
         return _linen(module)
     if isinstance(module, nnx.Module):
         return _nnx(module)
-    if callable(module) and "rngs" in inspect.signature(module).parameters:
+    # The signature of an nnx class is that of its metaclass; its own is at `__init__`.
+    maker = module.__init__ if inspect.isclass(module) else module
+    if callable(module) and "rngs" in inspect.signature(maker).parameters:
         return _nnx_factory(module)
     raise FedLPError(
         f"a model must be a flax linen module, an nnx module or a function of `rngs` that returns "

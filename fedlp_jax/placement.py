@@ -207,7 +207,7 @@ def map_sum(
             part = level.embed(shared, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
             own.append(mine)
-        return jax.lax.psum(total, AXIS), common, tuple(own)
+        return _sum_over_devices(total), common, tuple(own)
 
     # Loop carries start as constants, equal on all devices, and become different ones: the check of
     # varying axes would ask for a cast of each.
@@ -218,6 +218,19 @@ def map_sum(
         out_specs=(Spec(), Spec(AXIS), Spec(AXIS)),
         check_vma=False,
     )(shared, clients, segment)
+
+
+def _sum_over_devices(tree: PyTree) -> PyTree:
+    """One psum for all leaves of a dtype: one message over the network, whatever the model."""
+    leaves, treedef = jax.tree.flatten(tree)
+    totals = list(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        of_dtype = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = jax.lax.psum(jnp.concatenate([leaves[i].ravel() for i in of_dtype]), AXIS)
+        ends = np.cumsum([leaves[i].size for i in of_dtype])
+        for i, part in zip(of_dtype, jnp.split(flat, ends[:-1]), strict=True):
+            totals[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(treedef, totals)
 
 
 def _alone(level: Level) -> Callable[[PyTree, PyTree, Array], Any]:

@@ -63,7 +63,7 @@ class PrivateStore:
 
             stack = jax.jit(
                 lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
-            )(jnp.asarray(members, jnp.int32))
+            )(jnp.asarray(members if len(members) else [0], jnp.int32))  # a level may be empty
             self.stacks += (stack,)
         self._gather = jax.jit(_gather, out_shardings=over_clients(plan))
         self._scatter = jax.jit(_scatter, donate_argnums=0, out_shardings=replicated(plan))
@@ -101,7 +101,7 @@ class PrivateStore:
 
 def _gather(stacks: tuple[PyTree, ...], indices: tuple[Array, ...]) -> tuple[PyTree, ...]:
     return tuple(
-        jax.tree.map(lambda x, i=i: x.at[i].get(mode="clip") if len(x) else x[:0], stack)
+        jax.tree.map(lambda x, i=i: x.at[i].get(mode="clip"), stack)
         for stack, i in zip(stacks, indices, strict=True)
     )
 

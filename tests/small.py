@@ -22,7 +22,7 @@ class Steps(nn.Module):
         for i in range(1, self.depth + 1):
             x = nn.Dense(self.width, name=f"hidden{i}")(x)
             if self.norm:
-                x = nn.BatchNorm(use_running_average=not train, name=f"norm{i}")(x)
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.8, name=f"norm{i}")(x)
             x = nn.relu(x)
         return nn.Dense(self.classes, name=f"head{self.depth}")(x)
 

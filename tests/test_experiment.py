@@ -200,7 +200,7 @@ def test_a_natural_partition_needs_data_that_names_clients(tmp_path):
     [
         ({"data__name": "digit"}, "digits"),
         ({"partition__clients": 5000}, "5,?000"),
-        ({"model": {"name": "fedlp_cnn"}}, "shape"),
+        ({"model": {"name": "mnist_cnn"}}, "MNISTCNN needs images"),
         ({"algorithm__keep": [0.5, 0.5, 0.5]}, "keep has shape"),
         ({"algorithm__keep": {"nobody": 0.5}}, "unknown layers"),
         ({"plan": {"devices": 99}}, "plan.devices=99"),

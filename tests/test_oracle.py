@@ -103,7 +103,9 @@ def oracle(data, clients, start, *, keep, by_tensor, weigh, depths, heads, serve
                     continue
                 senders[unit] += 1
                 for part in np.atleast_1d(parts):
-                    total[name][part] = total[name][part] + a * (new[name][part] - server[name][part])
+                    total[name][part] = total[name][part] + a * (
+                        new[name][part] - server[name][part]
+                    )
                     weight[name][part] += a
         for name in server:
             for part in (0, 1):

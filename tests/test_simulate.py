@@ -47,7 +47,9 @@ def test_one_uploader_gives_its_layer_to_one_ulp():
     keep[5] = 1.0
     together = run(fl.fedlp_homo(TASK, keep=keep, **COMMON), rounds=1, cohort=12)
     alone = run(fl.fedavg(TASK, **COMMON), rounds=1, cohort=lambda *_: [5])
-    np.testing.assert_allclose(flat(together.variables), flat(alone.variables), rtol=3e-7, atol=1e-8)
+    np.testing.assert_allclose(
+        flat(together.variables), flat(alone.variables), rtol=3e-7, atol=1e-8
+    )
     assert together.costs.senders[0].tolist() == [1, 1, 1, 1]
 
 
@@ -81,9 +83,7 @@ def _lowered(algorithm, seed):
     prepared = _Run(algorithm, DATA, CLIENTS, 1, 4, seed, None, ONE, None)
     cohort, private, _ = prepared._stage(1)
     program = jax.jit(lambda *a: algorithm.round(*a, prepared.plan))
-    return program.lower(
-        prepared.state, private, prepared.train, cohort, prepared.key
-    ).as_text()
+    return program.lower(prepared.state, private, prepared.train, cohort, prepared.key).as_text()
 
 
 # --- repeatability ------------------------------------------------------------------------------
@@ -117,9 +117,7 @@ def test_the_order_of_a_cohort_does_not_matter():
 
 def test_many_rounds_and_cohorts_are_one_compilation():
     algorithm = fl.fedlp_hetero(TASK, depths="uniform", **COMMON)
-    clients = fl.partition.dirichlet(
-        DATA.train.labels, clients=12, alpha=0.5, seed=0, min_size=1
-    )
+    clients = fl.partition.dirichlet(DATA.train.labels, clients=12, alpha=0.5, seed=0, min_size=1)
     traces = []
     counted = algorithm._replace(
         round=lambda *a: traces.append(1) or algorithm.round(*a)  # runs only while tracing
@@ -282,10 +280,16 @@ def test_refusals(settings, message):
         (lambda: fl.fedavg(TASK, **COMMON | {"epochs": 0}), "epochs=0 must be a whole number"),
         (lambda: fl.fedavg(TASK, steps=3, **COMMON), "give epochs or steps, one of the two"),
         (lambda: fl.fedavg(TASK, weighting="size", **COMMON), "weighting 'size' is unknown"),
-        (lambda: fl.fedavg(TASK, aggregator="masked_means", **COMMON), "did you mean 'masked_mean'"),
+        (
+            lambda: fl.fedavg(TASK, aggregator="masked_means", **COMMON),
+            "did you mean 'masked_mean'",
+        ),
         (lambda: fl.fedlp_hetero(TASK, depths=1, heads="keep", **COMMON), "heads='keep' must be"),
         (lambda: run(fl.fedlp_hetero(TASK, depths=4, **COMMON)), "depths=4 is outside 1 to 3"),
-        (lambda: run(fl.fedlp_hetero(TASK, depths=[0.5, 0.4], **COMMON)), r"depths has shape \[2\]"),
+        (
+            lambda: run(fl.fedlp_hetero(TASK, depths=[0.5, 0.4], **COMMON)),
+            r"depths has shape \[2\]",
+        ),
         (lambda: run(fl.fedlp_homo(TASK, keep=2.0, **COMMON)), "keep=2 is outside"),
         (
             lambda: run(fl.fedlp_hetero(TASK, depths=1, layers={"hidden": "body"}, **COMMON)),

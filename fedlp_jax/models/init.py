@@ -1,0 +1,94 @@
+"""Networks and layers with a choice of initial values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedlp_jax.conv import conv_general_dilated
+from fedlp_jax.types import Array, FedLPError
+
+Init = str  # "flax" or "pytorch"
+_KNOWN = ("flax", "pytorch")
+
+
+class _InitKeyword(type):
+    """Lets a constructor take `init=`, which as a field would hide linen's method of that name."""
+
+    def __call__(cls, *args: Any, init: Init | None = None, **kwargs: Any) -> Any:
+        if init is not None:
+            kwargs["initial"] = init
+        return super().__call__(*args, **kwargs)
+
+
+class Model(nn.Module, kw_only=True, metaclass=_InitKeyword):
+    """A network that is made with `init="flax"` or `init="pytorch"`.
+
+    Flax: kernels are truncated normal of variance 1 / fan_in, biases 0. PyTorch: kernels and biases
+    are uniform in ±1 / sqrt(fan_in).
+
+    Raises:
+      FedLPError: another `init`.
+    """
+
+    initial: Init = "flax"  # what `init=` sets
+
+    def __post_init__(self) -> None:
+        if self.initial not in _KNOWN:
+            near = difflib.get_close_matches(str(self.initial), _KNOWN, 1)
+            raise FedLPError(
+                f"init={self.initial!r} is not known"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + f" There are: {', '.join(_KNOWN)}."
+            )
+        super().__post_init__()
+
+
+def dense(features: int, fan_in: int, init: Init, name: str) -> nn.Dense:
+    """`nn.Dense` from `fan_in` inputs to `features` outputs."""
+    return nn.Dense(features, name=name, **_initializers(init, fan_in))
+
+
+def conv(
+    features: int,
+    kernel_size: Sequence[int],
+    channels: int,
+    init: Init,
+    name: str,
+    *,
+    strides: int = 1,
+    padding: str | int = "SAME",
+    use_bias: bool = True,
+) -> nn.Conv:
+    """`nn.Conv` from `channels` to `features`, in this package's lowering."""
+    return nn.Conv(
+        features,
+        tuple(kernel_size),
+        strides=strides,
+        padding=padding,
+        use_bias=use_bias,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+        **_initializers(init, channels * math.prod(kernel_size)),
+    )
+
+
+def _initializers(init: Init, fan_in: int) -> dict[str, Any]:
+    """Arguments of a flax layer; flax's own are its defaults. See `Model`."""
+    if init == "flax":
+        return {}
+    uniform = _uniform(1 / math.sqrt(fan_in))
+    return {"kernel_init": uniform, "bias_init": uniform}
+
+
+def _uniform(bound: float) -> Callable[..., Array]:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+    return init

@@ -1,0 +1,118 @@
+"""Batch normalisation with PyTorch's semantics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedlp_jax.types import Array
+
+
+class BatchNorm(nn.Module):
+    """Normalises every channel over all other axes, as `torch.nn.BatchNorm2d` does.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    A batch is normalised with its biased variance, but the running variance, with which evaluation
+    normalises, moves towards the unbiased one, n / (n - 1) times as large: the one thing in which
+    `flax.linen.BatchNorm` differs. It takes the same `mask`.
+
+    Parameters are `scale` and `bias`, statistics `mean` and `var` in the collection `batch_stats`.
+    They are computed in float32 or wider, whatever the dtype of the input.
+    """
+
+    use_running_average: bool | None = None
+    momentum: float = 0.9  # running = momentum * running + (1 - momentum) * batch
+    epsilon: float = 1e-5
+    unbiased: bool = True  # False: the running variance is the biased one, as in flax
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Normalises `x`, and moves the running statistics unless they are used.
+
+        Args:
+          x: `[..., channels]`.
+          use_running_average: normalise with the running statistics; here or as a field.
+          mask: bool, broadcastable to `x`; False leaves an element out of the statistics. All of
+            it False: they stay as they are.
+
+        Returns:
+          Like `x`, in the wider dtype of `x` and the parameters.
+        """
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
+        dtype = _widest(x.dtype, scale.dtype)
+        compute = _widest(dtype, jnp.float32)
+        running = _widest(self.param_dtype, jnp.float32)
+        ra_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, running)
+        ra_var = self.variable("batch_stats", "var", jnp.ones, channels, running)
+
+        shape = (1,) * (x.ndim - 1) + channels
+        x, scale, bias = (t.astype(compute) for t in (x, scale.reshape(shape), bias.reshape(shape)))
+        if evaluate:
+            mean, var = (t.value.astype(compute).reshape(shape) for t in (ra_mean, ra_var))
+            return ((x - mean) * (scale * lax.rsqrt(var + self.epsilon)) + bias).astype(dtype)
+
+        count = _count(x, mask)
+        mean, centred, var = _moments(x, count, mask)
+        if not self.is_initializing():
+            # One element has no unbiased variance; the biased one, 0, stands in for it.
+            spread = count / jnp.maximum(count - 1, 1) if self.unbiased else jnp.ones_like(count)
+            for average, batch in ((ra_mean, mean), (ra_var, var * spread)):
+                old = average.value
+                new = self.momentum * old + (1 - self.momentum) * _flat(batch, old.dtype)
+                average.value = jnp.where(_flat(count, count.dtype) > 0, new, old)
+        gain = scale * lax.rsqrt(var + self.epsilon)
+        # `centred` holds the mean as a constant. Its gradient enters through a term that is zero,
+        # one channel wide, so that going backward takes two reductions over the batch and no more.
+        return (centred * gain + (bias + (lax.stop_gradient(mean) - mean) * gain)).astype(dtype)
+
+
+def _count(x: Array, mask: Array | None) -> Array:
+    """Elements of a channel that enter the statistics, `[1, ..., 1 or channels]` in x's dtype."""
+    everything = math.prod(x.shape[:-1])
+    if mask is None:
+        return jnp.full((1,) * x.ndim, everything, x.dtype)
+    mask = _aligned(mask, x)
+    kept = mask.sum(range(x.ndim - 1), dtype=x.dtype, keepdims=True)
+    return kept * (everything // math.prod(mask.shape[:-1]))
+
+
+def _moments(x: Array, count: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """`(mean, x - mean, biased variance)`; the second holds the mean as a constant.
+
+    Two passes: the mean of squares less the square of the mean would lose all digits of a channel
+    whose mean is large. d var / d mean is 0, so that nothing is lost by the constant either.
+    """
+    axes, elements = tuple(range(x.ndim - 1)), jnp.maximum(count, 1)
+    keep = (lambda t: t) if mask is None else lambda t: jnp.where(_aligned(mask, x), t, 0)
+    mean = keep(x).sum(axes, keepdims=True) / elements
+    centred = x - lax.stop_gradient(mean)
+    var = jnp.square(keep(centred)).sum(axes, keepdims=True) / elements
+    return mean, centred, var
+
+
+def _aligned(mask: Array, x: Array) -> Array:
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+
+def _flat(x: Array, dtype: Any) -> Array:
+    return x.reshape(-1).astype(dtype)
+
+
+def _widest(*dtypes: Any) -> Any:
+    # Said so, as a process may have switched implicit promotion off.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)

@@ -1,0 +1,61 @@
+"""Max-pooling whose gradient is fast in XLA's CPU backend, and right where elements tie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fedlp_jax.types import Array
+
+
+def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
+    """The largest element of every window; windows do not overlap.
+
+    After a ReLU a third of the windows of a CIFAR-10 image have ties. The gradient goes to the
+    first of the largest elements in row-major order, as that of `flax.linen.max_pool` does.
+
+    Args:
+      x: `[B, height, width, channels]`. Rows and columns past the last whole window are left out.
+      window: its height and width.
+
+    Returns:
+      `[B, height // window height, width // window width, channels]`.
+    """
+    kh, kw = window
+    batch, height, width, channels = x.shape
+    h, w = height // kh, width // kw
+    return _largest(x[:, : h * kh, : w * kw].reshape(batch, h, kh, w, kw, channels))
+
+
+@jax.custom_jvp
+def _largest(x: Array) -> Array:
+    """`[B, h, kh, w, kw, channels] -> [B, h, w, channels]`."""
+    return _winner(x)[0]
+
+
+@_largest.defjvp
+def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    largest, index = _winner(x)
+    # One element of a window is selected by its place, never by a comparison with the maximum: XLA
+    # may compute the two in separate fusions that differ in the last bit, and then none is equal.
+    place = jnp.arange(x.shape[2] * x.shape[4], dtype=index.dtype)
+    place = place.reshape(1, 1, x.shape[2], 1, x.shape[4], 1)
+    won = jnp.expand_dims(index, (2, 4)) == place
+    return largest, jnp.where(won, tangent, jnp.zeros((), tangent.dtype)).sum((2, 4))
+
+
+def _winner(x: Array) -> tuple[Array, Array]:
+    """The largest element of each window and its place, row-major; NaN counts as the largest."""
+    kh, kw = x.shape[2], x.shape[4]
+    places = jnp.int8 if kh * kw < 128 else jnp.int32
+    best = x[:, :, 0, :, 0]
+    index = jnp.zeros(best.shape, places)
+    for place in range(1, kh * kw):
+        other = x[:, :, place // kw, :, place % kw]
+        better = ~(best >= other) & (best == best)
+        best = jnp.where(better, other, best)
+        index = jnp.where(better, jnp.asarray(place, places), index)
+    return best, index

@@ -1,0 +1,111 @@
+"""Slots and chunks: every client once, on any plan, and one reduction a round."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import Steps, dataset
+
+import fedlp_jax as fl
+from fedlp_jax.placement import Level, Plan, lay_out, map_sum, resolve, slots_per_device
+from fedlp_jax.simulate import _Run
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 3])
+def test_every_client_has_one_slot_in_its_level(devices, width):
+    rng = np.random.default_rng(devices)
+    steps, level = rng.integers(1, 50, 23), rng.integers(0, 3, 23)
+    layout = lay_out(steps, level, [1.0, 2.0, 4.0], Plan(devices, width))
+    member = layout.member.reshape(devices, -1)
+    assert sorted(member[member >= 0]) == list(range(23))
+    for d in range(devices):
+        for g in range(3):
+            here = member[d, layout.segment[d, g] : layout.segment[d, g + 1]]
+            assert (level[here] == g).all()
+            assert (np.diff(steps[here]) <= 0).all()  # longest first
+        assert (member[d, layout.segment[d, -1] :] == -1).all()
+    assert 0 <= layout.padded_share < 1
+    if width == 1:
+        assert layout.padded_share == 0
+
+
+def test_heavy_clients_are_spread_by_modelled_work():
+    steps = np.array([100, 1, 1, 1, 1, 96])
+    layout = lay_out(steps, np.zeros(6, int), [1.0], Plan(2, 1))
+    loads = [steps[m[m >= 0]].sum() for m in layout.member.reshape(2, -1)]
+    assert loads == [100, 100]
+    assert layout.imbalance == 1.0
+    # A level that costs ten times as much counts for ten.
+    layout = lay_out(np.full(4, 5), np.array([1, 0, 0, 0]), [1.0, 10.0], Plan(2, 1))
+    assert sorted((layout.member.reshape(2, -1) >= 0).sum(axis=1)) == [1, 3]
+
+
+def test_slots_leave_room_for_uneven_clients():
+    assert slots_per_device(10, 1) == 10
+    assert slots_per_device(10, 4) == 6
+    assert slots_per_device(1, 1) == 1
+
+
+@pytest.mark.parametrize("plan", [Plan(1, 1), Plan(1, 3), Plan(2, 1), Plan(4, 3), Plan(1, 64)])
+def test_map_sum_runs_each_client_at_its_level(plan):
+    """Levels multiply by 1 and 10; idle lanes and empty slots must not reach the sum."""
+    clients = np.arange(1, 12)
+    level = clients % 2
+    layout = lay_out(clients, level, [1.0, 1.0], plan)
+    value = np.where(layout.member >= 0, clients[layout.member], -1000).astype(np.int32)
+
+    def make(factor):
+        def run(shared, x, active, bounds):
+            counted = jnp.where(active, x * factor + shared, 0)
+            return counted, x * 2, {"own": x * factor}
+
+        return Level(run, lambda x: x.max(), lambda shared, total: total)
+
+    total, common, own = jax.jit(
+        lambda v, s: map_sum([make(1), make(10)], jnp.int32(7), v, s, plan)
+    )(jnp.asarray(value), jnp.asarray(layout.segment))
+    assert int(total) == (clients * np.where(level, 10, 1)).sum() + 7 * len(clients)
+    ran = layout.member >= 0
+    np.testing.assert_array_equal(np.asarray(common), np.where(ran, value * 2, 0))
+    odd = ran & (value % 2 == 1)
+    np.testing.assert_array_equal(np.asarray(own[1]["own"]), np.where(odd, value * 10, 0))
+
+
+def test_plans_are_completed_for_the_machine():
+    assert resolve(None, 10) == Plan(4, 1)  # a device a stream of clients, one client at a time
+    assert resolve(Plan(width=99), 10) == Plan(4, 3)
+    assert resolve(Plan(devices=4), 2) == Plan(2, 1)
+
+
+def test_setup_after_the_first_operation_says_so():
+    jnp.zeros(1).block_until_ready()
+    with pytest.raises(fl.FedLPError, match="jax is already in use"):
+        fl.setup(cpu_devices=3)
+
+
+def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=12)
+    algorithm = fl.fedlp_hetero(
+        fl.classification(Steps(norm=True)),
+        depths="uniform",
+        heads="shared",
+        client_optimizer=optax.adam(1e-3),
+        batch_size=2,
+    )
+    run = _Run(algorithm, data, clients, 1, 8, 0, None, Plan(4, 2), None)
+    run.compile()
+    text = run.round_program.as_text()
+    reductions = [line for line in text.splitlines() if re.search(r"= .*\ball-reduce\(", line)]
+    assert len(reductions) == 1, reductions
+    assert "all-gather(" not in text
+    jaxpr = str(
+        jax.make_jaxpr(lambda *a: algorithm.round(*a, run.plan))(
+            run.state, (), run.train, run._stage(1)[0], run.key
+        )
+    )
+    assert len(re.findall(r"\bpsum\w*\[", jaxpr)) == 1
