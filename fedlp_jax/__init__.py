@@ -31,6 +31,7 @@ from fedlp_jax.placement import setup as setup
 from fedlp_jax.result import DivergedError as DivergedError
 from fedlp_jax.result import Result as Result
 from fedlp_jax.simulate import simulate as simulate
+from fedlp_jax.simulation import Simulation as Simulation
 from fedlp_jax.task import Task as Task
 from fedlp_jax.task import classification as classification
 from fedlp_jax.types import FedLPError as FedLPError

@@ -45,7 +45,7 @@ def cohort_size(rule: CohortRule, clients: int, seed: int) -> int:
         return len(_from_function(rule, seed, 1, clients))
     if isinstance(rule, bool) or not isinstance(rule, numbers.Real):
         raise FedLPError(
-            f"cohort={rule!r} must be a number of clients, a share in (0, 1), or a function "
+            f"cohort={rule!r} must be a number of clients, a share in (0, 1], or a function "
             "(seed, round, K) -> ids."
         )
     if isinstance(rule, numbers.Integral):

@@ -240,8 +240,8 @@ def _note_failure(
         return
     statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
     status = statuses.get(type(error), "failed")
-    summary = {"status": status, "rounds": len(rows), "final": rows[-1], "error": str(error)}
-    directory.summarize(summary | environment())
+    summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
+    directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
     error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
 
 

@@ -88,10 +88,17 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     )
 
 
-def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int | None]:
-    """MACs of each layer; None where a layer is no module, as with `by_tensor`."""
-    totals: dict[str, int] = {}
+def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int]:
+    """MACs of each layer, `L` numbers.
+
+    Where tensors are layers, those of a module are given to its kernel, or to the scale of a
+    normalisation. Layers named by an expression of one's own get none.
+    """
+    totals = dict(macs)
     for module, count in macs.items():
-        name = module.split("/")[0]
-        totals[name] = totals.get(name, 0) + count
-    return [totals.get(name) for name in layers.names]
+        top = module.split("/")[0]
+        if top != module:
+            totals[top] = totals.get(top, 0) + count
+        for tensor in ("kernel", "scale"):
+            totals[f"{module}/{tensor}"] = count
+    return [totals.get(name, 0) for name in layers.names]

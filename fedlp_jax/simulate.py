@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import collections
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from fedlp_jax import checks
-from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
-from fedlp_jax.cohort import CohortBuilder, CohortRule, cohort_size, members
-from fedlp_jax.costs import Ledger, forward_macs
-from fedlp_jax.data.batching import example_of
-from fedlp_jax.data.datasets import Dataset, Split
+from fedlp_jax.cohort import CohortRule
+from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.layers import layer_table
-from fedlp_jax.placement import Layout, Plan, over_clients, replicated, resolve
+from fedlp_jax.placement import Plan
 from fedlp_jax.progress import Progress
-from fedlp_jax.result import DivergedError, History, Result, Row
-from fedlp_jax.store import PrivateStore
-from fedlp_jax.types import (
-    Array,
-    Cohort,
-    Examples,
-    Normalize,
-    RoundMetrics,
-    ServerState,
-    Variables,
-)
+from fedlp_jax.result import Result, Row
+from fedlp_jax.simulation import Pending, Simulation
+from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
 
 # Rounds the device may be ahead of the host. One is enough to hide the host's work.
 _AHEAD = 1
-
-
-class _Pending(NamedTuple):
-    """A dispatched round whose numbers the host has not read."""
-
-    round: int
-    cohort: Cohort  # numpy
-    metrics: RoundMetrics  # on the device
-    tested: dict[str, Any] | None
 
 
 def simulate(
@@ -75,7 +47,7 @@ def simulate(
       data: from `load` or `from_arrays`.
       clients: from `fedlp_jax.partition`.
       rounds: server updates; 0 returns the initial model.
-      cohort: clients a round: a number, a share in (0, 1), or a function `(seed, round, K) -> ids`.
+      cohort: clients a round: a number, a share in (0, 1], or a function `(seed, round, K) -> ids`.
       seed: of everything that is drawn.
       eval_every: test every so many rounds; None = after the last only, which always is tested.
 
@@ -95,11 +67,21 @@ def simulate(
       FedLPError: bad input, before anything is compiled.
       DivergedError: no client of a round had a finite update.
     """
-    run = _Run(algorithm, data, clients, rounds, cohort, seed, eval_every, plan, variables)
+    run = Simulation(
+        algorithm,
+        data,
+        clients,
+        rounds=rounds,
+        cohort=cohort,
+        seed=seed,
+        eval_every=eval_every,
+        plan=plan,
+        variables=variables,
+    )
     with Progress(rounds, data.name, wanted=progress) as shown:
         listeners = [shown.update] + ([log] if log is not None else [])
         run.compile()
-        pending: collections.deque[_Pending] = collections.deque()
+        pending: collections.deque[Pending] = collections.deque()
         started = run.clock = time.perf_counter()
         for round in range(1, rounds + 1):
             pending.append(run.dispatch(round))
@@ -111,190 +93,3 @@ def simulate(
             run.read(pending.popleft(), listeners)
     run.readings["run_seconds"] = time.perf_counter() - started
     return run.result()
-
-
-class _Run:
-    """One run: what is checked and compiled once, and the state that changes."""
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        data: Dataset,
-        clients: Partition,
-        rounds: int,
-        cohort: CohortRule,
-        seed: int,
-        eval_every: int | None,
-        plan: Plan | None,
-        variables: Variables | None,
-    ):
-        checks.check_numbers(rounds, seed, eval_every)
-        checks.check_partition(clients, data)
-        self.algorithm, self.rounds, self.seed, self.rule = algorithm, rounds, seed, cohort
-        self.eval_every = eval_every or max(rounds, 1)
-        self.population = clients.clients
-        self.size = cohort_size(cohort, self.population, seed)
-        self.plan = resolve(plan, self.size)
-        root = jax.random.key(seed)
-        example = example_of(_examples(data.train, data.normalize))
-        checks.check_model(algorithm, example, data, root)
-        assigned = algorithm.assign(root, self.population)
-        state = algorithm.init(root, example, self.population, variables)
-        checks.check_variables(algorithm, example, root, state.variables)
-        self.layers = layer_table(state.variables, algorithm.layers)
-        self.levels = algorithm.levels(state.variables, example)
-        self.builder = CohortBuilder(
-            clients, assigned, algorithm.local_steps, self._level_costs(root, example), self.plan
-        )
-        everywhere = replicated(self.plan)
-        # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = jax.device_put(jax.tree.map(jnp.copy, state), everywhere)
-        self.key = jax.device_put(root, everywhere)
-        self.train = jax.device_put(_examples(data.train, data.normalize), everywhere)
-        self.test = jax.device_put(_examples(data.test, data.normalize), everywhere)
-        self.store = None
-        if algorithm.persist:
-            self.store = PrivateStore(self.levels, assigned, root, example, self.plan)
-        self.ledger = Ledger(self.layers, self.population)
-        self.history = History()
-        self.readings: dict[str, float] = {}
-        self.layouts: list[Layout] = []
-        self.clock = 0.0
-
-    def compile(self) -> None:
-        """Traces, lowers and compiles the round and the evaluation, and times each."""
-        if self.rounds == 0:
-            return
-        cohort, private, _ = self._stage(1)
-        everywhere, split = replicated(self.plan), over_clients(self.plan)
-        algorithm, plan = self.algorithm, self.plan
-        round_program = jax.jit(
-            lambda state, private, examples, cohort, key: algorithm.round(
-                state, private, examples, cohort, key, plan
-            ),
-            donate_argnums=(0, 1),
-            out_shardings=(everywhere, split, split),
-        )
-        arguments = (self.state, private, self.train, cohort, self.key)
-        self.round_program = self._timed(round_program, "round", arguments)
-        test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
-        self.test_program = self._timed(test_program, "test", (self.state.variables, self.test))
-
-    def dispatch(self, round: int) -> _Pending:
-        """Starts a round and, where due, its evaluation; waits for nothing."""
-        cohort, private, host = self._stage(round)
-        self.state, private, metrics = self.round_program(
-            self.state, private, self.train, cohort, self.key
-        )
-        if self.store is not None:
-            self.store.put(np.asarray(host.client), private)
-        tested = None
-        if round % self.eval_every == 0 or round == self.rounds:
-            tested = self.test_program(self.state.variables, self.test)
-        return _Pending(round, host, metrics, tested)
-
-    def read(self, pending: _Pending, listeners: Sequence[Callable[[Row], None]]) -> Row:
-        """Waits for a round's numbers and books them.
-
-        Raises:
-          DivergedError: no client counted.
-        """
-        metrics, tested = jax.device_get((pending.metrics, pending.tested))
-        now = time.perf_counter()
-        ran = np.asarray(pending.cohort.client) >= 0
-        ids = np.asarray(pending.cohort.client)[ran]
-        order = np.argsort(ids)
-        ids, metrics = ids[order], jax.tree.map(lambda x: x[ran][order], metrics)
-        row: Row = {"round": pending.round}
-        row |= metric.train_metrics(
-            metrics.client,
-            np.asarray(pending.cohort.level)[ran][order],
-            len(self.levels),
-            self.algorithm.train_loss,
-        )
-        if tested is not None:
-            row |= metric.test_metrics(tested)
-        row |= self.ledger.add(ids, metrics.upload, metrics.download)
-        row["seconds"], self.clock = now - self.clock, now
-        self.history.rows.append(row)
-        for listener in listeners:
-            listener(row)
-        self._warn_of_left_out(pending.round, ids[~metrics.client.finite], len(ids))
-        return row
-
-    def result(self) -> Result:
-        """The run so far."""
-        if self.layouts:
-            self.readings["padded_share"] = float(np.mean([x.padded_share for x in self.layouts]))
-            self.readings["imbalance"] = float(np.mean([x.imbalance for x in self.layouts]))
-        return Result(
-            self.levels[-1].extract(self.state.variables),
-            self.state,
-            self.history,
-            self.ledger,
-            self.plan,
-            self.layers,
-            self.readings,
-        )
-
-    def _stage(self, round: int) -> tuple[Cohort, tuple[Any, ...], Cohort]:
-        """The cohort of a round: on the device, its private variables, and on the host."""
-        ids = members(self.rule, self.seed, round, self.population, self.size)
-        host, layout = self.builder.build(ids)
-        self.layouts.append(layout)
-        private: tuple[Any, ...] = ()
-        if self.store is not None:
-            private = self.store.rows(np.asarray(host.client))
-        return jax.device_put(host, over_clients(self.plan)), private, host
-
-    def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
-        start = time.perf_counter()
-        traced = program.trace(*arguments)
-        lowering = time.perf_counter()
-        lowered = traced.lower()
-        compiling = time.perf_counter()
-        compiled = lowered.compile()
-        end = time.perf_counter()
-        self.readings[f"{name}_trace_seconds"] = lowering - start
-        self.readings[f"{name}_lowering_seconds"] = compiling - lowering
-        self.readings[f"{name}_compile_seconds"] = end - compiling
-        return compiled
-
-    def _level_costs(self, root: Array, example: Any) -> list[float]:
-        if len(self.levels) == 1:
-            return [1.0]
-        return [
-            float(
-                sum(
-                    forward_macs(
-                        level.task, checks.initial_shapes(level.task, root, example), example
-                    ).values()
-                )
-            )
-            for level in self.levels
-        ]
-
-    def _warn_of_left_out(self, round: int, left_out: np.ndarray, clients: int) -> None:
-        if not len(left_out):
-            return
-        who = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
-        if len(left_out) < clients:
-            warnings.warn(
-                f"round {round}: left out {len(left_out)} of {clients} clients whose update was "
-                f"not finite: {who}.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return
-        raise DivergedError(
-            f"round {round}: none of the {clients} clients had a finite update ({who}), so there "
-            f"is nothing to average. The model is as after round {round - 1}; lower the client "
-            "learning rate, or look for NaN in the data.",
-            self.result(),
-        )
-
-
-def _examples(split: Split, normalize: Normalize) -> Examples:
-    arrays: tuple[Any, Any] = split.inputs, split.labels.astype(np.int32)  # on the host still
-    gain, shift = (np.asarray(x, np.float32) for x in normalize)
-    return Examples(*arrays, Normalize(gain, shift))

@@ -92,7 +92,7 @@ def _layer_table(view: Overview) -> Table:
         layers.names, layers.params, layers.statistics, macs_by_layer(macs, layers), strict=True
     )
     for name, params, statistics, count in columns:
-        table.add_row(name, f"{params:,}", f"{statistics:,}", "" if count is None else f"{count:,}")
+        table.add_row(name, f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
     table.add_section()
     totals = (layers.params.sum(), layers.statistics.sum(), sum(macs.values()))
     table.add_row(f"{len(layers)} layers", *(f"{total:,}" for total in totals))

@@ -89,9 +89,6 @@ def test_macs_by_hand():
 
 def test_a_shallow_client_really_runs_a_shallow_network():
     """FLOPs of the compiled round: a cohort of depth-1 clients is given no layer of depth 3."""
-    from fedlp_jax.placement import Plan
-    from fedlp_jax.simulate import _Run
-
     data = dataset(features=64)
     clients = fl.partition.iid(data.train.labels, clients=12)
     task = fl.classification(Steps(width=64))
@@ -101,7 +98,7 @@ def test_a_shallow_client_really_runs_a_shallow_network():
 
     def flops(depth):
         algorithm = fl.fedavg(task.at_depth(depth), client_optimizer=optax.sgd(0.1), batch_size=5)
-        run = _Run(algorithm, data, clients, 1, 4, 0, None, Plan(1, 1), None)
+        run = fl.Simulation(algorithm, data, clients, rounds=1, cohort=4, plan=fl.Plan(1, 1))
         run.compile()
         return run.round_program.cost_analysis()["flops"]
 

@@ -237,14 +237,20 @@ def test_a_diverged_run_keeps_the_rounds_before(tmp_path):
     assert 1 <= summary["rounds"] == len(rows) < 40
 
 
-def test_an_interrupted_run_keeps_the_rounds_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_interrupted_run_keeps_the_rounds_before(tmp_path, monkeypatch, rounds):
     def interrupted(*, log, **arguments):
         log({"round": 1, "upload_bytes": 1, "train_loss": 1.0})
         raise KeyboardInterrupt
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(experiment, "simulate", interrupted)
+    if rounds == 0:  # while the first one is being written
+        monkeypatch.setattr(experiment.RunDirectory, "append", interrupt)
     with pytest.raises(KeyboardInterrupt) as error:
         experiment.run(small(), tmp_path / "out")
-    assert error.value.__notes__ == [f"{tmp_path / 'out'} holds the first 1 rounds."]
+    assert error.value.__notes__ == [f"{tmp_path / 'out'} holds the first {rounds} rounds."]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
-    assert len(read_metrics(tmp_path / "out")) == 1
+    assert len(read_metrics(tmp_path / "out")) == rounds

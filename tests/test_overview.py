@@ -1,3 +1,6 @@
+import functools
+import json
+
 import numpy as np
 import pytest
 
@@ -33,7 +36,12 @@ HETERO = SMALL | {
 
 
 def of(raw):
-    config = parse_config(raw)
+    return _of(json.dumps(raw))
+
+
+@functools.cache
+def _of(text):
+    config = parse_config(json.loads(text))
     arguments = experiment.build(config)
     return config, arguments, overview(config, arguments)
 
@@ -68,11 +76,14 @@ def test_submodels_have_the_known_sizes():
     assert view.download_bytes == pytest.approx(4 * 4 * (sent + statistics), rel=1e-6)
 
 
-def test_macs_are_shown_where_layers_are_modules():
-    _, _, view = of(SMALL)
-    assert sum(macs_by_layer(view.levels[-1].macs, view.layers)) == 64 * 16 + 16 * 10
-    _, _, view = of(SMALL | {"algorithm": SMALL["algorithm"] | {"layers": "by_tensor"}})
-    assert macs_by_layer(view.levels[-1].macs, view.layers) == [None] * 4
+@pytest.mark.parametrize("layers", ["by_module", "by_tensor"])
+@pytest.mark.parametrize("raw", [SMALL, HETERO])
+def test_macs_of_layers_add_up(raw, layers):
+    _, _, view = of(raw | {"algorithm": raw["algorithm"] | {"layers": layers}})
+    counts = macs_by_layer(view.levels[-1].macs, view.layers)
+    assert sum(counts) == sum(view.levels[-1].macs.values())
+    if raw is SMALL and layers == "by_module":
+        assert counts == [64 * 16, 16 * 10]
 
 
 def test_the_tables_show_depths_only_where_there_are_some(capsys):

@@ -11,7 +11,6 @@ from small import Steps, dataset
 
 import fedlp_jax as fl
 from fedlp_jax.placement import Level, Plan, lay_out, map_sum, resolve, slots_per_device
-from fedlp_jax.simulate import _Run
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -97,7 +96,7 @@ def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
         client_optimizer=optax.adam(1e-3),
         batch_size=2,
     )
-    run = _Run(algorithm, data, clients, 1, 8, 0, None, Plan(4, 2), None)
+    run = fl.Simulation(algorithm, data, clients, rounds=1, cohort=8, plan=Plan(4, 2))
     run.compile()
     text = run.round_program.as_text()
     reductions = [line for line in text.splitlines() if re.search(r"= .*\ball-reduce\(", line)]

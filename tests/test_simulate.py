@@ -60,7 +60,7 @@ def test_inverse_probability_at_keep_one_is_fedavg():
 
 
 def test_fedavg_and_homo_are_one_program():
-    """Keep probabilities, weights and the seed are arguments of the program, not constants in it."""
+    """Keep probabilities, weights and the seed are arguments of the program, not constants."""
     texts = [
         _lowered(algorithm, seed)
         for algorithm, seed in (
@@ -78,10 +78,8 @@ def test_rates_are_arguments_of_the_program():
 
 
 def _lowered(algorithm, seed):
-    from fedlp_jax.simulate import _Run
-
-    prepared = _Run(algorithm, DATA, CLIENTS, 1, 4, seed, None, ONE, None)
-    cohort, private, _ = prepared._stage(1)
+    prepared = fl.Simulation(algorithm, DATA, CLIENTS, rounds=1, cohort=4, seed=seed, plan=ONE)
+    cohort, private, _, _ = prepared._stage(1)
     program = jax.jit(lambda *a: algorithm.round(*a, prepared.plan))
     return program.lower(prepared.state, private, prepared.train, cohort, prepared.key).as_text()
 
@@ -207,7 +205,7 @@ def test_a_schedule_scales_by_round():
 
 
 def poisoned(clients):
-    """Data in which the given clients hold a NaN. Checked loaders refuse it, so it is put in late."""
+    """Data in which the given clients hold a NaN; loaders refuse it, so it is put in late."""
     inputs = DATA.train.inputs.copy()
     for client in clients:
         inputs[CLIENTS.rows(client)[0]] = np.nan

@@ -75,9 +75,9 @@ def test_a_flag_gives_its_depth_to_six_in_ten():
 
 
 def test_depths_belong_to_the_client_not_to_the_population():
-    assert np.array_equal(assign_depths("uniform", KEY, 10, 5), assign_depths("uniform", KEY, 99, 5)[:10])
-    other = assign_depths("uniform", jax.random.key(1), 99, 5)
-    assert not np.array_equal(assign_depths("uniform", KEY, 99, 5), other)
+    few, many = (assign_depths("uniform", KEY, clients, 5) for clients in (10, 99))
+    assert np.array_equal(few, many[:10])
+    assert not np.array_equal(many, assign_depths("uniform", jax.random.key(1), 99, 5))
 
 
 def test_probabilities_and_explicit_depths():
