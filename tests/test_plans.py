@@ -2,8 +2,8 @@
 
 On the reference CNN, with its batch normalisation, at every plan of 1, 2 and 4 devices and widths
 1, 3 and the whole cohort. One ulp in the weights grows by about ten times a step in float32, so the
-exact comparison is in float64, and that in float32 ends after five steps. (Smaller images than these
-would leave batch normalisation a handful of elements, and rounding errors grow faster there.)
+exact comparison is in float64, and that in float32 ends after five steps. (Smaller images would
+leave batch normalisation a handful of elements, and rounding errors grow faster there.)
 """
 
 import jax
