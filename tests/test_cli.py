@@ -42,7 +42,9 @@ def fedlp(*words):
 
 def command(*words):
     """The command, as a process of its own."""
-    program = "from fedlp_jax.cli import main; main()"
+    # A parent that ignores Ctrl-C, such as a script's background job, would hand that down.
+    restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{restore}; from fedlp_jax.cli import main; main()"
     source = str(Path(cli.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, "-c", program, *words],
@@ -213,7 +215,10 @@ def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted()
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "fedlp: interrupted." in errors

@@ -1,0 +1,137 @@
+"""This package, and what a first try in JAX looks like."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import fedlp_jax as fl
+from benchmarks import parts, stage, workloads
+from fedlp_jax import conv
+from fedlp_jax.types import Array
+
+
+class Ours:
+    """`fl.Simulation`, which is what `simulate` runs, without evaluation."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        fl.setup(settings.get("devices"))
+        self.plan = fl.Plan(settings.get("devices"), settings.get("width"))
+        self.workload = workloads.read(folder)
+        self.data = parts.dataset(self.workload)
+        self.algorithm = parts.algorithm(self.workload)
+        clients = parts.partition(self.workload, self.data)
+        self.run = fl.Simulation(
+            self.algorithm,
+            self.data,
+            clients,
+            rounds=10**6,
+            cohort=self.workload.cohort,
+            plan=self.plan,
+        )
+        self.run.compile()
+        self.compile_seconds = sum(
+            self.run.readings[f"round_{part}_seconds"] for part in ("trace", "lowering", "compile")
+        )
+
+    def check(self) -> dict[str, np.ndarray]:
+        """The weights after a few steps of one client."""
+        run = fl.simulate(
+            self.algorithm,
+            self.data,
+            stage.check_partition(self.workload, self.data),
+            rounds=1,
+            cohort=lambda *_: [0],
+            plan=fl.Plan(devices=1, width=1),
+        )
+        return {"/".join(path): np.asarray(x) for path, x in flatten_dict(run.variables).items()}
+
+    def round(self, number: int) -> float:
+        """Seconds of a round."""
+        start = time.perf_counter()
+        self.run.read(self.run.dispatch(number))
+        return time.perf_counter() - start
+
+
+class Naive:
+    """`vmap(scan)` over clients and steps with `lax.conv`, a stack of models, then their mean."""
+
+    steps = 3  # of each client in a round; its convolutions are too slow for more
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.workload = workloads.read(folder)
+        self.steps = min(self.steps, self.workload.steps)
+        data = parts.dataset(self.workload)
+        gain, shift = data.normalize
+        inputs, labels = jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels)
+        self.rows = np.load(folder / "rows.npy")
+        self.order = np.load(folder / "check.npy")
+        with np.load(folder / "initial.npz") as file:
+            self.variables = unflatten_dict({tuple(k.split("/")): file[k] for k in file})
+        apply = _plain_apply(parts.module(self.workload))
+        optimizer = parts.optimizer(self.workload)
+
+        def train(variables: Any, rows: Array) -> Any:
+            def step(carry: Any, rows: Array) -> Any:
+                (params, stats), state = carry
+
+                def loss(params: Any) -> Any:
+                    x = inputs[rows].astype(jnp.float32) * gain + shift
+                    logits, new = apply({"params": params, **stats}, x)
+                    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+                    return each.mean(), new
+
+                gradient, stats = jax.grad(loss, has_aux=True)(params)
+                updates, state = optimizer.update(gradient, state, params)
+                return ((optax.apply_updates(params, updates), stats), state), None
+
+            stats = {k: v for k, v in variables.items() if k != "params"}
+            carry = ((variables["params"], stats), optimizer.init(variables["params"]))
+            ((params, stats), _), _ = jax.lax.scan(step, carry, rows)
+            return {"params": params, **stats}
+
+        def one_round(variables: Any, rows: Array) -> Any:
+            trained = jax.vmap(train, (None, 0))(variables, rows)
+            return jax.tree.map(lambda x: x.mean(0), trained)
+
+        start = time.perf_counter()
+        self.program = jax.jit(one_round)
+        self.train = jax.jit(train)
+        jax.block_until_ready(self.program(self.variables, self._rows(0)))
+        self.compile_seconds = time.perf_counter() - start
+
+    def check(self) -> dict[str, np.ndarray]:
+        """The weights after a few steps of one client."""
+        rows = self.order.reshape(-1, self.workload.batch_size)
+        trained = self.train(self.variables, rows)
+        return {"/".join(path): np.asarray(x) for path, x in flatten_dict(trained).items()}
+
+    def round(self, number: int) -> float:
+        """Seconds of a whole round, from a few steps of each client."""
+        rows = self._rows(number)
+        start = time.perf_counter()
+        self.variables = jax.block_until_ready(self.program(self.variables, rows))
+        return (time.perf_counter() - start) * self.workload.steps / self.steps
+
+    def _rows(self, number: int) -> Array:
+        rng = np.random.default_rng(number)
+        cohort = rng.choice(self.workload.clients, self.workload.cohort, replace=False)
+        rows = self.rows[cohort, : self.steps * self.workload.batch_size]
+        return jnp.asarray(rows.reshape(len(cohort), self.steps, self.workload.batch_size))
+
+
+def _plain_apply(module: Any) -> Any:
+    """The flax module, with `lax.conv` also where this package's own models choose another form."""
+
+    def apply(variables: Any, x: Array) -> Any:
+        with conv.using("direct"):
+            return module.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    return apply

@@ -1,0 +1,231 @@
+"""A plain, strong PyTorch loop: one client after the other, in one or two processes.
+
+Images are normalised once, in advance; convolutions are channels-last and optimizers fused. A client
+starts by copying the server's tensors into its model, and ends by adding its own to a running sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks import workloads
+from benchmarks.workloads import Workload
+
+
+class FedLPCNN(nn.Module):
+    """Six 3 x 3 convolutions, ReLU, then batch normalisation; pooling after every second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, 32, 32, 64, 64, 128, 128)
+        self.conv = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels)
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm2d(b) for b in channels[1:])
+        self.fc1, self.fc2 = nn.Linear(2048, 128), nn.Linear(128, 10)
+        self.names = {f"conv.{i}": f"conv{i + 1}/conv" for i in range(6)}
+        self.names |= {f"norm.{i}": f"conv{i + 1}/norm" for i in range(6)}
+        self.names |= {"fc1": "fc1", "fc2": "fc2"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, 32, 32] -> [B, 10]`."""
+        for i, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
+            x = norm(functional.relu(conv(x)))
+            if i % 2:
+                x = functional.max_pool2d(x, 2)
+        return self.fc2(self.fc1(x.permute(0, 2, 3, 1).flatten(1)))
+
+
+class SmallCNN(nn.Module):
+    """Two 3 x 3 convolutions without padding, max-pooling, two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3)
+        self.fc1, self.fc2 = nn.Linear(14 * 14 * 64, 128), nn.Linear(128, 10)
+        self.names = {n: n for n in ("conv1", "conv2", "fc1", "fc2")}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, 32, 32] -> [B, 10]`."""
+        x = functional.relu(self.conv2(functional.relu(self.conv1(x))))
+        x = functional.max_pool2d(x, 2).permute(0, 2, 3, 1).flatten(1)
+        return self.fc2(functional.relu(self.fc1(x)))
+
+
+class MLP(nn.Module):
+    """784-512-128-128-64-32-10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (784, 512, 128, 128, 64, 32, 10)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.names = {f"layers.{i}": f"fc{i + 1}" for i in range(6)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, 1, 28, 28] -> [B, 10]`."""
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        return self.layers[-1](x)
+
+
+_MODELS = {"fedlp_cnn": FedLPCNN, "small_cnn": SmallCNN, "mlp": MLP}
+_FLAX = {"running_mean": "mean", "running_var": "var"}
+
+
+class Trainer:
+    """One process' part of a round."""
+
+    def __init__(self, folder: Path, workload: Workload, threads: int):
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+        self.workload = workload
+        convolves = workload.model != "mlp"
+        self.layout = torch.channels_last if convolves else torch.contiguous_format
+        inputs = np.load(folder / "inputs.npy").astype(np.float32)
+        gain, shift = np.load(folder / "normalize.npy")[:, : inputs.shape[-1]]
+        images = torch.from_numpy((inputs * gain + shift).transpose(0, 3, 1, 2))
+        self.images = images.contiguous(memory_format=self.layout)
+        self.labels = torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))
+        self.rows = torch.from_numpy(np.load(folder / "rows.npy").astype(np.int64))
+        self.model = _MODELS[workload.model]().to(memory_format=self.layout)
+        self.floats = [
+            t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()
+        ]
+        self._load(folder)
+        self.server = [t.detach().clone() for t in self.floats]
+
+    def train(self, order: torch.Tensor) -> None:
+        """One client from the server's weights over `order`, a batch at a time."""
+        with torch.no_grad():
+            torch._foreach_copy_([t.data for t in self.floats], self.server)
+        w = self.workload
+        if w.optimizer == "adam":
+            optimizer: Any = torch.optim.Adam(self.model.parameters(), w.learning_rate, fused=True)
+        else:
+            optimizer = torch.optim.SGD(
+                self.model.parameters(), w.learning_rate, w.momentum, fused=True
+            )
+        for rows in order.split(w.batch_size):
+            loss = functional.cross_entropy(self.model(self.images[rows]), self.labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    def clients(self, cohort: list[int], number: int) -> list[torch.Tensor]:
+        """Trains some clients; the sum of their weights."""
+        total = [torch.zeros_like(t) for t in self.server]
+        for client in cohort:
+            generator = torch.Generator().manual_seed(number * self.workload.clients + client)
+            rows = self.rows[client]
+            self.train(rows[torch.randperm(len(rows), generator=generator)])
+            torch._foreach_add_(total, [t.data for t in self.floats])
+        return total
+
+    def finish(self, total: list[torch.Tensor]) -> None:
+        """The mean becomes the server's."""
+        torch._foreach_copy_(self.server, torch._foreach_div(total, self.workload.cohort))
+
+    def _load(self, folder: Path) -> None:
+        with np.load(folder / "initial.npz") as file, torch.no_grad():
+            for name, tensor in self._named():
+                tensor.copy_(torch.from_numpy(_to_torch(file[name])))
+
+    def _named(self) -> list[tuple[str, torch.Tensor]]:
+        """Flax path and tensor."""
+        found = []
+        for module, path in self.model.names.items():
+            layer = self.model.get_submodule(module)
+            norm = isinstance(layer, nn.BatchNorm2d)
+            for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                if name in _FLAX:
+                    found.append((f"batch_stats/{path}/{_FLAX[name]}", tensor.data))
+                elif tensor.is_floating_point():
+                    kind = {"weight": "scale" if norm else "kernel"}.get(name, name)
+                    found.append((f"params/{path}/{kind}", tensor.data))
+        return found
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """All tensors under flax's names and in its layout."""
+        return {name: _to_flax(tensor.detach().numpy()) for name, tensor in self._named()}
+
+
+def _to_torch(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(
+        {2: lambda: x.T, 4: lambda: x.transpose(3, 2, 0, 1)}.get(x.ndim, lambda: x)()
+    )
+
+
+def _to_flax(x: np.ndarray) -> np.ndarray:
+    return np.array({2: lambda: x.T, 4: lambda: x.transpose(2, 3, 1, 0)}.get(x.ndim, lambda: x)())
+
+
+class Torch:
+    """The contender: `processes` trainers of `threads` threads each."""
+
+    compile_seconds = 0.0
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.workload = workloads.read(folder)
+        self.folder = folder
+        threads, processes = settings["threads"], settings["processes"]
+        self.trainer = Trainer(folder, self.workload, threads)
+        self.others = []
+        for _ in range(processes - 1):
+            # Spawned, not forked: a forked process inherits locked thread pools.
+            context = multiprocessing.get_context("spawn")
+            here, there = context.Pipe()
+            sums = [torch.zeros_like(t).share_memory_() for t in self.trainer.server]
+            server = [t.clone().share_memory_() for t in self.trainer.server]
+            process = context.Process(
+                target=_serve,
+                args=(folder, self.workload, threads, there, sums, server),
+                daemon=True,
+            )
+            process.start()
+            here.recv()
+            self.others.append((here, sums, server))
+
+    def check(self) -> dict[str, np.ndarray]:
+        """The weights after a few steps of one client."""
+        order = np.load(self.folder / "check.npy").astype(np.int64)
+        self.trainer.train(torch.from_numpy(order))
+        return self.trainer.weights()
+
+    def round(self, number: int) -> float:
+        """Seconds of a round."""
+        rng = np.random.default_rng(number)
+        cohort = rng.choice(self.workload.clients, self.workload.cohort, replace=False).tolist()
+        start = time.perf_counter()
+        parts = 1 + len(self.others)
+        for i, (pipe, _, server) in enumerate(self.others, 1):
+            torch._foreach_copy_(server, self.trainer.server)
+            pipe.send((cohort[i::parts], number))
+        total = self.trainer.clients(cohort[0::parts], number)
+        for pipe, sums, _ in self.others:
+            pipe.recv()
+            torch._foreach_add_(total, sums)
+        self.trainer.finish(total)
+        return time.perf_counter() - start
+
+
+def _serve(
+    folder: Path, workload: Workload, threads: int, pipe: Any, sums: Any, server: Any
+) -> None:
+    """The second process: trains the clients it is sent."""
+    trainer = Trainer(folder, workload, threads)
+    trainer.server = server
+    pipe.send("ready")
+    while True:
+        cohort, number = pipe.recv()
+        torch._foreach_copy_(sums, trainer.clients(cohort, number))
+        pipe.send("done")

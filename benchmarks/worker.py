@@ -1,0 +1,61 @@
+"""One contender in a process of its own: commands in on stdin, answers out on stdout.
+
+python -m benchmarks.worker NAME FOLDER SETTINGS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main() -> None:
+    """Sets the contender up, then answers until stdin ends."""
+    name, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    # Whatever a library prints must not get into the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    contender = _contender(name)(folder, settings)
+    answers.write(json.dumps({"compile_s": contender.compile_seconds}) + "\n")
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "check":
+            np.savez(command["file"], **contender.check())
+            answer: dict[str, Any] = {}
+        else:
+            answer = {"seconds": contender.round(command["number"])}
+        answer["peak_rss_mb"] = _peak_mb()
+        answers.write(json.dumps(answer) + "\n")
+
+
+def _contender(name: str) -> Any:
+    # Imported here: a process holds one framework only.
+    if name == "torch":
+        from benchmarks.torch_contender import Torch
+
+        return Torch
+    from benchmarks import jax_contenders
+
+    return {"ours": jax_contenders.Ours, "naive": jax_contenders.Naive}[name]
+
+
+def _peak_mb() -> float:
+    """Of this process and, for those that have any, its largest child times their number."""
+    import multiprocessing
+
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    children = 0.0
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        children += int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return own + children
+
+
+if __name__ == "__main__":
+    main()

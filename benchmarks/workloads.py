@@ -1,0 +1,66 @@
+"""The four workloads that all contenders run, described without any framework.
+
+W1  the reference CNN of FedLP on CIFAR-10, 10 clients of 500 images a round, Adam
+W2  an MLP on MNIST, 10 clients of 600 a round, SGD with momentum
+W3  the same MLP, 100 clients of 60 a round
+W4  a small CNN on CIFAR-10, 50 clients of 50 a round, SGD
+
+One local epoch in batches of 10 each. A client-step is one optimizer step of one client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Sizes and names; the contenders know what a model and an optimizer of that name are."""
+
+    data: str
+    model: str
+    clients: int
+    per_client: int  # examples of each
+    cohort: int
+    optimizer: str
+    learning_rate: float
+    momentum: float = 0.0
+    batch_size: int = 10
+    image: tuple[int, ...] = (32, 32, 3)
+
+    @property
+    def steps(self) -> int:
+        """Of one client in a round."""
+        return self.per_client // self.batch_size
+
+    @property
+    def client_steps(self) -> int:
+        """Of a round."""
+        return self.cohort * self.steps
+
+
+_MNIST = {"data": "mnist", "model": "mlp", "optimizer": "sgd", "image": (28, 28, 1)}
+WORKLOADS = {
+    "W1": Workload("cifar10", "fedlp_cnn", 100, 500, 10, "adam", 1e-3),
+    "W2": Workload(
+        clients=100, per_client=600, cohort=10, learning_rate=0.01, momentum=0.5, **_MNIST
+    ),
+    "W3": Workload(
+        clients=1000, per_client=60, cohort=100, learning_rate=0.01, momentum=0.5, **_MNIST
+    ),
+    "W4": Workload("cifar10", "small_cnn", 1000, 50, 50, "sgd", 0.1),
+}
+
+
+def smoke(workload: Workload) -> Workload:
+    """A few clients with a few steps on made-up images, to see that everything runs."""
+    return dataclasses.replace(workload, data="synthetic", clients=4, per_client=20, cohort=2)
+
+
+def read(folder: Path) -> Workload:
+    """The workload that `stage.write` put into a folder."""
+    values: dict[str, Any] = json.loads((folder / "workload.json").read_text())
+    return Workload(**values | {"image": tuple(values["image"])})
