@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, Variables
+from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables
 
 
 def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
@@ -60,6 +63,7 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
     try:
         variables = initial_shapes(algorithm.task, root, example)
         outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
+        jax.eval_shape(algorithm.task.loss, variables, example, root)
     except FedLPError:
         raise
     except Exception as error:
@@ -67,29 +71,45 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
         raise FedLPError(
             f"the model cannot take the inputs of '{data.name}', of shape {list(shape)}: {reason}"
         ) from error
-    if outputs.ndim == 2 and outputs.shape[-1] < data.num_classes:
+    if outputs.ndim != 2:
+        raise FedLPError(
+            f"the model's outputs have shape {list(outputs.shape)} for a batch of one, but logits "
+            "must be [batch, classes]."
+        )
+    if outputs.shape[-1] < data.num_classes:
         raise FedLPError(
             f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
             "classes; set its num_classes."
         )
 
 
-def check_variables(
-    algorithm: Algorithm, example: Batch, root: Array, variables: Variables
-) -> None:
-    """Compares given variables with those the model would have made.
+def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:
+    """The shapes of an algorithm's first state; what it refuses, it refuses before compiling."""
+    return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
+
+
+def check_variables(variables: Variables, wanted: Variables) -> None:
+    """Compares given variables with those the server would have made.
 
     Raises:
       FedLPError: with the first path that differs and both shapes.
     """
-    whole = algorithm.levels(variables, example)[-1].extract(variables)
-    wanted = initial_shapes(algorithm.task, root, example)
-    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(whole)}
-    want = {
-        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(wanted)
-    }
+    have, want = _leaves(variables), _leaves(wanted)
     for path in sorted(set(have) | set(want)):
-        if have.get(path) != want.get(path):
+        shape = have[path].shape if path in have else "nothing"
+        needs = want[path].shape if path in want else "nothing"
+        if shape != needs:
             raise FedLPError(
-                f"variables{path} has shape {have.get(path)} but the model needs {want.get(path)}."
+                f"variables{path} has shape {shape} but the server of this algorithm holds {needs} "
+                "there. Give a tree like `result.state.variables` of such a run."
             )
+        if not jnp.issubdtype(have[path].dtype, jnp.floating):
+            raise FedLPError(f"variables{path} has dtype {have[path].dtype}; give floats.")
+
+
+def _leaves(tree: Variables) -> dict[str, Any]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
+        for path, leaf in found
+    }

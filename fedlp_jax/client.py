@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.keys import Purpose, client_key
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Cohort, Examples, FedLPError, Variables
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, FedLPError, Variables
 
 
 class LocalWork(NamedTuple):
@@ -51,8 +52,9 @@ def check_work(work: LocalWork) -> LocalWork:
             f"give epochs or steps, one of the two (got epochs={work.epochs}, steps={work.steps})."
         )
     for name, value in work._asdict().items():
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-            raise FedLPError(f"{name}={value} must be a whole number of at least 1.")
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise FedLPError(f"{name}={value!r} must be a whole number of at least 1.")
     return work
 
 
@@ -186,8 +188,3 @@ def _zero_metrics() -> ClientMetrics:
 def is_finite(tree: Any) -> Array:
     """`bool[]`: no NaN and no infinity anywhere in the tree."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def client_of(cohort: Cohort) -> Client:
-    """The cohort's columns that a client needs, still with their slot axis."""
-    return Client(cohort.client, cohort.size, cohort.rows)

@@ -12,6 +12,9 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.placement import Layout, Plan, lay_out
 from fedlp_jax.types import Cohort, FedLPError
 
+# Partitions draw from the same generator under small numbers of their own.
+_PURPOSE = 1
+
 CohortRule = int | float | Callable[[int, int, int], Sequence[int] | np.ndarray]
 
 
@@ -27,7 +30,7 @@ def sample(seed: int, round: int, clients: int, cohort: int) -> np.ndarray:
     Returns:
       `i64[C]`, ascending.
     """
-    rng = np.random.Generator(np.random.Philox(key=[seed, round]))
+    rng = np.random.Generator(np.random.Philox(key=[seed, (_PURPOSE << 32) | round]))
     tops = np.arange(clients - cohort, clients)
     chosen: set[int] = set()
     for top, pick in zip(tops.tolist(), rng.integers(0, tops + 1).tolist(), strict=True):

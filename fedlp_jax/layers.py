@@ -60,6 +60,8 @@ def layer_table(
     """
     name_of = _rule_function(rule)
     leaves, treedef = tree_flatten_with_path(variables)
+    if names is None and isinstance(rule, Mapping):
+        _check_patterns(rule, ["/".join(path_names(path)[1:]) for path, _ in leaves])
     found = [name_of(path_names(path)[1:]) for path, _ in leaves]
     if names is None:
         names = sorted(set(found), key=_natural)
@@ -84,9 +86,9 @@ def _rule_function(rule: LayerRule) -> Any:
         return lambda parts: parts[0]
     if rule == "by_tensor":
         return lambda parts: "/".join(parts)
-    if isinstance(rule, str):
+    if not isinstance(rule, Mapping):
         raise FedLPError(
-            f"unknown layer rule '{rule}'; use 'by_module', 'by_tensor' or a mapping from "
+            f"unknown layer rule {rule!r}; use 'by_module', 'by_tensor' or a mapping from "
             "regular expression to layer name."
         )
     try:
@@ -99,6 +101,15 @@ def _rule_function(rule: LayerRule) -> Any:
         return next((name for pattern, name in patterns if pattern.search(path)), parts[0])
 
     return name_of
+
+
+def _check_patterns(rule: Mapping[str, str], paths: list[str]) -> None:
+    for pattern in rule:
+        if not any(re.search(pattern, path) for path in paths):
+            raise FedLPError(
+                f"the layer rule {pattern!r} matches none of the {len(paths)} tensors, such as "
+                f"{', '.join(paths[:3])}."
+            )
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

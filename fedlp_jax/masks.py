@@ -44,8 +44,8 @@ def full() -> MaskPolicy:
 def bernoulli(keep: Keep) -> MaskPolicy:
     """Each client keeps each layer with some probability, independently: FedLP-Homo.
 
-    `m_{k,l} ~ Bernoulli(p)`; a layer is sent if `m_{k,l} = 1` (arXiv:2303.06360, section on
-    homogeneous models; p is its layer-preserving rate).
+    `m_{k,l} ~ Bernoulli(p)`; a layer is sent if `m_{k,l} = 1` (arXiv:2303.06360; p is its
+    layer-preserving rate).
 
     Args:
       keep: one of
@@ -62,6 +62,7 @@ def bernoulli(keep: Keep) -> MaskPolicy:
 
     def init(layers: LayerTable, clients: int) -> PyTree:
         if schedule is not None:
+            _check_schedule(schedule, layers)
             return ()
         return jnp.asarray(keep_matrix(keep, layers, clients))
 
@@ -88,6 +89,27 @@ def bernoulli(keep: Keep) -> MaskPolicy:
         return Masks(download=coverage, upload=upload, keep=probability), state
 
     return MaskPolicy(init, sample)
+
+
+def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:
+    """A schedule is traced, so only its shape, and its values in the first rounds, can be seen."""
+    for round in (1, 2, 10, 100):
+        try:
+            with jax.ensure_compile_time_eval():
+                values = np.asarray(schedule(jnp.asarray(round, jnp.int32)), np.float32)
+        except (TypeError, ValueError) as error:
+            raise FedLPError(f"the keep schedule gives no numbers in round {round}.") from error
+        if values.shape not in ((), (1,), (len(layers),)):
+            raise FedLPError(
+                f"the keep schedule gives an array of shape {list(values.shape)}; give one number, "
+                f"or one per layer (L={len(layers)})."
+            )
+        inside = (values >= 0) & (values <= 1)
+        if not inside.all():
+            raise FedLPError(
+                f"the keep schedule gives {values[~inside].flat[0]:g} in round {round}, outside "
+                "[0, 1]."
+            )
 
 
 def keep_matrix(keep: Keep, layers: LayerTable, clients: int) -> np.ndarray:

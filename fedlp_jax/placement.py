@@ -80,7 +80,7 @@ def setup(cpu_devices: int | None = None) -> None:
     Raises:
       FedLPError: jax was used before, so its devices are fixed.
     """
-    cpu_devices = cpu_devices or len(os.sched_getaffinity(0))
+    cpu_devices = cpu_devices or _usable_cores()
     flags = os.environ.get("XLA_FLAGS", "")
     if _COLLECTIVE_TIMEOUT_FLAG not in flags:
         # XLA aborts the process when one device waits over a minute for another at the end of a
@@ -277,6 +277,12 @@ def _chunks(
 def _zeros(shapes: PyTree, slots: int | None = None) -> PyTree:
     lead = () if slots is None else (slots,)
     return jax.tree.map(lambda x: jnp.zeros(lead + x.shape, x.dtype), shapes)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux; other systems do not say
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _on_cpu() -> bool:

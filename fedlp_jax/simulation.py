@@ -74,8 +74,10 @@ class Simulation:
         example = example_of(_examples(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
+        shapes = checks.initial_state(algorithm, example, root, self.population)
+        if variables is not None:
+            checks.check_variables(variables, shapes.variables)
         state = algorithm.init(root, example, self.population, variables)
-        checks.check_variables(algorithm, example, root, state.variables)
         self.layers = layer_table(state.variables, algorithm.layers)
         self.levels = algorithm.levels(state.variables, example)
         self.builder = CohortBuilder(
@@ -98,6 +100,7 @@ class Simulation:
 
     def compile(self) -> None:
         """Traces, lowers and compiles the round and the evaluation, and times each."""
+        self.clock = time.perf_counter()
         if self.rounds == 0:
             return
         cohort, private, _, _ = self._stage(1)
@@ -108,12 +111,13 @@ class Simulation:
                 state, private, examples, cohort, key, plan
             ),
             donate_argnums=(0, 1),
-            out_shardings=(everywhere, split, split),
+            out_shardings=(everywhere, split, RoundMetrics(split, split, split, everywhere)),
         )
         arguments = (self.state, private, self.train, cohort, self.key)
         self.round_program = self._timed(round_program, "round", arguments)
         test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
         self.test_program = self._timed(test_program, "test", (self.state.variables, self.test))
+        self.clock = time.perf_counter()
 
     def dispatch(self, round: int) -> Pending:
         """Starts a round and, where due, its evaluation; waits for nothing."""
@@ -134,14 +138,16 @@ class Simulation:
         """Waits for a round's numbers and books them.
 
         Raises:
-          DivergedError: no client counted.
+          DivergedError: no client counted, or what they add up to is not finite.
         """
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
         now = time.perf_counter()
         ran = np.asarray(pending.cohort.client) >= 0
         ids = np.asarray(pending.cohort.client)[ran]
         order = np.argsort(ids)
-        ids, metrics = ids[order], jax.tree.map(lambda x: x[ran][order], metrics)
+        halted = bool(metrics.halted)
+        ids = ids[order]
+        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=None))
         row: Row = {"round": pending.round}
         row |= metric.train_metrics(
             metrics.client,
@@ -156,7 +162,16 @@ class Simulation:
         self.history.rows.append(row)
         for listener in listeners:
             listener(row)
-        self._warn_of_left_out(pending.round, ids[~metrics.client.finite], len(ids))
+        left_out = ids[~metrics.client.finite]
+        if halted:
+            self._stop(pending.round, left_out, len(ids))
+        if len(left_out):
+            warnings.warn(
+                f"round {pending.round}: left out {len(left_out)} of {len(ids)} clients whose "
+                f"update was not finite: {_names(left_out)}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return row
 
     def result(self) -> Result:
@@ -210,24 +225,26 @@ class Simulation:
             for level in self.levels
         ]
 
-    def _warn_of_left_out(self, round: int, left_out: np.ndarray, clients: int) -> None:
-        if not len(left_out):
-            return
-        who = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
-        if len(left_out) < clients:
-            warnings.warn(
-                f"round {round}: left out {len(left_out)} of {clients} clients whose update was "
-                f"not finite: {who}.",
-                RuntimeWarning,
-                stacklevel=4,
+    def _stop(self, round: int, left_out: np.ndarray, clients: int) -> None:
+        if len(left_out) == clients:
+            what = (
+                f"none of the {clients} clients had a finite update ({_names(left_out)}), so there "
+                "is nothing to average"
             )
-            return
+        else:
+            what = (
+                f"the updates of {clients - len(left_out)} clients are finite, but not the model "
+                "they add up to"
+            )
         raise DivergedError(
-            f"round {round}: none of the {clients} clients had a finite update ({who}), so there "
-            f"is nothing to average. The model is as after round {round - 1}; lower the client "
-            "learning rate, or look for NaN in the data.",
+            f"round {round}: {what}. The model is as after round {round - 1}; lower the client's "
+            "or the server's learning rate, or look for NaN in the data.",
             self.result(),
         )
+
+
+def _names(clients: np.ndarray) -> str:
+    return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
 
 
 def _examples(split: Split, normalize: Normalize) -> Examples:

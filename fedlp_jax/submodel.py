@@ -192,8 +192,8 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
         if not 1 <= depths <= deepest:
             raise FedLPError(f"depths={depths} is outside 1 to {deepest}; {allowed}.")
         others = (1.0 - _FLAG_SHARE) / max(deepest - 1, 1)
-        flag = int(depths)
-        depths = [_FLAG_SHARE if d == flag else others for d in range(1, deepest + 1)]
+        own = _FLAG_SHARE if deepest > 1 else 1.0
+        depths = [own if d == depths else others for d in range(1, deepest + 1)]
     try:
         values = np.asarray(depths, np.float64)
     except (TypeError, ValueError) as error:

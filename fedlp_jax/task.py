@@ -100,7 +100,12 @@ def _classification(
 
 
 def _sums(logits: Array, batch: Batch) -> Sums:
-    """Loss, hits and rows over the valid rows of `logits: [B, classes]`."""
+    """Loss, hits and rows over the valid rows of `logits: [B, classes]`, in float32 or wider.
+
+    A short float could not even count the rows: bfloat16 has no whole number between 256 and 258.
+    """
+    if logits.dtype in (jnp.bfloat16, jnp.float16):
+        logits = logits.astype(jnp.float32)
     # One-hot rather than a gather: its gradient is a subtraction, not a scatter.
     target = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
     loss = optax.softmax_cross_entropy(logits, target)

@@ -22,6 +22,19 @@ def test_a_sample_is_sorted_distinct_and_a_function_of_seed_and_round():
     assert np.array_equal(sample(0, 1, 7, 7), np.arange(7))
 
 
+def test_a_cohort_draws_nothing_that_a_partition_has_drawn():
+    """Both have Philox under the run's seed; the same numbers would tie who is chosen to who has."""
+    for round in range(1, 6):
+        cohort = sample(seed=0, round=round, clients=1000, cohort=1000 // 2)
+        for purpose in range(8):
+            rng = np.random.Generator(np.random.Philox(key=[0, purpose]))
+            tops = np.arange(500, 1000)
+            chosen = set()
+            for top, pick in zip(tops.tolist(), rng.integers(0, tops + 1).tolist(), strict=True):
+                chosen.add(top if pick in chosen else pick)
+            assert sorted(chosen) != cohort.tolist()
+
+
 def test_every_client_and_every_pair_is_as_likely():
     draws = np.stack([sample(0, r, 6, 3) for r in range(1, 4001)])
     single = np.bincount(draws.ravel(), minlength=6) / 4000

@@ -1,5 +1,7 @@
 """Runs as a user sees them: algebra of the method, repeatability, callbacks, what is refused."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -209,8 +211,6 @@ def poisoned(clients):
     inputs = DATA.train.inputs.copy()
     for client in clients:
         inputs[CLIENTS.rows(client)[0]] = np.nan
-    import dataclasses
-
     return dataclasses.replace(DATA, train=DATA.train._replace(inputs=inputs))
 
 
@@ -236,7 +236,64 @@ def test_a_run_whose_clients_all_fail_stops_with_the_last_good_model():
             rounds=3,
         )
     assert np.array_equal(flat(caught.value.result.variables), flat(good.variables))
-    assert len(caught.value.result.history) == 2
+    result = caught.value.result
+    assert len(result.history) == 2
+    assert int(result.state.round) == 1  # the state as a whole stands still, counters too
+
+
+@pytest.mark.parametrize(
+    ("client", "server"),
+    [(optax.sgd(1e38), None), (optax.sgd(0.1), optax.chain(optax.sgd(1e38), optax.scale(1e38)))],
+)
+def test_a_model_that_overflows_stops_the_run_with_the_last_good_one(client, server):
+    algorithm = fl.fedavg(
+        fl.classification(nn.Dense(3)), client_optimizer=client, steps=1, server_optimizer=server
+    )
+    before = run(algorithm, rounds=0)
+    with pytest.raises(fl.DivergedError, match="round 1: ") as caught:
+        run(algorithm)
+    state = caught.value.result.state
+    assert np.array_equal(flat(state.variables), flat(before.variables))
+    assert int(state.round) == 0
+
+
+def test_padding_of_a_batch_is_the_clients_own():
+    """Example 0 is NaN; a batch padded with it would be too, for zero times NaN is NaN."""
+    owner = next(k for k in range(12) if 0 in CLIENTS.rows(k))
+    data = dataclasses.replace(DATA, train=DATA.train._replace(inputs=DATA.train.inputs.copy()))
+    data.train.inputs[0] = np.nan
+    algorithm = fl.fedavg(TASK, **COMMON | {"batch_size": 3})  # clients of 5: a padded batch each
+    with pytest.warns(RuntimeWarning, match=f"left out 1 of 12 clients .* not finite: {owner}"):
+        run(algorithm, data=data, cohort=12, rounds=1)
+
+
+def test_a_head_that_is_not_finite_counts_as_a_client_that_is_not():
+    hetero = fl.fedlp_hetero(TASK, depths=[1, 3] * 6, **COMMON)
+    with pytest.warns(RuntimeWarning, match="left out 1 of 4 clients .* not finite: 2"):
+        result = run(hetero, data=poisoned([2]), cohort=lambda *_: [1, 2, 3, 4], rounds=1)
+    assert result.history["clients_left_out"].tolist() == [1]
+
+
+def test_evaluation_counts_every_row_of_a_model_in_short_floats():
+    """bfloat16 has no odd whole number above 256."""
+    labels = np.arange(9000) % 2
+    inputs = np.stack([labels, 1 - labels], axis=1).astype(np.float32)
+    data = fl.from_arrays(inputs[:60], labels[:60], inputs, labels, num_classes=2)
+    eye = {"kernel": jnp.eye(2)[::-1], "bias": jnp.zeros(2)}
+    task = fl.classification(nn.Dense(2, dtype=jnp.bfloat16))
+    still = fl.fedavg(task, client_schedule=0.0, **COMMON)
+    result = run(still, data=data, variables={"params": eye}, rounds=1)
+    assert result.history["test_accuracy"].tolist() == [1.0]
+    assert abs(result.history["test_loss"][-1] - np.log(1 + np.exp(-1))) < 1e-3
+
+
+def test_shared_heads_go_on_from_the_servers_variables_and_say_so():
+    shared = fl.fedlp_hetero(TASK, depths="uniform", heads="shared", **COMMON)
+    first = run(shared, rounds=1)
+    again = run(shared, rounds=0, variables=first.state.variables)
+    assert np.array_equal(flat(again.state.variables), flat(first.state.variables))
+    with pytest.raises(fl.FedLPError, match=r"head1.* has shape nothing but .*state\.variables"):
+        run(shared, rounds=0, variables=first.variables)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -246,6 +303,12 @@ class Wants2D(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         return nn.Conv(4, (3, 3))(x).reshape(x.shape[0], -1)[:, :3] @ jnp.ones((5, 3))
+
+
+class OneLogitAPosition(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(x)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +372,27 @@ def test_refusals(settings, message):
             "made for 30 examples but the training split of 'arrays' has 60",
         ),
         (lambda: fl.classification("resnet"), "a model must be a flax linen module"),
+        (lambda: fl.fedavg(Steps(), **COMMON), r"task is a Steps; wrap a model as fl.classif"),
+        (lambda: fl.fedavg(TASK, client_optimizer="adam"), "client_optimizer='adam' is no optax"),
+        (lambda: fl.fedavg(TASK, server_optimizer=1, **COMMON), "server_optimizer=1 is no optax"),
+        (lambda: fl.fedavg(TASK, **COMMON | {"epochs": 2.0}), "epochs=2.0 must be a whole"),
+        (lambda: run(fl.fedavg(TASK, layers=["a"], **COMMON)), r"unknown layer rule \['a'\]"),
+        (
+            lambda: run(fl.fedavg(TASK, layers={"hiden": "a"}, **COMMON)),
+            "the layer rule 'hiden' matches none of the 8 tensors",
+        ),
+        (
+            lambda: run(fl.fedlp_homo(TASK, keep=lambda r: jnp.ones(3), **COMMON)),
+            r"the keep schedule gives an array of shape \[3\]",
+        ),
+        (
+            lambda: run(fl.fedlp_homo(TASK, keep=lambda r: r / 50, **COMMON)),
+            "the keep schedule gives 2 in round 100",
+        ),
+        (
+            lambda: run(fl.fedavg(fl.classification(OneLogitAPosition()), **COMMON)),
+            r"outputs have shape \[1, 1, 3\] for a batch of one, but logits must be \[batch, cl",
+        ),
     ],
 )
 def test_refusals_of_algorithms(make, message):
@@ -316,9 +400,19 @@ def test_refusals_of_algorithms(make, message):
         make()
 
 
-def test_nothing_is_compiled_before_a_refusal(caplog):
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({}, {"cohort": 99}),
+        ({"keep": 1.5}, {}),
+        ({"keep": lambda r: 1.5}, {}),
+        ({"layers": {"nothing like this": "a"}}, {}),
+        ({}, {"variables": {"hidden1": {"kernel": jnp.zeros((4, 8))}}}),
+    ],
+)
+def test_nothing_is_compiled_before_a_refusal(caplog, settings, what):
     with jax.log_compiles(True), pytest.raises(fl.FedLPError):
-        run(fl.fedavg(TASK, **COMMON), cohort=99)
+        run(fl.fedlp_homo(TASK, **{"keep": 1.0} | settings, **COMMON), **what)
     assert not [r for r in caplog.records if "ompil" in r.getMessage()]
     with jax.log_compiles(True):
         run(fl.fedavg(TASK, **COMMON), rounds=1)

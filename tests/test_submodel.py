@@ -86,6 +86,10 @@ def test_probabilities_and_explicit_depths():
     assert assign_depths([1, 2, 3], KEY, 3, 5).tolist() == [1, 2, 3]
 
 
+def test_the_flag_of_a_model_of_one_depth_is_for_all():
+    assert (assign_depths(1, KEY, 5, 1) == 1).all()
+
+
 @pytest.mark.parametrize(
     ("depths", "message"),
     [

@@ -14,7 +14,7 @@ from fedlp_jax.client import LocalWork, check_work, local_steps
 from fedlp_jax.layers import LayerRule
 from fedlp_jax.submodel import Submodel, Submodels
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, Variables, check_choice
+from fedlp_jax.types import Array, Batch, FedLPError, Variables, check_choice
 
 AGGREGATORS: dict[str, Callable[[], aggregate.Aggregator]] = {
     "masked_mean": aggregate.masked_mean,
@@ -66,6 +66,7 @@ def compose(
     """
     if epochs is None and steps is None:
         epochs = 1
+    _check_parts(task, client_optimizer, server_optimizer)
     work = check_work(LocalWork(batch_size, epochs, steps))
     check_choice("weighting", weighting, ("examples", "uniform"))
     check_choice("train_loss", train_loss, ("examples", "batches"))
@@ -101,3 +102,18 @@ def compose(
         shared_heads=submodels.shared_heads,
         train_loss=train_loss,
     )
+
+
+def _check_parts(task: Any, client_optimizer: Any, server_optimizer: Any) -> None:
+    if not isinstance(task, Task):
+        raise FedLPError(
+            f"task is a {type(task).__name__}; wrap a model as fl.classification(model)."
+        )
+    for name, optimizer in (("client", client_optimizer), ("server", server_optimizer)):
+        if optimizer is None and name == "server":
+            continue
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise FedLPError(
+                f"{name}_optimizer={optimizer!r} is no optax transform; give one such as "
+                "optax.sgd(0.1)."
+            )

@@ -120,7 +120,7 @@ class Composition:
             masks.keep,
             private,
         )
-        contribution, metrics, private = map_sum(
+        contribution, metrics, trained = map_sum(
             [
                 self._level(g, level, part, example_of(examples), cohort.even_size, plan)
                 for g, (level, part) in enumerate(zip(levels, parts, strict=True))
@@ -131,10 +131,7 @@ class Composition:
             plan,
         )
 
-        # Divide, and step the server. Once a round had nobody to average, the state stands still:
-        # the host, which reads metrics a round late, finds it as it was.
-        halted = state.halted | (contribution.cohort <= 0)
-        contribution = jax.tree.map(lambda x: jnp.where(halted, jnp.zeros_like(x), x), contribution)
+        # Divide, and step the server.
         update, aggregator = self.aggregator.lower(contribution, state.aggregator, table)
         variables, optimizer = server_step(
             self.server_optimizer,
@@ -144,10 +141,17 @@ class Composition:
             contribution.weight,
             table,
         )
-        state = ServerState(
+        # Once a round had nobody to average, or its result is not finite, everything stands still:
+        # the host, which reads metrics a round late, finds it as it was.
+        halted = state.halted | (contribution.cohort <= 0) | ~is_finite(variables)
+        new = ServerState(
             variables, policy, aggregator, optimizer, state.client_scale, number, halted
         )
-        return state, private, RoundMetrics(metrics, masks.upload, masks.download)
+        old = state._replace(halted=halted)
+        state = jax.tree.map(lambda n, o: jnp.where(halted, o, n), new, old)
+        if self.submodels.persist:
+            private = jax.tree.map(lambda n, o: jnp.where(halted, o, n), trained, private)
+        return state, private, RoundMetrics(metrics, masks.upload, masks.download, halted)
 
     def _scale(self, state: ServerState, number: Array) -> Array | None:
         if self.client_schedule is None:
@@ -187,7 +191,7 @@ class Composition:
             )
             end, new_head = level.split(end)
             update = jax.tree.map(jnp.subtract, end, start)
-            counted = is_finite(update) & active
+            counted = is_finite((update, new_head)) & active
             contribution = self.aggregator.lift(
                 update, lane.weight, lane.upload, lane.keep, counted, table
             )

@@ -11,6 +11,9 @@ from fedlp_jax.types import Array, Batch, Examples
 def shuffled_rows(key: Array, rows: Array, size: Array, batch_size: int) -> Array:
     """Shuffles a client's rows for one epoch; the valid ones come first.
 
+    Padding repeats the client's own first row: what another client's example computes must not
+    enter this one's gradient, not even times zero.
+
     Sorting uniforms rather than `jax.random.permutation` makes the order of a client's examples
     independent of M, the padding: a one-dimensional uniform draw is a prefix of a longer one.
 
@@ -29,7 +32,9 @@ def shuffled_rows(key: Array, rows: Array, size: Array, batch_size: int) -> Arra
     order = jnp.argsort(
         jnp.where(jnp.arange(width, dtype=jnp.int32) < size, draw, jnp.float32(2.0))
     )
-    return jnp.pad(rows[order], (0, -width % batch_size))
+    rows = rows[jnp.pad(order, (0, -width % batch_size))]
+    own = jnp.arange(rows.shape[0], dtype=jnp.int32) < size
+    return jnp.where(own, rows, rows[0])
 
 
 def take_batch(
