@@ -1,6 +1,6 @@
 """A plain, strong PyTorch loop: one client after the other, in one or two processes.
 
-Images are normalised once, in advance; convolutions are channels-last and optimizers fused. A client
+Images are normalised once, in advance; convolutions are channels-last, optimizers fused. A client
 starts by copying the server's tensors into its model, and ends by adding its own to a running sum.
 """
 

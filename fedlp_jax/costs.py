@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
+from fedlp_jax import conv
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.task import Task
 from fedlp_jax.types import Batch, Variables
@@ -115,7 +116,10 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
       `{"conv1/conv": macs, ...}`; a program part outside any module is under "".
     """
     shapes = jax.eval_shape(lambda v: v, variables)
-    jaxpr = jax.make_jaxpr(task.outputs)(shapes, example)
+    # Counted as written, whatever form is computed. In a function of its own, as jax remembers what
+    # it has traced.
+    with conv.using("direct"):
+        jaxpr = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
     statistics = {"/".join(path[1:-1]) for path in flatten_dict(shapes) if path[0] != "params"}
     macs: dict[str, int] = {}
     normalised: dict[str, int] = {}

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from fedlp_jax.conv import conv_general_dilated, conv_interceptor, inject
+from fedlp_jax.conv import conv_general_dilated, conv_interceptor, inject, recording, using
+from fedlp_jax.conv.choice import WINOGRAD
+from fedlp_jax.conv.toom import toom
 from fedlp_jax.types import FedLPError
 
 RNG = np.random.default_rng(0)
@@ -67,15 +69,16 @@ def close(one, other, tolerance):
     assert np.abs(one - other).max(initial=0) <= tolerance * np.abs(other).max(initial=0)
 
 
-def compare(dtype, tolerance, shape, kernel, strides, padding, dilation):
+def compare(dtype, tolerance, shape, kernel, strides, padding, dilation, lowering="patches"):
     x = jnp.asarray(RNG.normal(size=shape), dtype)
     w = jnp.asarray(RNG.normal(size=kernel), dtype)
 
     @jax.jit  # one program for both: what takes the time here is compiling
     def both(x, w):
+        ours = functools.partial(conv_general_dilated, lowering=lowering)
         return [
             value_and_gradients(conv, x, w, strides, padding, rhs_dilation=dilation)
-            for conv in (conv_general_dilated, lax.conv_general_dilated)
+            for conv in (ours, lax.conv_general_dilated)
         ]
 
     for one, other in zip(*both(x, w), strict=True):
@@ -106,6 +109,84 @@ def test_value_and_both_gradients_are_those_of_lax(entry):
 @pytest.mark.parametrize("entry", [TABLE[3], TABLE[6], TABLE[13]])
 def test_float32_stays_float32(entry):
     compare(jnp.float32, 1e-5, *entry)
+
+
+WINOGRAD_TABLE = [
+    ((2, 8, 8, 3), (3, 3, 3, 4), (1, 1), "SAME", (1, 1)),
+    ((2, 9, 7, 3), (3, 3, 3, 4), (1, 1), "VALID", (1, 1)),  # tiles that reach past the results
+    ((2, 6, 10, 2), (3, 3, 2, 5), (1, 1), ((2, 0), (1, 3)), (1, 1)),
+    ((1, 12, 11, 3), (3, 3, 3, 4), (1, 1), ((-1, -2), (2, -1)), (1, 1)),
+    ((2, 9, 8, 3), (2, 3, 3, 4), (1, 1), "SAME", (1, 1)),
+    ((2, 9, 9, 2), (5, 5, 2, 3), (1, 1), "SAME", (1, 1)),  # tiles of 2 cannot: patches
+]
+
+
+@pytest.mark.parametrize("lowering", WINOGRAD)
+@pytest.mark.parametrize("entry", WINOGRAD_TABLE)
+def test_tiles_give_the_values_and_gradients_of_lax(entry, lowering):
+    with jax.enable_x64(True):
+        compare(jnp.float64, 1e-12, *entry, lowering=lowering)
+
+
+@pytest.mark.parametrize(
+    ("lowering", "tolerance"), [("winograd_1x4", 2e-6), ("winograd_4x4", 1e-5)]
+)
+def test_tiles_lose_a_digit_at_most_in_float32(lowering, tolerance):
+    compare(
+        jnp.float32, tolerance, (4, 16, 16, 32), (3, 3, 32, 16), (1, 1), "SAME", (1, 1), lowering
+    )
+
+
+@pytest.mark.parametrize(
+    ("tile", "kernel"), [(1, 3), (2, 3), (4, 3), (6, 3), (2, 5), (4, 5), (4, 2)]
+)
+def test_toom_matrices_are_those_of_a_filter(tile, kernel):
+    data, evaluate, inverse = toom(tile, kernel)
+    d, g = RNG.normal(size=tile + kernel - 1), RNG.normal(size=kernel)
+    np.testing.assert_allclose(
+        inverse @ ((evaluate @ g) * (data @ d)), np.correlate(d, g, "valid"), rtol=1e-9, atol=1e-10
+    )
+
+
+def test_tiles_stay_products_side_by_side():
+    x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
+
+    def gradients(x, w):
+        tiled = functools.partial(conv_general_dilated, lowering="winograd_1x4")
+        return value_and_gradients(tiled, x, w, (1, 1), "SAME")
+
+    assert_no_convolution(gradients, x, w)
+    assert_no_convolution(jax.vmap(gradients), jnp.stack([x] * 3), jnp.stack([w] * 3))
+
+
+def test_what_is_chosen_can_be_seen_and_changed():
+    run = functools.partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=channels_last(4),
+    )
+    few, many = (10, 8, 8, 64), (10, 32, 32, 32)
+    with recording() as chosen:
+        for shape in (few, many):
+            jax.eval_shape(run, jnp.zeros(shape), jnp.zeros((3, 3, shape[-1], 32)))
+    assert chosen == {
+        "10x8x8x64 * 3x3x64x32": "patches",
+        "10x32x32x32 * 3x3x32x32": "winograd_1x4",
+    }
+    with using("direct"), recording() as chosen:
+        # Another function, as jax remembers what it has traced.
+        jax.eval_shape(lambda *args: run(*args), jnp.zeros(many), jnp.zeros((3, 3, 32, 32)))
+    assert list(chosen.values()) == ["direct"]
+    with recording() as chosen:  # short floats keep their digits
+        short = jnp.zeros(many, jnp.bfloat16)
+        jax.eval_shape(run, short, jnp.zeros((3, 3, 32, 32), jnp.bfloat16))
+    assert list(chosen.values()) == ["patches"]
+    with (
+        pytest.raises(FedLPError, match="lowering 'patch' is unknown; did you mean 'patches'"),
+        using("patch"),
+    ):
+        pass
 
 
 @given(data=st.data())
@@ -241,7 +322,7 @@ def test_errors_are_those_of_lax():
 
 def test_an_unknown_lowering_is_refused_with_the_nearest():
     x, w = jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 5))
-    with pytest.raises(FedLPError, match="'patch' is not known; did you mean 'patches'"):
+    with pytest.raises(FedLPError, match="'patch' is unknown; did you mean 'patches'"):
         conv_general_dilated(x, w, (1, 1), "SAME", lowering="patch")
 
 

@@ -1,9 +1,12 @@
 """The import order is the data flow; files and functions stay small enough to read."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "fedlp_jax"
 
@@ -22,6 +25,13 @@ ORDER = [
     "data.holdings",
     "data.partition",
     "data.batching",
+    "conv.window",
+    "conv.toom",
+    "conv.patches",
+    "conv.winograd",
+    "conv.choice",
+    "conv.general",
+    "conv.injection",
     "conv",
     "models.init",
     "models.norm",
@@ -54,6 +64,7 @@ ORDER = [
     "checks",
     "simulation",
     "simulate",
+    "variables",
     "report",
     "config_field",
     "config_section",
@@ -122,12 +133,79 @@ def code_lines(function):
     return lines
 
 
+def python(code):
+    """Runs a program in a process of its own, which must not fail."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_changes_no_setting_of_jax_and_loads_nothing_heavy():
-    code = (
+    python(
         "import jax, sys; before = dict(jax.config.values);"
-        "import fedlp_jax; assert dict(jax.config.values) == before;"
+        "import fedlp_jax; [getattr(fedlp_jax, name) for name in dir(fedlp_jax)];"
+        "assert 'fedlp_jax.simulate' in sys.modules;"
+        "assert dict(jax.config.values) == before;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'torch'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_imports_jax_only_when_it_is_needed():
+    python(
+        "import sys, fedlp_jax.cli;"
+        "slow = {'jax', 'flax', 'numpy', 'pydantic'} & set(sys.modules);"
+        "assert not slow, slow"
+    )
+
+
+def test_the_public_names_for_readers_are_those_of_the_interpreter():
+    import fedlp_jax
+
+    (block,) = (n for n in ast.parse((PACKAGE / "__init__.py").read_text()).body if is_block(n))
+    read = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert read == fedlp_jax._HOME
+    assert set(read) <= set(dir(fedlp_jax))
+    for name, home in read.items():
+        assert getattr(fedlp_jax, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="module 'fedlp_jax' has no attribute 'simulat'"):
+        _ = fedlp_jax.simulat
+
+
+def is_block(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def shadowed():
+    """Public names that a module of the package has too, and is not."""
+    import fedlp_jax
+
+    return sorted(n for n, home in fedlp_jax._HOME.items() if n in ORDER and home != "fedlp_jax")
+
+
+FIRST = {
+    "the package": "import fedlp_jax as fl",
+    "the name": "from fedlp_jax import {name}; import fedlp_jax as fl",
+    "the module": "import fedlp_jax.{name}; import fedlp_jax as fl",
+    "the module's": "from fedlp_jax.{name} import {name}; import fedlp_jax as fl",
+    "the name, then the module": "import fedlp_jax as fl; fl.{name}; import fedlp_jax.{name}",
+    "what uses it": "from fedlp_jax.experiment import run; import fedlp_jax as fl",
+}
+
+
+@pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
+def test_a_public_name_wins_over_the_module_of_that_name(first):
+    names = shadowed()
+    assert names == ["simulate"]
+    for name in names:
+        module = f"sys.modules['fedlp_jax.{name}']"
+        python(f"{first.format(name=name)}; import sys; assert fl.{name} is {module}.{name}")
+
+
+def test_names_can_be_used_as_they_are_documented():
+    python(
+        "import fedlp_jax as fl; from fedlp_jax import simulate; assert callable(simulate);"
+        "fl.models.MLP; fl.partition.iid; fl.types.Array; fl.plots.curves; fl.__version__;"
+        "from fedlp_jax.data import partition; assert fl.partition is partition;"
+        "import rlcompleter; complete = rlcompleter.Completer({'fl': fl}).complete;"
+        "assert complete('fl.simul', 0) == 'fl.simulate('"
+    )

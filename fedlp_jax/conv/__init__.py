@@ -1,0 +1,14 @@
+"""Convolutions as matrix products, and how flax modules come by them.
+
+XLA's CPU backend runs a convolution inside a loop without its threaded library, and under `vmap`
+over kernels, as when clients train side by side, turns it into a grouped one; both are many times
+slower than the same sums as matrix products. Its GPU backend has no fast grouped convolution
+either. So convolutions are lowered here to dots, which `vmap` makes batched dots.
+"""
+
+from fedlp_jax.conv.choice import LOWERINGS as LOWERINGS
+from fedlp_jax.conv.choice import recording as recording
+from fedlp_jax.conv.choice import using as using
+from fedlp_jax.conv.general import conv_general_dilated as conv_general_dilated
+from fedlp_jax.conv.injection import conv_interceptor as conv_interceptor
+from fedlp_jax.conv.injection import inject as inject

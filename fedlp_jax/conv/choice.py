@@ -1,0 +1,124 @@
+"""Which lowering a convolution takes: the one asked for, or the fastest measured at its shape."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import math
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import jax
+
+from fedlp_jax.conv.window import Window, out_shape
+from fedlp_jax.conv.winograd import supported
+from fedlp_jax.types import Array, check_choice
+
+AUTO, DIRECT, PATCHES = "auto", "direct", "patches"
+WINOGRAD = {f"winograd_{h}x{w}": (h, w) for h in (1, 2, 4) for w in (1, 2, 4) if (h, w) != (1, 1)}
+LOWERINGS = (AUTO, DIRECT, PATCHES, *WINOGRAD)
+_TABLE = "table.json"
+
+_wanted: contextvars.ContextVar[str] = contextvars.ContextVar("lowering", default=AUTO)
+_record: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "record", default=None
+)
+
+
+@contextlib.contextmanager
+def using(lowering: str) -> Iterator[None]:
+    """Makes every convolution that is traced within take one lowering, where it covers it.
+
+        with conv.using("patches"):
+            jax.jvp(...)  # the Winograd forms have no forward mode
+
+    What was traced before, and is cached by `jax.jit`, stays as it is.
+
+    Args:
+      lowering: "auto", "direct" (lax's own), "patches" or "winograd_HxW" with tiles of 1, 2 or 4.
+
+    Raises:
+      FedLPError: the lowering is unknown.
+    """
+    check_choice("lowering", lowering, LOWERINGS)
+    token = _wanted.set(lowering)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Collects what convolutions traced within take: `{"10x32x32x3 * 3x3x3x32": "patches"}`."""
+    token = _record.set({})
+    try:
+        found = _record.get()
+        assert found is not None
+        yield found
+    finally:
+        _record.reset(token)
+
+
+def wanted(lowering: str | None) -> str:
+    """What a caller asks for; None = what `using` says.
+
+    Raises:
+      FedLPError: the lowering is unknown.
+    """
+    if lowering is None:
+        return _wanted.get()
+    check_choice("lowering", lowering, LOWERINGS)
+    return lowering
+
+
+def choose(name: str, lhs: Array, rhs: Array, window: Window) -> str:
+    """The form of a convolution that `patches` covers: "patches", or one of `WINOGRAD`.
+
+    Args:
+      name: one of `LOWERINGS` but "direct"; a Winograd form that cannot do it becomes "patches".
+      lhs: `[B, *spatial, in]`.
+      rhs: `[*kernel, in, out]`.
+      window: geometry.
+    """
+    if name == AUTO:
+        name = _fastest(lhs, rhs, window)
+    if name in WINOGRAD and not supported(lhs, rhs, window, WINOGRAD[name]):
+        name = PATCHES
+    return name
+
+
+def note(name: str, lhs: Array, rhs: Array) -> None:
+    """Tells `recording` what a convolution took."""
+    record = _record.get()
+    if record is not None:
+        shapes = ("x".join(map(str, x.shape)) for x in (lhs, rhs))
+        record[" * ".join(shapes)] = name
+
+
+def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
+    """From the measured shape that is nearest in pixels, channels and features."""
+    rows = _table().get(jax.default_backend(), [])
+    if lhs.ndim != 4 or rhs.shape[:2] != (3, 3) or not lhs.size or not rows:
+        return PATCHES  # only 3 x 3 was measured
+    here = (lhs.shape[0] * math.prod(out_shape(lhs, rhs, window)), *rhs.shape[2:])
+
+    def distance(row: dict[str, Any]) -> float:
+        there = (row["pixels"], row["channels"], row["features"])
+        return sum(math.log2(a / b) ** 2 for a, b in zip(here, there, strict=True))
+
+    times: dict[str, float] = min(rows, key=distance)["milliseconds"]
+    return min(times, key=lambda name: times[name])
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    """`{backend: rows}`, written by `benchmarks/convolutions.py`."""
+    file = resources.files("fedlp_jax.conv").joinpath(_TABLE)
+    if not file.is_file():
+        return {}
+    found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["backends"]
+    return found

@@ -1,0 +1,240 @@
+"""Convolutions with fewer multiplications: Winograd's filters, one axis at a time.
+
+Each spatial axis is either cut into tiles of m results, which n = m + r - 1 products compute
+instead of m r, or, at m = 1, unfolded into the channels as `patches` does. Tiles on both axes save
+most multiplications, but move most data; on one axis, with the other unfolded, they halve both
+(m = 4, r = 3), which wins where images are large and channels few.
+
+Every product is a dot of its own, `[pixels, channels] @ [channels, features]`, and stays one under
+`vmap`: stacked into one batched dot they would be written twice. Reverse mode is written by hand,
+so that it reads and writes tiles as the forward pass does; there is no forward mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fedlp_jax.conv.toom import Toom, toom
+from fedlp_jax.conv.window import Window, out_shape
+from fedlp_jax.types import Array
+
+Grid = list[list[Array]]  # one array for each product of the vertical and the horizontal axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution of stride 1."""
+
+    axis: int
+    size: int  # inputs
+    kernel: int  # r
+    out: int
+    low: int  # zeros before the first input; negative crops
+    tile: int  # m
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover the results."""
+        return -(-self.out // self.tile)
+
+    @property
+    def matrices(self) -> Toom:
+        """Of F(m, r)."""
+        return toom(self.tile, self.kernel)
+
+    def split(self, x: Array) -> list[Array]:
+        """Inputs -> what enters each product, `tiles` long on this axis."""
+        x = _pad(x, self.axis, self.low, self.tiles * self.tile + self.kernel - 1)
+        reach = self.tile + self.kernel - 1
+        parts = [_every(x, self.axis, i, self.tiles, self.tile) for i in range(reach)]
+        if self.tile == 1:
+            return [lax.concatenate(parts, x.ndim - 1)]
+        return [_combine(row, parts) for row in self.matrices.data]
+
+    def split_transposed(self, products: Sequence[Array]) -> Array:
+        """The transpose of `split`: neighbouring tiles add up where they overlap."""
+        if self.tile == 1:
+            (unfolded,) = products
+            channels = unfolded.shape[-1] // self.kernel
+            reach = self.tiles + self.kernel - 1
+            parts = [
+                lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1)
+                for i in range(self.kernel)
+            ]
+            parts = [_pad(part, self.axis, i, reach) for i, part in enumerate(parts)]
+            return _pad(functools.reduce(jnp.add, parts), self.axis, -self.low, self.size)
+        weights = self.matrices.data.T
+        phases = []
+        for i in range(self.tile):
+            phase = _pad(_combine(weights[i], products), self.axis, 0, self.tiles + 1)
+            if i < self.kernel - 1:  # the last r - 1 inputs of a tile are the next one's first
+                tail = _combine(weights[i + self.tile], products)
+                phase = phase + _pad(tail, self.axis, 1, self.tiles + 1)
+            phases.append(phase)
+        return _pad(_interleave(phases, self.axis), self.axis, -self.low, self.size)
+
+    def join(self, products: Sequence[Array]) -> Array:
+        """Products -> results."""
+        if self.tile == 1:
+            return products[0]
+        phases = [_combine(row, products) for row in self.matrices.inverse]
+        return _pad(_interleave(phases, self.axis), self.axis, 0, self.out)
+
+    def join_transposed(self, y: Array) -> list[Array]:
+        """The transpose of `join`."""
+        if self.tile == 1:
+            return [y]
+        y = _pad(y, self.axis, 0, self.tiles * self.tile)
+        phases = [_every(y, self.axis, i, self.tiles, self.tile) for i in range(self.tile)]
+        return [_combine(row, phases) for row in self.matrices.inverse.T]
+
+
+def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
+    """Whether tiles of that size can compute a convolution that `patches` can."""
+    if lhs.ndim != 4 or lhs.dtype not in (jnp.float32, jnp.float64):
+        return False  # short floats would lose most of their digits in the transforms
+    if window.strides != (1, 1) or window.dilation != (1, 1):
+        return False
+    # Overlaps reach into the next tile only, and there are points for n up to 8.
+    return all(
+        m == 1 or (2 <= r <= m + 1 and m + r - 1 <= 8)
+        for m, r in zip(tiles, rhs.shape[:2], strict=True)
+    )
+
+
+def winograd(
+    lhs: Array,
+    rhs: Array,
+    window: Window,
+    precision: Any,
+    preferred: Any,
+    *,
+    tiles: tuple[int, int],
+) -> Array:
+    """A convolution `[B, H, W, in] x [kh, kw, in, out]` in tiles of `(m_h, m_w)` results."""
+    out = out_shape(lhs, rhs, window)
+    vertical, horizontal = (
+        Axis(1 + i, lhs.shape[1 + i], rhs.shape[i], out[i], window.pads[i][0], tiles[i])
+        for i in (0, 1)
+    )
+    y = _convolution(vertical, horizontal, precision)(lhs, rhs)
+    return y if preferred is None else y.astype(preferred)
+
+
+@functools.cache
+def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[..., Array]:
+    """The convolution of these axes, with its transpose."""
+
+    def split(x: Array) -> Grid:
+        return [horizontal.split(row) for row in vertical.split(x)]
+
+    def filters(kernel: Array) -> Array:
+        """`[kh, kw, in, out] -> [n_h, n_w, depth, out]`; unfolded axes are part of the depth."""
+        left, right = (
+            jnp.asarray(np.eye(a.kernel) if a.tile == 1 else a.matrices.kernel, kernel.dtype)
+            for a in (vertical, horizontal)
+        )
+        each = jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
+        rows, columns, _, features = each.shape
+        if vertical.tile == 1:
+            # `split` unfolds the vertical axis first, so its elements are the inner ones.
+            each, rows = jnp.swapaxes(each, 0, 1), 1
+        if horizontal.tile == 1:
+            columns = 1
+        return each.reshape(rows, columns, -1, features)
+
+    def products(tiles: Grid, filters: Array) -> Grid:
+        return [
+            [
+                lax.dot_general(tile, filters[i, j], (((3,), (0,)), ((), ())), precision=precision)
+                for j, tile in enumerate(row)
+            ]
+            for i, row in enumerate(tiles)
+        ]
+
+    def join(grid: Grid) -> Array:
+        return vertical.join([horizontal.join(row) for row in grid])
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
+        tiles, transformed = split(x), filters(kernel)
+        return join(products(tiles, transformed)), (kernel, tiles, transformed)
+
+    def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+        kernel, tiles, transformed = saved
+        grid = [horizontal.join_transposed(row) for row in vertical.join_transposed(dy)]
+        pixels, back = ((0, 1, 2), (0, 1, 2)), ((3,), (1,))
+        # [out, depth] rather than its transpose, which XLA's CPU backend computes half as fast.
+        d_filters = jnp.stack(
+            [
+                jnp.stack(
+                    [
+                        lax.dot_general(d, tile, (pixels, ((), ())), precision=precision)
+                        for d, tile in zip(*rows, strict=True)
+                    ]
+                )
+                for rows in zip(grid, tiles, strict=True)
+            ]
+        )
+        d_tiles = [
+            [
+                lax.dot_general(d, transformed[i, j], (back, ((), ())), precision=precision)
+                for j, d in enumerate(row)
+            ]
+            for i, row in enumerate(grid)
+        ]
+        (d_kernel,) = jax.linear_transpose(filters, kernel)(jnp.swapaxes(d_filters, 2, 3))
+        dx = vertical.split_transposed([horizontal.split_transposed(row) for row in d_tiles])
+        return dx, d_kernel
+
+    @jax.custom_vjp
+    def convolution(x: Array, kernel: Array) -> Array:
+        return forward(x, kernel)[0]
+
+    convolution.defvjp(forward, backward)
+    return convolution
+
+
+def _combine(weights: np.ndarray, parts: Sequence[Array]) -> Array:
+    """The weighted sum of some arrays; zeros cost nothing, and ones and minus ones no product."""
+    total = None
+    for weight, part in zip(weights.tolist(), parts, strict=True):
+        if weight == 0:
+            continue
+        if abs(weight) != 1:
+            part = part * jnp.asarray(abs(weight), part.dtype)
+        if total is None:
+            total = part if weight > 0 else -part
+        else:
+            total = total + part if weight > 0 else total - part
+    assert total is not None
+    return total
+
+
+def _pad(x: Array, axis: int, low: int, size: int) -> Array:
+    """Zeros before and after along one axis, or cropped, to `size`."""
+    high = size - x.shape[axis] - low
+    if low == high == 0:
+        return x
+    margins = [(0, 0, 0)] * x.ndim
+    margins[axis] = (low, high, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), margins)
+
+
+def _every(x: Array, axis: int, first: int, count: int, step: int) -> Array:
+    return lax.slice_in_dim(x, first, first + (count - 1) * step + 1, step, axis)
+
+
+def _interleave(phases: Sequence[Array], axis: int) -> Array:
+    """Element i of tile t becomes element t m + i."""
+    stacked = jnp.stack(phases, axis + 1)
+    shape = list(phases[0].shape)
+    shape[axis] *= len(phases)
+    return stacked.reshape(shape)
