@@ -42,16 +42,18 @@ class Ours:
         )
 
     def check(self) -> dict[str, np.ndarray]:
-        """The weights after a few steps of one client."""
-        run = fl.simulate(
-            self.algorithm,
-            self.data,
-            stage.check_partition(self.workload, self.data),
-            rounds=1,
-            cohort=lambda *_: [0],
-            plan=fl.Plan(devices=1, width=1),
-        )
-        return {"/".join(path): np.asarray(x) for path, x in flatten_dict(run.variables).items()}
+        """The weights after a few steps of one client, in float64."""
+        with jax.enable_x64(True):
+            run = fl.simulate(
+                self.algorithm,
+                self.data,
+                stage.check_partition(self.workload, self.data),
+                rounds=1,
+                cohort=lambda *_: [0],
+                plan=fl.Plan(devices=1, width=1),
+                variables=_float64(self.run.state.variables),
+            )
+            return _flat(run.variables)
 
     def round(self, number: int) -> float:
         """Seconds of a round."""
@@ -83,7 +85,8 @@ class Naive:
                 (params, stats), state = carry
 
                 def loss(params: Any) -> Any:
-                    x = inputs[rows].astype(jnp.float32) * gain + shift
+                    dtype = jax.tree.leaves(params)[0].dtype
+                    x = inputs[rows].astype(dtype) * gain.astype(dtype) + shift.astype(dtype)
                     logits, new = apply({"params": params, **stats}, x)
                     each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
                     return each.mean(), new
@@ -108,10 +111,10 @@ class Naive:
         self.compile_seconds = time.perf_counter() - start
 
     def check(self) -> dict[str, np.ndarray]:
-        """The weights after a few steps of one client."""
+        """The weights after a few steps of one client, in float64."""
         rows = self.order.reshape(-1, self.workload.batch_size)
-        trained = self.train(self.variables, rows)
-        return {"/".join(path): np.asarray(x) for path, x in flatten_dict(trained).items()}
+        with jax.enable_x64(True):
+            return _flat(self.train(_float64(self.variables), rows))
 
     def round(self, number: int) -> float:
         """Seconds of a whole round, from a few steps of each client."""
@@ -125,6 +128,14 @@ class Naive:
         cohort = rng.choice(self.workload.clients, self.workload.cohort, replace=False)
         rows = self.rows[cohort, : self.steps * self.workload.batch_size]
         return jnp.asarray(rows.reshape(len(cohort), self.steps, self.workload.batch_size))
+
+
+def _float64(variables: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), variables)
+
+
+def _flat(variables: Any) -> dict[str, np.ndarray]:
+    return {"/".join(path): np.asarray(x) for path, x in flatten_dict(variables).items()}
 
 
 def _plain_apply(module: Any) -> Any:

@@ -3,9 +3,9 @@
     python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N] [--smoke]
 
 Every contender is a process of its own; one runs at a time. They have the same images, clients and
-initial weights; before anything is timed, one client's weights after five steps are compared. Then
-contenders take turns, a round each, after a round to warm up. A client-step is one optimizer step
-of one client: the seconds of a round, by cohort size and steps of a client.
+initial weights; before anything is timed, one client's weights after five steps are compared, in
+float64. Then contenders take turns, a round each, after a round to warm up. A client-step is one
+optimizer step of one client: the seconds of a round, by cohort size and steps of a client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTENDERS: dict[str, tuple[str, dict[str, int]]] = {
     "torch, 1 process x 2 threads": ("torch", {"processes": 1, "threads": 2}),
     "naive JAX": ("naive", {}),
 }
-_TOLERANCE = 1e-2  # difference of two models over the length of the update, after five steps
+_TOLERANCE = 1e-8  # difference of two models over the length of the update, in float64
 
 
 class Contender:

@@ -98,11 +98,10 @@ class Trainer:
         self.labels = torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))
         self.rows = torch.from_numpy(np.load(folder / "rows.npy").astype(np.int64))
         self.model = _MODELS[workload.model]().to(memory_format=self.layout)
-        self.floats = [
-            t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()
-        ]
-        self._load(folder)
-        self.server = [t.detach().clone() for t in self.floats]
+        self.folder = folder
+        with np.load(folder / "initial.npz") as file:
+            self.initial = {key: _to_torch(file[key]) for key in file}
+        self._start()
 
     def train(self, order: torch.Tensor) -> None:
         """One client from the server's weights over `order`, a batch at a time."""
@@ -121,6 +120,24 @@ class Trainer:
             loss.backward()
             optimizer.step()
 
+    def check(self, order: np.ndarray) -> dict[str, np.ndarray]:
+        """The weights after training over `order` in float64, under flax's names."""
+        fast = (self.images, self.labels, self.floats, self.server)
+        inputs = np.load(self.folder / "inputs.npy", mmap_mode="r")[order].astype(np.float64)
+        gain, shift = np.load(self.folder / "normalize.npy").astype(np.float64)
+        channels = inputs.shape[-1]
+        images = (inputs * gain[:channels] + shift[:channels]).transpose(0, 3, 1, 2)
+        self.model.double()
+        self.images = torch.from_numpy(images).contiguous(memory_format=self.layout)
+        self.labels = self.labels[torch.from_numpy(order)]
+        self._start()
+        self.train(torch.arange(len(order)))
+        weights = {name: _to_flax(tensor.detach().numpy()) for name, tensor in self._named()}
+        self.model.float()
+        self.images, self.labels, self.floats, self.server = fast
+        self._start()
+        return weights
+
     def clients(self, cohort: list[int], number: int) -> list[torch.Tensor]:
         """Trains some clients; the sum of their weights."""
         total = [torch.zeros_like(t) for t in self.server]
@@ -135,10 +152,14 @@ class Trainer:
         """The mean becomes the server's."""
         torch._foreach_copy_(self.server, torch._foreach_div(total, self.workload.cohort))
 
-    def _load(self, folder: Path) -> None:
-        with np.load(folder / "initial.npz") as file, torch.no_grad():
+    def _start(self) -> None:
+        """Initial weights, in the model and as the server's."""
+        with torch.no_grad():
             for name, tensor in self._named():
-                tensor.copy_(torch.from_numpy(_to_torch(file[name])))
+                tensor.copy_(torch.from_numpy(self.initial[name]))
+        both = (*self.model.parameters(), *self.model.buffers())
+        self.floats = [t for t in both if t.is_floating_point()]
+        self.server = [t.detach().clone() for t in self.floats]
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         """Flax path and tensor."""
@@ -153,10 +174,6 @@ class Trainer:
                     kind = {"weight": "scale" if norm else "kernel"}.get(name, name)
                     found.append((f"params/{path}/{kind}", tensor.data))
         return found
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """All tensors under flax's names and in its layout."""
-        return {name: _to_flax(tensor.detach().numpy()) for name, tensor in self._named()}
 
 
 def _to_torch(x: np.ndarray) -> np.ndarray:
@@ -196,10 +213,8 @@ class Torch:
             self.others.append((here, sums, server))
 
     def check(self) -> dict[str, np.ndarray]:
-        """The weights after a few steps of one client."""
-        order = np.load(self.folder / "check.npy").astype(np.int64)
-        self.trainer.train(torch.from_numpy(order))
-        return self.trainer.weights()
+        """The weights after a few steps of one client, in float64."""
+        return self.trainer.check(np.load(self.folder / "check.npy").astype(np.int64))
 
     def round(self, number: int) -> float:
         """Seconds of a round."""
@@ -226,6 +241,9 @@ def _serve(
     trainer.server = server
     pipe.send("ready")
     while True:
-        cohort, number = pipe.recv()
+        try:
+            cohort, number = pipe.recv()
+        except EOFError:
+            return  # the first process has ended
         torch._foreach_copy_(sums, trainer.clients(cohort, number))
         pipe.send("done")

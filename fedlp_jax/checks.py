@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -59,18 +61,9 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
     Raises:
       FedLPError: with the shape, or both numbers.
     """
-    shape = example.inputs.shape[1:]
-    try:
+    with _taking(data, example):
         variables = initial_shapes(algorithm.task, root, example)
         outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
-        jax.eval_shape(algorithm.task.loss, variables, example, root)
-    except FedLPError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FedLPError(
-            f"the model cannot take the inputs of '{data.name}', of shape {list(shape)}: {reason}"
-        ) from error
     if outputs.ndim != 2:
         raise FedLPError(
             f"the model's outputs have shape {list(outputs.shape)} for a batch of one, but logits "
@@ -81,6 +74,23 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
             f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
             "classes; set its num_classes."
         )
+    with _taking(data, example):
+        jax.eval_shape(algorithm.task.loss, variables, example, root)
+
+
+@contextlib.contextmanager
+def _taking(data: Dataset, example: Batch) -> Iterator[None]:
+    """Turns whatever a model says while it is traced into a sentence about the data."""
+    try:
+        yield
+    except FedLPError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FedLPError(
+            f"the model cannot take the inputs of '{data.name}', of shape "
+            f"{list(example.inputs.shape[1:])}: {reason}"
+        ) from error
 
 
 def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:

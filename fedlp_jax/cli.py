@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fedlp_jax import __version__
+
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -46,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Path = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds to run.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
 Cohort = Annotated[
@@ -64,9 +66,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from fedlp_jax.report import versions
-
-        typer.echo(f"fedlp-jax {versions()['fedlp_jax']}")
+        typer.echo(f"fedlp-jax {__version__}")
         raise typer.Exit
 
 
@@ -82,7 +82,7 @@ def _common(
 @app.command(context_settings=_ANY_FIELD, epilog=_RUN_EXAMPLES)
 def run(
     context: typer.Context,
-    config: Path,
+    config: ConfigFile,
     out: Out = None,
     overwrite: Overwrite = False,
     rounds: Rounds = None,
@@ -102,7 +102,7 @@ def run(
 
 
 @app.command(context_settings=_ANY_FIELD, epilog=_INFO_EXAMPLES)
-def info(context: typer.Context, config: Path = "") -> None:
+def info(context: typer.Context, config: ConfigFile = "") -> None:
     """Show versions and devices; with CONFIG also its settings, partition, layers and costs."""
     with _exit_codes():
         from fedlp_jax import tables

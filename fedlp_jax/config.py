@@ -40,7 +40,7 @@ def _cohort(value: Any) -> int | float:
     return int(value)
 
 
-class Plan(Section):
+class PlanSection(Section):
     """How a round is laid on the hardware; it changes the cost of a run, never its result."""
 
     devices: OptionalCount = None  # null = all there are
@@ -59,7 +59,7 @@ class Config(Section):
     rounds: Annotated[int, Checked(whole(0))]
     cohort: Annotated[int | float, Checked(_cohort)]  # clients of a round, or their share
     eval_every: OptionalCount = None  # rounds from one evaluation to the next; null = the last only
-    plan: Plan = Plan()
+    plan: PlanSection = PlanSection()
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> Config:

@@ -6,20 +6,20 @@ be ..."), before which `config_problem` puts the dotted field.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BeforeValidator as Checked
 from pydantic_core import PydanticCustomError
+
+from fedlp_jax.types import nearest
 
 __all__ = [
     "Check",
     "Checked",
     "choice",
     "flag",
-    "nearest",
     "optional",
     "real",
     "refuse",
@@ -36,14 +36,6 @@ def refuse(sentence: str) -> PydanticCustomError:
     """The error a check raises; its sentence is shown as it is."""
     # Braces in a sentence would be taken for places to fill in, hence the detour.
     return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is closest, if one is close."""
-    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
-    plain = {k.lower().replace("-", "_"): k for k in known}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1)
-    return plain[close[0]] if close else None
 
 
 def optional(check: Check) -> Check:
@@ -99,8 +91,7 @@ def choice(*known: str) -> Check:
 
     def check(value: Any) -> str:
         if value not in known:
-            near = nearest(value, known) if isinstance(value, str) else None
-            hint = f"; did you mean '{near}'?" if near else ""
+            hint = nearest(value, known) if isinstance(value, str) else ""
             raise refuse(f"is {value!r}, but must be {' or '.join(known)}{hint}")
         return str(value)
 

@@ -8,7 +8,6 @@ that only the old kind has are left behind.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, nearest
 
 Raw = dict[str, Any]  # as read: nested, not yet checked
 # dropped(section, old kind, new kind) -> the fields which do not survive that change
@@ -136,7 +135,7 @@ def _read(path: Path) -> Raw:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FedLPError(f"{path} does not exist{_nearest_file(path)}.") from None
+        raise FedLPError(f"{path} does not exist{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FedLPError(f"{path} cannot be read as a text file: {error}.") from error
     try:
@@ -156,10 +155,9 @@ def _read(path: Path) -> Raw:
 def _nearest_file(path: Path) -> str:
     """A hint at a file of the same folder with nearly that name."""
     if not path.parent.is_dir():
-        return f", nor does the folder {path.parent}"
+        return f", nor does the folder {path.parent}."
     names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    return nearest(path.name, names, lambda name: str(path.parent / name)) or "."
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fedlp_jax.config_field import nearest
+from fedlp_jax.types import nearest
 
 # dotted section -> kind -> class; a section of one kind only has the kind ""
 Kinds = dict[str, dict[str, type[BaseModel]]]
@@ -45,8 +45,7 @@ def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
             return f"{field}.name is missing: it may be {_listed(kinds[field])}."
         case "union_tag_invalid":
             tag = str(problem["ctx"]["tag"])
-            near = nearest(tag, kinds[field])
-            hint = f"; did you mean '{near}'?" if near else f": it may be {_listed(kinds[field])}."
+            hint = nearest(tag, kinds[field]) or f": it may be {_listed(kinds[field])}."
             return f"{field}.name is '{tag}', which is not known{hint}"
         case "model_type" | "model_attributes_type" | "dict_type":
             hint = f"; to choose a kind set {field}.name" if len(kinds.get(field, "")) > 1 else ""
@@ -71,22 +70,20 @@ def _unknown_field(section: str, leaf: str, raw: Mapping[str, Any], kinds: Kinds
     others = [name for name, model in here.items() if leaf in model.model_fields]
     if others:
         return f"{field} is not a field of {whole}, only of {_listed(others)}."
-    near = nearest(leaf, here[kind].model_fields) or _nearest_elsewhere(leaf, kinds)
-    if near:
-        return f"{field} is not a field of {whole}; did you mean '{near}'?"
-    return f"{field} is not a field of {whole}: it has {_listed(here[kind].model_fields, 'and')}."
+    own = here[kind].model_fields
+    hint = nearest(leaf, own) or _nearest_elsewhere(leaf, kinds)
+    return f"{field} is not a field of {whole}" + (hint or f": it has {_listed(own, 'and')}.")
 
 
-def _nearest_elsewhere(leaf: str, kinds: Kinds) -> str | None:
-    """The dotted name of a field of another section with exactly or nearly that name."""
+def _nearest_elsewhere(leaf: str, kinds: Kinds) -> str:
+    """A hint at a field of another section with exactly or nearly that name."""
     full = {
         name: f"{section}.{name}".strip(".")
         for section, models in reversed(kinds.items())
         for model in models.values()
         for name in model.model_fields
     }
-    near = nearest(leaf, full)
-    return full[near] if near else None
+    return nearest(leaf, full, full.__getitem__)
 
 
 def _kind_of(section: str, raw: Mapping[str, Any], kinds: Kinds) -> str:

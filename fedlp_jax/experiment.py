@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,14 @@ from fedlp_jax.costs import Ledger
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.datasets import Dataset, load
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.layers import layer_table
+from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.placement import Plan, resolve
 from fedlp_jax.progress import Progress
 from fedlp_jax.report import RunDirectory, environment
 from fedlp_jax.result import DivergedError, Result
 from fedlp_jax.simulate import simulate
 from fedlp_jax.task import classification
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, Variables
 
 _ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedavg": fedavg,
@@ -152,7 +153,8 @@ def run(
 
     Raises:
       FedLPError: bad input; then nothing has been written.
-      DivergedError: no client of a round had a finite update; the rounds before are written.
+      DivergedError: no client of a round had a finite update; the rounds before are written, and
+        the model as it was after them.
     """
     return execute(config, out, overwrite=overwrite, progress=progress).result
 
@@ -183,11 +185,12 @@ def execute(
 
             try:
                 result = simulate(**arguments, log=log)
+                if not directory.begun:
+                    directory.begin(resolved)  # no round was asked for
+                directory.save(result.state.variables)
             except BaseException as error:
                 _note_failure(error, directory, rows)
                 raise
-        if not directory.begun:
-            directory.begin(resolved)  # no round was asked for
         summary = summarize(config.name, arguments, result)
         summary["readings"]["total_seconds"] = time.perf_counter() - started
         directory.summarize(summary)
@@ -202,17 +205,14 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     model. It is modelled from the layer table, not run.
     """
     clients: Partition = arguments["clients"]
-    whole = Ledger(layer_table(result.variables, arguments["algorithm"].layers), clients=1)
-    all_layers = np.ones((1, len(whole.layers)))
-    one = whole.add(np.zeros(1, np.int64), all_layers, all_layers)
-    participations = sum(result.costs.clients)
+    rule = arguments["algorithm"].layers
     return {
         "name": name,
         "status": "done",
         "rounds": len(result.history),
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
-        "fedavg": {key: value * participations for key, value in one.items()},
+        "fedavg": fedavg_traffic(result.variables, rule, result.layers, sum(result.costs.clients)),
         "partition": {
             "clients": clients.clients,
             "smallest": clients.sizes.min(),
@@ -221,6 +221,28 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         },
         "readings": dict(result.readings),
     } | environment()
+
+
+def fedavg_traffic(
+    variables: Variables, rule: LayerRule, layers: LayerTable, participations: int
+) -> dict[str, int]:
+    """What it costs that clients receive and send the whole model, as FedAvg's do.
+
+    Args:
+      variables: of the deepest model.
+      rule: by which they are cut into layers.
+      layers: all that the server holds, which may be more.
+      participations: clients summed over rounds.
+
+    Returns:
+      The numbers of `Ledger.add`.
+    """
+    covered = layer_table(variables, rule, layers.names).covered
+    names = [name for name, held in zip(layers.names, covered, strict=True) if held]
+    ledger = Ledger(layer_table(variables, rule, names), clients=1)
+    everything = np.ones((1, len(names)))
+    one = ledger.add(np.zeros(1, np.int64), everything, everything)
+    return {key: value * participations for key, value in one.items()}
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
@@ -243,13 +265,22 @@ def _note_failure(
     summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
     directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
     error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
+    if isinstance(error, DivergedError):
+        directory.save(error.result.state.variables)
 
 
 def _draw(
     directory: RunDirectory, name: str, clients: Partition, rows: list[dict[str, Any]]
 ) -> None:
-    clients.plot(str(directory.plot_file("partition")))
-    if any(row.get("test_accuracy") is not None for row in rows):
-        for x in ("round", "upload_megabytes"):
-            file = directory.plot_file(f"accuracy_by_{x}")
-            plots.curves({name: rows}, path=str(file), x=x)
+    """Draws the plots of a run that is done; what fails here costs it nothing but a warning."""
+    try:
+        clients.plot(str(directory.plot_file("partition")))
+        if any(row.get("test_accuracy") is not None for row in rows):
+            for x in ("round", "upload_megabytes"):
+                file = directory.plot_file(f"accuracy_by_{x}")
+                plots.curves({name: rows}, path=str(file), x=x)
+    except Exception as error:
+        warnings.warn(
+            f"the plots of {directory.path} are not complete: {error} All else is written.",
+            stacklevel=2,
+        )

@@ -13,9 +13,10 @@ import numpy as np
 
 from fedlp_jax.cohort import cohort_size
 from fedlp_jax.config import Config
-from fedlp_jax.costs import BYTES, forward_macs
+from fedlp_jax.costs import BYTES, Ledger, forward_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.experiment import fedavg_traffic
 from fedlp_jax.layers import LayerTable, layer_table
 from fedlp_jax.masks import keep_matrix
 from fedlp_jax.types import Examples
@@ -39,7 +40,7 @@ class Overview(NamedTuple):
     levels: tuple[LevelView, ...]  # the last is the whole model
     upload_bytes: float  # expected of a round
     download_bytes: float
-    fedavg_bytes: float  # of the same round as FedAvg, either way
+    fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
 
 
 def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
@@ -59,7 +60,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     table = layer_table(state.variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
     levels, covered = [], []
-    for g, level in enumerate(algorithm.levels(state.variables, example)):
+    submodels = algorithm.levels(state.variables, example)
+    for g, level in enumerate(submodels):
         part = layer_table(level.extract(state.variables), algorithm.layers, table.names)
         held = jax.eval_shape(level.task.init, root, example)
         levels.append(
@@ -76,7 +78,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     received = np.stack(covered)[assigned]  # f32[K, L]
     layer_bytes = BYTES * (table.params + table.statistics)
     cohort = cohort_size(config.cohort, clients.clients, config.seed)
-    mask_bytes = -(-len(table) // 8)
+    mask_bytes = Ledger(table, clients=1).mask_bytes
+    deepest = submodels[-1].extract(state.variables)
     return Overview(
         clients,
         cohort,
@@ -84,7 +87,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         tuple(levels),
         upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
         download_bytes=cohort * float((received @ layer_bytes).mean()),
-        fedavg_bytes=cohort * float(covered[-1] @ layer_bytes),
+        fedavg=fedavg_traffic(deepest, algorithm.layers, table, cohort),
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +125,7 @@ def curves(
     """
     if x not in _AXES:
         raise FedLPError(
-            f"x={x!r} is not an axis{_nearest(x, _AXES)}: choose {' or '.join(_AXES)}."
+            f"x={x!r} is not an axis{nearest(x, _AXES) or '.'} There are: {', '.join(_AXES)}."
         )
     if not histories:
         raise FedLPError("There is no history to draw: pass at least one run, as {label: rows}.")
@@ -181,11 +180,6 @@ def _whole_numbers(ticks: int) -> Locator:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(ticks, integer=True)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _draw_mixes(figure: Figure, axes: Axes, partition: Holdings, shown: np.ndarray) -> None:
@@ -268,7 +262,7 @@ def _points(label: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> np
     if not points:
         keys = sorted({key for row in rows for key in row})
         raise FedLPError(
-            f"{label}: none of {len(rows)} rounds has {y!r}{_nearest(y, keys)}; they have "
+            f"{label}: none of {len(rows)} rounds has {y!r}{nearest(y, keys) or '.'} They have: "
             f"{', '.join(keys) or 'nothing'}."
         )
     return np.asarray(points, np.float64).T

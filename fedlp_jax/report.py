@@ -2,42 +2,54 @@
 
     config.yaml     the resolved configuration, which can itself be run
     metrics.jsonl   one object a round
+    variables.npz   the trained model: everything the server holds, see `fl.load_variables`
     summary.json    last numbers, totals, versions, device, time
     plots/          accuracy by round and by upload, the partition
 
-Nothing is written before the first round is done, so a run that is refused leaves nothing.
+Until the first round is done there is nothing but the claim, `.claim`, which goes when the run
+ends, so a run that is refused leaves nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, Variables
+from fedlp_jax.variables import VARIABLES, save_variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
-_WRITTEN = (CONFIG, METRICS, SUMMARY, PLOTS)
+CLAIM = ".claim"
+_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, PLOTS)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class RunDirectory:
     """One run's directory, claimed at once and filled from the first round on.
 
+    The claim is a file that only one process can create, and that shows before anything is trained
+    that the directory can be written. It says whose it is; a run that was killed leaves it behind.
+    With `overwrite` a claim is replaced too; the run it was taken from gets a RuntimeError when it
+    writes its next file.
+
     Attributes:
       path: where it is.
     """
 
     def __init__(self, out: str | Path | None, name: str, overwrite: bool = False):
-        """Claims a directory.
+        """Claims a directory, which `close` gives up.
 
         Args:
           out: the directory; None = `runs/NAME-N` with the next free N.
@@ -45,28 +57,42 @@ class RunDirectory:
           overwrite: allow `out` to hold another run, which is removed when the first round is done.
 
         Raises:
-          FedLPError: `out` holds a run already, is a file, or cannot be made.
+          FedLPError: `out` is in use or holds a run already, is a file, cannot be made or cannot be
+            written.
         """
         self._made: list[Path] = []  # directories this object created, outermost first
         self._metrics: IO[str] | None = None
+        self._overwrite = overwrite
+        now = datetime.now().isoformat(" ")
+        self._claim = f"process {os.getpid()} on {platform.node()} since {now}"
         try:
-            self.path = self._next_free(name) if out is None else self._named(Path(out), overwrite)
+            self.path = self._next_free(name) if out is None else self._named(Path(out))
         except OSError as error:
             raise FedLPError(f"the run directory cannot be made: {error}.") from error
+        try:
+            self._take(self.path / CLAIM)
+            self._refuse_other_run()
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, config: str) -> None:
-        """Removes what an earlier run wrote here and writes `config.yaml`.
+        """Writes `config.yaml`; where that is allowed, removes what an earlier run wrote here.
 
         Args:
           config: YAML text; the versions are put above it as comments.
         """
-        for name in (CONFIG, METRICS, SUMMARY):
-            (self.path / name).unlink(missing_ok=True)
-        for picture in (self.path / PLOTS).glob("*.png"):
-            picture.unlink()
-        self._metrics = (self.path / METRICS).open("x", encoding="utf-8", buffering=1)
+        metrics, settings = self._own(METRICS), self._own(CONFIG)
+        if self._overwrite:
+            for picture in (self.path / PLOTS).glob("*.png"):
+                picture.unlink()
+            # The metrics last: what has them is known as a run, which may be overwritten.
+            for name in (CONFIG, VARIABLES, SUMMARY, METRICS):
+                (self.path / name).unlink(missing_ok=True)
+        self._metrics = metrics.open("x", encoding="utf-8", buffering=1)
         header = "".join(f"# {name} {version}\n" for name, version in versions().items())
-        (self.path / CONFIG).write_text(header + config, encoding="utf-8")
+        with settings.open("x", encoding="utf-8") as file:
+            file.write(header + config)
 
     @property
     def begun(self) -> bool:
@@ -81,11 +107,15 @@ class RunDirectory:
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
         text = json.dumps(plain(summary), indent=2, allow_nan=False)
-        (self.path / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        self._own(SUMMARY).write_text(text + "\n", encoding="utf-8")
+
+    def save(self, variables: Variables) -> None:
+        """Writes `variables.npz`."""
+        save_variables(self._own(VARIABLES), variables)
 
     def plot_file(self, name: str) -> Path:
         """Path for a picture."""
-        folder = self.path / PLOTS
+        folder = self._own(PLOTS)
         folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
@@ -93,27 +123,63 @@ class RunDirectory:
         """Ends writing. Where nothing was written, removes the directories that were made."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._claimant() == self._claim:
+            (self.path / CLAIM).unlink()
+        if self._metrics is not None:
             return
         for folder in reversed(self._made):
             # Somebody else may have put something there, which is then theirs.
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _named(self, path: Path, overwrite: bool) -> Path:
-        if path.exists() and not path.is_dir():
-            raise FedLPError(f"{path} is a file; name a directory with --out.")
-        found = [name for name in _WRITTEN if (path / name).exists()]
-        if found and not overwrite:
+    def _take(self, claim: Path) -> None:
+        try:
+            if self._overwrite:
+                claim.unlink(missing_ok=True)
+            with claim.open("x", encoding="utf-8") as file:
+                file.write(self._claim)
+        except FileExistsError:
             raise FedLPError(
-                f"{path} already holds a run ({', '.join(found)}); choose another directory with "
-                "--out, or replace that run with --overwrite."
+                f"{self.path} is in use by another run ({self._claimant()}); wait for it or choose "
+                "another directory with --out. If that run was killed, replace it with --overwrite."
+            ) from None
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                claim.unlink()  # a full disk may take the name but not the text
+            raise FedLPError(
+                f"the run directory {self.path} cannot be written ({error.strerror}); choose "
+                "another with --out."
+            ) from error
+
+    def _claimant(self) -> str:
+        try:
+            return (self.path / CLAIM).read_text("utf-8", errors="replace")
+        except OSError:
+            return "which has just ended"
+
+    def _own(self, name: str) -> Path:
+        """A path within the directory, as long as no other run has taken that over."""
+        if self._claimant() != self._claim:
+            raise RuntimeError(f"another run has taken over {self.path} with --overwrite.")
+        return self.path / name
+
+    def _refuse_other_run(self) -> None:
+        found = [name for name in _WRITTEN if (self.path / name).exists()]
+        if found and not self._overwrite:
+            raise FedLPError(
+                f"{self.path} already holds a run ({', '.join(found)}); choose another directory "
+                "with --out, or replace that run with --overwrite."
             )
         if found and METRICS not in found:
             # As `--out .` beside one's own config.yaml.
             raise FedLPError(
-                f"{path} holds {', '.join(found)} but no {METRICS}, so it may be no run and is not "
-                "overwritten; choose another directory with --out."
+                f"{self.path} holds {', '.join(found)} but no {METRICS}, so it may be no run and "
+                "is not overwritten; choose another directory with --out."
             )
+
+    def _named(self, path: Path) -> Path:
+        if path.exists() and not path.is_dir():
+            raise FedLPError(f"{path} is a file; name a directory with --out.")
         self._make(path)
         return path
 

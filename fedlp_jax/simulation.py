@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,12 +106,14 @@ class Simulation:
         cohort, private, _, _ = self._stage(1)
         everywhere, split = replicated(self.plan), over_clients(self.plan)
         algorithm, plan = self.algorithm, self.plan
+        per_slot: Any = split
+        shardings = RoundMetrics(per_slot, per_slot, per_slot, halted=cast(Any, everywhere))
         round_program = jax.jit(
             lambda state, private, examples, cohort, key: algorithm.round(
                 state, private, examples, cohort, key, plan
             ),
             donate_argnums=(0, 1),
-            out_shardings=(everywhere, split, RoundMetrics(split, split, split, everywhere)),
+            out_shardings=(everywhere, split, shardings),
         )
         arguments = (self.state, private, self.train, cohort, self.key)
         self.round_program = self._timed(round_program, "round", arguments)

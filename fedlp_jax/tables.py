@@ -111,8 +111,8 @@ def _level_table(view: Overview) -> Table:
 
 def _cost_table(view: Overview) -> Table:
     rows = {
-        "upload": _against(view.upload_bytes, view.fedavg_bytes),
-        "download": _against(view.download_bytes, view.fedavg_bytes),
+        "upload": _against(view.upload_bytes, view.fedavg["upload_bytes"]),
+        "download": _against(view.download_bytes, view.fedavg["download_bytes"]),
     }
     return two_columns(rows, title="Traffic of a round, expected")
 

@@ -17,7 +17,7 @@ dropped. *variables* are all that is exchanged: parameters and batch statistics.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -41,9 +41,25 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"did you mean '{near[0]}'? Known" if near else "known"
-    raise FedLPError(f"{name} '{value}' is unknown; {hint}: {', '.join(choices)}.")
+    hint = nearest(value, choices) or "."
+    raise FedLPError(f"{name} '{value}' is unknown{hint} Known: {', '.join(choices)}.")
+
+
+def nearest(word: object, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """A hint at the known word that is closest.
+
+    Args:
+      word: what was given.
+      known: what it may have meant.
+      shown: how a known word is written in the hint.
+
+    Returns:
+      `"; did you mean 'keep'?"`, or `""` if no word is close.
+    """
+    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
+    plain = {k.lower().replace("-", "_"): k for k in known}
+    close = difflib.get_close_matches(str(word).lower().replace("-", "_"), plain, n=1)
+    return f"; did you mean '{shown(plain[close[0]])}'?" if close else ""
 
 
 class Normalize(NamedTuple):
@@ -111,7 +127,7 @@ class ServerState(NamedTuple):
     optimizer: PyTree  # of the server optimizer (optax)
     client_scale: Array  # f32[], factor on the client optimizer's updates
     round: Array  # i32[], rounds done
-    halted: Array  # bool[], a round had no client that counts; later rounds change nothing
+    halted: Array  # bool[], a round left nothing finite to go on with; later ones change nothing
 
 
 class RoundMetrics(NamedTuple):
@@ -120,3 +136,4 @@ class RoundMetrics(NamedTuple):
     client: ClientMetrics  # arrays [D * P]
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
+    halted: Array  # bool[], the state was left as it was: nothing finite to go on with

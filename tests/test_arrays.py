@@ -116,10 +116,16 @@ def test_arrays_that_do_not_fit_are_refused(position, value, message):
         ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
         ({"normalize": Normalize([1, 2], 0)}, r"normalize.gain is \[1.0, 2.0\]; .* 1 channels"),
         ({"normalize": Normalize(1, np.nan)}, "normalize.shift is nan"),
+        ({"normalize": 0.5}, r"x: normalize is 0.5; expected a pair \(gain, shift\), each one"),
+        ({"normalize": [1, 2, 3]}, r"normalize is \[1, 2, 3\]; expected a pair"),
+        ({"normalize": "12"}, "normalize is '12'; expected a pair"),
+        ({"normalize": {"gain": 1, "shift": 0}}, "expected a pair"),
+        ({"normalize": [10**400, 0]}, "expected a pair"),
+        ({"normalize": [1e300, 0]}, "normalize.gain is inf; expected one finite number"),
         ({"client": [1, 2]}, r"Client ids are int64\[2\]; .* each of the 5 training examples"),
         ({"client": [0.5] * 5}, "Client ids are float64"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(FedLPError, match=message):
-        from_arrays(*_arrays(), **options)
+        from_arrays(*_arrays(), name="x", **options)

@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.testing
 import yaml
 
-from fedlp_jax import DivergedError, FedLPError, cli, experiment, placement
+from fedlp_jax import DivergedError, FedLPError, cli, experiment, placement, plots
 from fedlp_jax.report import read_metrics
 
 SMALL = {
@@ -120,7 +121,12 @@ def test_runs_and_says_where_and_at_what_cost():
         (("small.yaml", "--algorithm.kep", "3"), "did you mean 'keep'?"),
         (("small.yaml", "--rounds", "-3"), "rounds is -3, but must be a whole number >= 0."),
         (("small.yaml", "--cohort", "50"), "there are only 20 clients"),
-        (("smal.yaml",), "smal.yaml does not exist; did you mean small.yaml?"),
+        (("smal.yaml",), "smal.yaml does not exist; did you mean 'small.yaml'?"),
+        (("small.yaml", "--data.name", "synthetic", "--data.options.shape", "8"), "shape must be"),
+        (
+            ("small.yaml", "--data.name", "mnist", "--data.options.image", "2020-01-01"),
+            "image must be text, got datetime.date(2020, 1, 1).",
+        ),
         (("small.yaml", "--data.name", "digitz"), "digits"),
         (("small.yaml", "--model.name", "mnist_cnn"), "MNISTCNN needs images"),
     ],
@@ -133,6 +139,48 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(words, sentence):
     assert said.stderr.strip().splitlines()[-1].startswith("fedlp: ")
     assert "Traceback" not in said.output
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("normalize", ["0.5", "[1, 2, 3]"])
+def test_a_bad_normalisation_is_bad_input(normalize):
+    arrays = {"inputs": np.zeros((40, 4), np.uint8), "labels": np.arange(40) % 2}
+    np.savez(
+        "own.npz", **{f"{part}_{k}": v for part in ("train", "test") for k, v in arrays.items()}
+    )
+    own = ["--data.name", "own.npz", "--data.options.normalize", normalize]
+    said = fedlp("run", "small.yaml", *own)
+    assert said.exit_code == 2
+    assert "expected a pair (gain, shift)" in said.stderr
+    assert "Traceback" not in said.output
+
+
+@pytest.mark.filterwarnings("always")
+def test_plots_that_cannot_be_written_cost_a_warning_only(monkeypatch):
+    def fail(*_, **__):
+        raise FedLPError("The picture cannot be written: no space.")
+
+    monkeypatch.setattr(plots, "curves", fail)
+    said = fedlp("run", "small.yaml")
+    assert said.exit_code == 0
+    assert "warning: the plots of runs/small-1 are not complete" in said.stderr
+    assert "cannot be written: no space" in said.stderr
+    assert "of FedAvg's" in said.stdout
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_built(monkeypatch):
+    real = Path.open
+
+    def forbidden(self, mode="r", *rest, **options):
+        if mode == "x":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, mode, *rest, **options)
+
+    monkeypatch.setattr(experiment, "build", None)
+    monkeypatch.setattr(Path, "open", forbidden)
+    said = fedlp("run", "small.yaml", "--out", "out")
+    assert said.exit_code == 2
+    assert "the run directory out cannot be written (Permission denied)" in said.stderr
+    assert not Path("out").exists()
 
 
 def test_a_second_run_in_the_same_directory_is_refused():

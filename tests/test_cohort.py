@@ -23,7 +23,7 @@ def test_a_sample_is_sorted_distinct_and_a_function_of_seed_and_round():
 
 
 def test_a_cohort_draws_nothing_that_a_partition_has_drawn():
-    """Both have Philox under the run's seed; the same numbers would tie who is chosen to who has."""
+    """Both have Philox under the run's seed, and must not draw the same numbers from it."""
     for round in range(1, 6):
         cohort = sample(seed=0, round=round, clients=1000, cohort=1000 // 2)
         for purpose in range(8):

@@ -276,7 +276,7 @@ def test_overrides_merge_like_a_last_child(write):
         ({"a": {"extends": "../outside.yaml"}}, "extends ../outside.yaml, which is outside"),
         ({"a": {"extends": "/etc/passwd"}}, "extends /etc/passwd, which is outside"),
         ({"a": {"extends": "nobody.yaml"}}, "nobody.yaml does not exist."),
-        ({"base": HOMO, "a": {"extends": "bse.yaml"}}, "base.yaml?"),
+        ({"base": HOMO, "a": {"extends": "bse.yaml"}}, "base.yaml'?"),
         ({"a": {"extends": 3}}, "extends is 3, but must be a file name or a list of them."),
         ({"a": ""}, "a.yaml is empty; configs/quickstart.yaml is one to start from."),
         ({"a": "- 1\n- 2\n"}, "a.yaml holds a list, but must hold fields and values."),

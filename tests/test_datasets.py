@@ -155,6 +155,31 @@ def test_an_unknown_option_is_refused(name, option, message):
         load(name, **{option: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("synthetic", {"shape": 8}, r"synthetic: shape must be a list .* \(8, 8, 1\), got 8"),
+        ("synthetic", {"shape": None}, "shape must be a list .* got None"),
+        ("synthetic", {"shape": "88"}, "shape must be a list .* got '88'"),
+        ("synthetic", {"shape": ["8"]}, r"shape\[0\] must be a positive integer, got '8'"),
+        ("mnist", {"train_split": 3}, "mnist: train_split must be text, got 3"),
+        ("mnist", {"train_split": None}, "mnist: train_split must be text, got None"),
+        ("mnist", {"label": ["a"]}, r"mnist: label must be text, got \['a'\]"),
+    ],
+)
+def test_an_option_of_another_form_is_refused(name, option, message):
+    with pytest.raises(FedLPError, match=message):
+        load(name, **option)
+
+
+@pytest.mark.parametrize("normalize", [0.5, [1, 2, 3]])
+def test_an_npz_with_half_a_normalisation_is_refused(tmp_path, normalize):
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(tmp_path / "mine.npz", **dict(zip(keys, _arrays(), strict=True)))
+    with pytest.raises(FedLPError, match=r"mine: normalize is .* expected a pair \(gain, shift\)"):
+        load(tmp_path / "mine.npz", normalize=normalize)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(FedLPError, match="did you mean 'digits'"):
         load("digit", tmp_path)

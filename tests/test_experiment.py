@@ -235,6 +235,54 @@ def test_a_diverged_run_keeps_the_rounds_before(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["status"] == "diverged"
     assert 1 <= summary["rounds"] == len(rows) < 40
+    model = fl.load_variables(tmp_path / "out")
+    same(model, error.value.result.state.variables)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(model))
+
+
+def test_the_model_that_is_written_is_the_one_that_was_trained(done):
+    path, result = done
+    again = fl.load_variables(path)
+    same(again, result.state.variables)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(again))
+    arguments = experiment.build(small(seed=1))
+    wanted = fl.simulate(**arguments, variables=result.state.variables)
+    found = fl.simulate(**arguments, variables=again)
+    same(found.state.variables, wanted.state.variables)
+
+
+def test_a_model_with_shared_heads_and_statistics_is_written_whole(tmp_path):
+    config = small(
+        data={"name": "synthetic", "options": {"examples": 80, "shape": [8, 8, 3]}},
+        model={"name": "fedlp_cnn"},
+        algorithm={
+            "name": "fedlp_hetero",
+            "depths": "uniform",
+            "heads": "shared",
+            "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+        },
+        rounds=0,
+    )
+    result = experiment.run(config, tmp_path / "out")
+    variables = fl.load_variables(tmp_path / "out")
+    assert set(variables) == {"params", "batch_stats"}
+    assert "exit1_fc1" in variables["params"]
+    same(variables, result.state.variables)
+    arguments = experiment.build(config) | {"seed": 1}
+    same(fl.simulate(**arguments, variables=variables).state.variables, variables)
+
+
+def test_a_diverged_run_leaves_its_last_good_model(tmp_path, monkeypatch):
+    good = experiment.run(small(rounds=1), tmp_path / "good")
+
+    def diverges(*, log, **arguments):
+        log(good.history.rows[0])
+        raise fl.DivergedError("nobody is left.", good)
+
+    monkeypatch.setattr(experiment, "simulate", diverges)
+    with pytest.raises(fl.DivergedError):
+        experiment.run(small(), tmp_path / "out")
+    same(fl.load_variables(tmp_path / "out"), good.state.variables)
 
 
 @pytest.mark.parametrize("rounds", [0, 1])

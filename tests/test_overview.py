@@ -1,14 +1,19 @@
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import fedlp_jax as fl
 from fedlp_jax import experiment
 from fedlp_jax.config import parse_config
+from fedlp_jax.costs import Ledger
+from fedlp_jax.data.batching import example_of
 from fedlp_jax.overview import macs_by_layer, overview
+from fedlp_jax.result import History, Result
 from fedlp_jax.tables import config_tables, show
+from fedlp_jax.types import Examples
 
 SMALL = {
     "data": {"name": "digits"},
@@ -49,15 +54,31 @@ def _of(text):
 def test_with_certain_masks_the_expected_traffic_is_what_the_ledger_books():
     _, arguments, view = of(SMALL)
     row = fl.simulate(**arguments).history.rows[0]
-    assert view.upload_bytes == row["upload_bytes"]
-    assert view.download_bytes == row["download_bytes"] == view.fedavg_bytes
+    assert view.upload_bytes == row["upload_bytes"] == view.fedavg["upload_bytes"]
+    assert view.download_bytes == row["download_bytes"] == view.fedavg["download_bytes"]
 
 
 @pytest.mark.parametrize(("keep", "share"), [(0.25, 0.25), ([0.0] * 10 + [1.0] * 10, 0.5)])
 def test_expected_upload_follows_keep(keep, share):
     _, _, view = of(SMALL | {"algorithm": SMALL["algorithm"] | {"keep": keep}})
     mask_bytes = 4 * 1  # one byte for each client of the cohort
-    assert view.upload_bytes - mask_bytes == pytest.approx(share * view.fedavg_bytes)
+    whole = view.fedavg["upload_bytes"] - mask_bytes
+    assert view.upload_bytes - mask_bytes == pytest.approx(share * whole)
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads": "shared", "layers": {"exit1_": "first exit"}}])
+def test_info_and_run_know_one_fedavg(changes):
+    raw = HETERO | {"algorithm": HETERO["algorithm"] | {"depths": [0.2] * 5} | changes}
+    _, arguments, view = of(raw)
+    costs = Ledger(view.layers, clients=200)
+    costs.clients.append(view.cohort)  # as if one round had been run
+    data, task = arguments["data"], arguments["algorithm"].task
+    example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
+    variables = jax.eval_shape(task.init, jax.random.key(0), example)
+    result = Result(variables, None, History(), costs, arguments["plan"], view.layers, {})
+    assert experiment.summarize("x", arguments, result)["fedavg"] == view.fedavg
+    assert view.fedavg["upload_params"] == 4 * 551_466
+    assert view.fedavg["upload_bytes"] == view.fedavg["download_bytes"] + 4 * 1  # 8 layers
 
 
 def test_submodels_have_the_known_sizes():

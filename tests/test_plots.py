@@ -132,13 +132,13 @@ def test_curves_are_written_in_the_format_of_the_ending(tmp_path, ending):
     ("histories", "options", "message"),
     [
         ({}, {}, "no history to draw"),
-        ({"a": _rows(2)}, {"x": "rounds"}, r"x='rounds' is not an axis \(did you mean 'round'"),
+        ({"a": _rows(2)}, {"x": "rounds"}, r"x='rounds' is not an axis; did you mean 'round'\?"),
         (
             {"a": _rows(2)},
             {"y": "test_acuracy"},
-            r"a: none of 2 rounds has 'test_acuracy' \(did you mean 'test_accuracy'\?\); they have",
+            r"a: none of 2 rounds has 'test_acuracy'; did you mean 'test_accuracy'\? They have: ",
         ),
-        ({"a": []}, {}, "none of 0 rounds has 'test_accuracy'; they have nothing"),
+        ({"a": []}, {}, "none of 0 rounds has 'test_accuracy'. They have: nothing"),
         ({"a": [{"round": 1, "test_accuracy": None}]}, {}, "none of 1 rounds has"),
         (
             {"a": [{"round": 1, "test_accuracy": 0.5}]},

@@ -68,9 +68,11 @@ def test_splits_may_be_sliced_and_added(tmp_path):
     found = find("tiny", tmp_path, train_split="train[:50%] + extra", test_split="train[50%:]")
     assert found.train_split == "train[:50%] + extra"
     assert sum("array_record" in file.name for file in found.files) == 2
-    with pytest.raises(FedLPError, match="no split 'validation'.* has train, extra. .*test_split="):
+    with pytest.raises(
+        FedLPError, match="no split 'validation'.* has: train, extra. .*test_split="
+    ):
         find("tiny", tmp_path)
-    with pytest.raises(FedLPError, match=r"no split 'trian' \(did you mean 'train'\?\)"):
+    with pytest.raises(FedLPError, match=r"no split 'trian'; did you mean 'train'\? It has: "):
         find("tiny", tmp_path, train_split="trian[:10]", test_split="extra")
 
 

@@ -8,6 +8,8 @@ from fedlp_jax import report
 from fedlp_jax.report import RunDirectory, read_metrics
 from fedlp_jax.types import FedLPError
 
+VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
+
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
@@ -19,19 +21,21 @@ def written(path, rounds=1, **row):
     directory.begin("seed: 1\n")
     for round in range(1, rounds + 1):
         directory.append({"round": round} | row)
+    directory.save(VARIABLES)
     directory.summarize({"status": "done"})
     directory.plot_file("accuracy").write_bytes(b"png")
     directory.close()
     return directory.path
 
 
-def test_writes_all_four_parts(tmp_path):
+def test_writes_all_parts_and_gives_up_its_claim(tmp_path):
     path = written(tmp_path / "out", rounds=3)
     assert sorted(p.name for p in path.iterdir()) == [
         "config.yaml",
         "metrics.jsonl",
         "plots",
         "summary.json",
+        "variables.npz",
     ]
     assert [row["round"] for row in read_metrics(path)] == [1, 2, 3]
     config = (path / "config.yaml").read_text()
@@ -120,6 +124,7 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert (path / "notes.txt").exists()
     assert read_metrics(path) == []
     assert not (path / "summary.json").exists()
+    assert not (path / "variables.npz").exists()
     assert not (path / "plots" / "accuracy.png").exists()
 
 
@@ -128,6 +133,75 @@ def test_overwriting_does_not_take_a_config_for_a_run(tmp_path):
     with pytest.raises(FedLPError, match=r"no metrics\.jsonl"):
         RunDirectory(tmp_path, "r", overwrite=True)
     assert (tmp_path / "config.yaml").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_one_directory_is_claimed_by_one_run(tmp_path):
+    first = RunDirectory(tmp_path / "out", "r")
+    sentence = rf"out is in use by another run \(process {os.getpid()} on .*--out.*--overwrite"
+    with pytest.raises(FedLPError, match=sentence):
+        RunDirectory(tmp_path / "out", "r")
+    first.begin("seed: 1\n")
+    with pytest.raises(FedLPError, match=sentence):
+        RunDirectory(tmp_path / "out", "r")
+    first.append({"round": 1})
+    first.close()
+    assert len(read_metrics(tmp_path / "out")) == 1
+    with pytest.raises(FedLPError, match="already holds a run"):
+        RunDirectory(tmp_path / "out", "r")
+
+
+def test_the_claim_of_a_killed_run_can_be_replaced(tmp_path):
+    RunDirectory(tmp_path / "out", "r")  # killed before its first round: not closed
+    with pytest.raises(FedLPError, match="If that run was killed, replace it with --overwrite"):
+        RunDirectory(tmp_path / "out", "r")
+    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
+    second.begin("")
+    second.close()
+    assert ".claim" not in os.listdir(tmp_path / "out")
+
+
+def test_a_run_whose_directory_was_taken_over_writes_there_no_more(tmp_path):
+    first = RunDirectory(tmp_path / "out", "r")
+    first.begin("seed: 1\n")
+    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
+    second.begin("seed: 2\n")
+    first.append({"round": 1})
+    for write in (lambda: first.summarize({}), lambda: first.save(VARIABLES)):
+        with pytest.raises(RuntimeError, match="another run has taken over .*out with --overwrite"):
+            write()
+    first.close()
+    second.summarize({"status": "done"})
+    second.close()
+    assert read_metrics(tmp_path / "out") == []
+    assert (tmp_path / "out" / "config.yaml").read_text().endswith("seed: 2\n")
+
+
+def test_nothing_is_removed_without_leave(tmp_path):
+    directory = RunDirectory(tmp_path / "out", "r")
+    for name in ("metrics.jsonl", "summary.json", "config.yaml"):
+        (directory.path / name).write_text("theirs")  # of a program that knows no claims
+    with pytest.raises(FileExistsError):
+        directory.begin("")
+    directory.close()
+    for name in ("metrics.jsonl", "summary.json", "config.yaml"):
+        assert (directory.path / name).read_text() == "theirs"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, there):
+    if there:
+        (tmp_path / "out").mkdir()
+
+    def forbidden(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "open", forbidden)  # root may write what others may not
+    with pytest.raises(
+        FedLPError, match=r"directory .*out cannot be written \(Permission denied\)"
+    ):
+        RunDirectory(tmp_path / "out", "r")
+    assert (tmp_path / "out").exists() == there
 
 
 def test_an_existing_directory_without_a_run_may_be_used(tmp_path):

@@ -132,65 +132,26 @@ def winograd(
 @functools.cache
 def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[..., Array]:
     """The convolution of these axes, with its transpose."""
-
-    def split(x: Array) -> Grid:
-        return [horizontal.split(row) for row in vertical.split(x)]
-
-    def filters(kernel: Array) -> Array:
-        """`[kh, kw, in, out] -> [n_h, n_w, depth, out]`; unfolded axes are part of the depth."""
-        left, right = (
-            jnp.asarray(np.eye(a.kernel) if a.tile == 1 else a.matrices.kernel, kernel.dtype)
-            for a in (vertical, horizontal)
-        )
-        each = jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
-        rows, columns, _, features = each.shape
-        if vertical.tile == 1:
-            # `split` unfolds the vertical axis first, so its elements are the inner ones.
-            each, rows = jnp.swapaxes(each, 0, 1), 1
-        if horizontal.tile == 1:
-            columns = 1
-        return each.reshape(rows, columns, -1, features)
-
-    def products(tiles: Grid, filters: Array) -> Grid:
-        return [
-            [
-                lax.dot_general(tile, filters[i, j], (((3,), (0,)), ((), ())), precision=precision)
-                for j, tile in enumerate(row)
-            ]
-            for i, row in enumerate(tiles)
-        ]
-
-    def join(grid: Grid) -> Array:
-        return vertical.join([horizontal.join(row) for row in grid])
+    dot = functools.partial(lax.dot_general, precision=precision)
+    filters = functools.partial(_filters, vertical, horizontal, precision)
+    depth, pixels = (((3,), (0,)), ((), ())), (((0, 1, 2), (0, 1, 2)), ((), ()))
+    features = (((3,), (1,)), ((), ()))
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-        tiles, transformed = split(x), filters(kernel)
-        return join(products(tiles, transformed)), (kernel, tiles, transformed)
+        tiles = [horizontal.split(row) for row in vertical.split(x)]
+        transformed = filters(kernel)
+        grid = _each(lambda tile, i, j: dot(tile, transformed[i, j], depth), tiles)
+        y = vertical.join([horizontal.join(row) for row in grid])
+        return y, (kernel, tiles, transformed)
 
     def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
         kernel, tiles, transformed = saved
         grid = [horizontal.join_transposed(row) for row in vertical.join_transposed(dy)]
-        pixels, back = ((0, 1, 2), (0, 1, 2)), ((3,), (1,))
         # [out, depth] rather than its transpose, which XLA's CPU backend computes half as fast.
-        d_filters = jnp.stack(
-            [
-                jnp.stack(
-                    [
-                        lax.dot_general(d, tile, (pixels, ((), ())), precision=precision)
-                        for d, tile in zip(*rows, strict=True)
-                    ]
-                )
-                for rows in zip(grid, tiles, strict=True)
-            ]
-        )
-        d_tiles = [
-            [
-                lax.dot_general(d, transformed[i, j], (back, ((), ())), precision=precision)
-                for j, d in enumerate(row)
-            ]
-            for i, row in enumerate(grid)
-        ]
-        (d_kernel,) = jax.linear_transpose(filters, kernel)(jnp.swapaxes(d_filters, 2, 3))
+        d_filters = _each(lambda d, i, j: dot(d, tiles[i][j], pixels), grid)
+        d_tiles = _each(lambda d, i, j: dot(d, transformed[i, j], features), grid)
+        stacked = jnp.stack([jnp.stack(row) for row in d_filters])
+        (d_kernel,) = jax.linear_transpose(filters, kernel)(jnp.swapaxes(stacked, 2, 3))
         dx = vertical.split_transposed([horizontal.split_transposed(row) for row in d_tiles])
         return dx, d_kernel
 
@@ -200,6 +161,26 @@ def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[.
 
     convolution.defvjp(forward, backward)
     return convolution
+
+
+def _filters(vertical: Axis, horizontal: Axis, precision: Any, kernel: Array) -> Array:
+    """`[kh, kw, in, out] -> [n_h, n_w, depth, out]`; unfolded axes are part of the depth."""
+    left, right = (
+        jnp.asarray(np.eye(a.kernel) if a.tile == 1 else a.matrices.kernel, kernel.dtype)
+        for a in (vertical, horizontal)
+    )
+    each = jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
+    rows, columns, _, features = each.shape
+    if vertical.tile == 1:
+        # An input is unfolded vertically first, so those elements are the inner ones.
+        each, rows = jnp.swapaxes(each, 0, 1), 1
+    if horizontal.tile == 1:
+        columns = 1
+    return each.reshape(rows, columns, -1, features)
+
+
+def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
+    return [[f(entry, i, j) for j, entry in enumerate(row)] for i, row in enumerate(grid)]
 
 
 def _combine(weights: np.ndarray, parts: Sequence[Array]) -> Array:

@@ -57,7 +57,8 @@ def from_arrays(
       test_inputs: like `train_inputs`.
       test_labels: like `train_labels`.
       num_classes: None means one more than the largest label.
-      normalize: None means `x / 127.5 - 1` for uint8 and nothing for floats.
+      normalize: a pair (gain, shift), each one number or one per channel: the model sees
+        `x * gain + shift`. None means `x / 127.5 - 1` for uint8 and nothing for floats.
       client: integers or strings `[N]`, whose each training example is; strings become their rank.
       name: for messages and reports.
 
@@ -162,7 +163,16 @@ def _split(name: str, which: str, inputs: Any, labels: Any) -> Split:
 
 def _affine(name: str, normalize: Normalize, shape: tuple[int, ...]) -> Normalize:
     """Checks that gain and shift are finite numbers, one or one per channel."""
-    gain, shift = (np.asarray(part, np.float32) for part in normalize)
+    try:
+        if isinstance(normalize, str):  # "12" would be read as 1 and 2
+            raise TypeError
+        with np.errstate(over="ignore"):  # becomes an infinity, which is refused
+            gain, shift = (np.asarray(part, np.float32) for part in normalize)
+    except (TypeError, ValueError, OverflowError):
+        raise FedLPError(
+            f"{name}: normalize is {normalize!r}; expected a pair (gain, shift), each one number "
+            "or one per channel, for x * gain + shift."
+        ) from None
     for word, part in (("gain", gain), ("shift", shift)):
         if part.shape not in ((), shape[-1:]) or not np.isfinite(part).all():
             raise FedLPError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedlp_jax.data.arrays import Dataset as Dataset
 from fedlp_jax.data.arrays import Split as Split
 from fedlp_jax.data.arrays import from_arrays as from_arrays
 from fedlp_jax.data.arrays import pixels
-from fedlp_jax.types import FedLPError, Normalize
+from fedlp_jax.types import FedLPError, Normalize, nearest
 
 # What the literature uses; any other set of images gets .5 and .5.
 _NORMALIZE = {
@@ -65,11 +64,9 @@ def load(
     ]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, 1)
             raise FedLPError(
-                f"load({text!r}) has no option {option!r}"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" Its options: {', '.join(known) or 'none'}."
+                f"load({text!r}) has no option {option!r}{nearest(option, known) or '.'} Its "
+                f"options: {', '.join(known) or 'none'}."
             )
     return source(text, data_dir, **options)
 
@@ -83,6 +80,10 @@ def _from_tfds(
     image: str | None = None,
     label: str | None = None,
 ) -> Dataset:
+    words = {"train_split": train_split, "test_split": test_split, "image": image, "label": label}
+    for word, value in words.items():
+        if not isinstance(value, str) and (value is not None or word == "train_split"):
+            raise FedLPError(f"{name}: {word} must be text, got {value!r}.")
     found = prepared.find(
         name, data_dir, train_split=train_split, test_split=test_split, own_names=tuple(_OWN)
     )
@@ -146,6 +147,10 @@ def _synthetic(
     seed: int = 0,
 ) -> Dataset:
     del data_dir
+    if isinstance(shape, str) or not isinstance(shape, Iterable):
+        raise FedLPError(
+            f"{name}: shape must be a list of positive integers such as (8, 8, 1), got {shape!r}."
+        )
     arrays = embedded.synthetic(examples, test_examples, tuple(shape), num_classes, seed)
     return from_arrays(*arrays, num_classes=num_classes, name=name)
 

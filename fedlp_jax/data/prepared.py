@@ -6,7 +6,6 @@ waits for tensorflow-datasets to be imported. Nothing here starts a download.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, nearest
 
 _NAME = re.compile(r"(?P<set>\w[\w-]*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -128,11 +127,10 @@ def _configuration(name: str, home: Path, config: str | None) -> Path:
             f"({', '.join(configurations)}); say which one, for example {one}."
         )
     if config not in configurations and not _incomplete(home / config):
-        near = difflib.get_close_matches(config, configurations, 1)
+        hint = nearest(config, configurations, lambda known: f"{home.name}/{known}") or "."
         raise FedLPError(
-            f"{home.name!r} is not prepared in a configuration {config!r} under {home}"
-            + (f"; did you mean '{home.name}/{near[0]}'?" if near else "")
-            + f" (there: {', '.join(configurations) or 'none'})."
+            f"{home.name!r} is not prepared in a configuration {config!r} under {home}{hint} There "
+            f"are: {', '.join(configurations) or 'none'}."
         )
     return home / config
 
@@ -167,11 +165,9 @@ def _named_splits(name: str, splits: dict[str, Any], expression: str) -> list[st
     names = sorted(set(re.findall(r"[^\s+]+", re.sub(r"\[[^\]]*\]?", "", expression))))
     for split in names:
         if split not in splits:
-            near = difflib.get_close_matches(split, splits, 1)
             raise FedLPError(
-                f"{name!r} has no split {split!r}"
-                + (f" (did you mean {near[0]!r}?)" if near else "")
-                + f"; it has {', '.join(splits) or 'none'}. Name the two to use, for example "
+                f"{name!r} has no split {split!r}{nearest(split, splits) or '.'} It has: "
+                f"{', '.join(splits) or 'none'}. Name the two to use, for example "
                 "train_split='train[:90%]', test_split='train[90%:]'."
             )
     return names
@@ -213,13 +209,12 @@ def _half_prepared(name: str, base: Path, lack: str) -> str:
 
 def _not_there(name: str, base: Path, own_names: Collection[str]) -> str:
     prepared = [home.name for home in _subdirectories(base) if _holds_versions(home)]
-    near = difflib.get_close_matches(name.lower(), [*own_names, *prepared], 1)
     held = f"which holds {', '.join(prepared) or 'no prepared set'}"
     return (
         f"No data set {name!r} is prepared under {base} "
         + (f"({held if base.is_dir() else 'there is no such directory'})")
         + (f", nor is it one of this package's own ({', '.join(own_names)})" if own_names else "")
-        + (f"; did you mean {near[0]!r}? " if near else ". ")
-        + "If tensorflow-datasets has it, prepare it once where there is a network: "
+        + (nearest(name, [*own_names, *prepared]) or ".")
+        + " If tensorflow-datasets has it, prepare it once where there is a network: "
         + f"{_build(name, base)}. Another directory is named by data_dir= or TFDS_DATA_DIR."
     )

@@ -72,7 +72,7 @@ class FedLPCNN(Model):
 
 
 class MNISTCNN(Model):
-    """The small CNN of the FedAvg experiments on 28 x 28 images; 21,840 parameters for 10 classes.
+    """The MNIST CNN of the FedLP authors' code for 28 x 28 images; 21,840 parameters, 10 classes.
 
     Two 5 x 5 convolutions without padding, each followed by max-pooling and ReLU, and two linear
     layers. While training, half of the second convolution's channels and half of the hidden units

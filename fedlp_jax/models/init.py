@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.conv import conv_general_dilated
-from fedlp_jax.types import Array, FedLPError
+from fedlp_jax.types import Array, FedLPError, nearest
 
 Init = str  # "flax" or "pytorch"
 _KNOWN = ("flax", "pytorch")
@@ -41,11 +40,9 @@ class Model(nn.Module, kw_only=True, metaclass=_InitKeyword):
 
     def __post_init__(self) -> None:
         if self.initial not in _KNOWN:
-            near = difflib.get_close_matches(str(self.initial), _KNOWN, 1)
+            hint = nearest(self.initial, _KNOWN) or "."
             raise FedLPError(
-                f"init={self.initial!r} is not known"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" There are: {', '.join(_KNOWN)}."
+                f"init={self.initial!r} is not known{hint} There are: {', '.join(_KNOWN)}."
             )
         super().__post_init__()
 

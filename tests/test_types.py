@@ -1,0 +1,33 @@
+import pytest
+
+from fedlp_jax.types import FedLPError, check_choice, nearest
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "hint"),
+    [
+        ("kep", ["keep", "epochs"], "; did you mean 'keep'?"),
+        ("fedlp-homo", ["fedlp_homo", "fedlp_hetero"], "; did you mean 'fedlp_homo'?"),
+        ("TINY", ["Tiny"], "; did you mean 'Tiny'?"),
+        ("colour", ["keep"], ""),
+        (7, ["keep"], ""),
+        ("keep", [], ""),
+    ],
+)
+def test_the_nearest_word_is_suggested(word, known, hint):
+    assert nearest(word, known) == hint
+
+
+def test_a_suggestion_may_be_shown_in_another_form():
+    assert nearest("leters", {"letters"}, "emnist/{}".format) == "; did you mean 'emnist/letters'?"
+
+
+def test_a_choice_is_one_of_the_known_words():
+    check_choice("weighting", "uniform", ("examples", "uniform"))
+    with pytest.raises(FedLPError) as error:
+        check_choice("weighting", "unifrom", ("examples", "uniform"))
+    assert str(error.value) == (
+        "weighting 'unifrom' is unknown; did you mean 'uniform'? Known: examples, uniform."
+    )
+    with pytest.raises(FedLPError, match="weighting 'size' is unknown. Known: examples, uniform."):
+        check_choice("weighting", "size", ("examples", "uniform"))
