@@ -27,7 +27,14 @@ from benchmarks.machine import machine
 from fedlp_jax.conv import conv_general_dilated
 from fedlp_jax.types import Array
 
-_LOWERINGS = ("patches", "winograd_1x2", "winograd_1x4", "winograd_2x2", "winograd_4x4")
+_LOWERINGS = (
+    "patches",
+    "winograd_1x2",
+    "winograd_1x4",
+    "winograd_4x1",
+    "winograd_2x2",
+    "winograd_4x4",
+)
 _CHANNELS = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
 _SIZES = (8, 16, 32)
 _BATCH = 10

@@ -80,7 +80,7 @@ def test_levels_share_their_devices_as_if_alone():
     data = dataset()
     clients = fl.partition.quantity(data.train.labels, clients=12, alpha=2.0, seed=1)
     algorithm = fl.fedlp_hetero(
-        fl.classification(Steps(norm=True)),
+        fl.classification(Steps()),
         depths="uniform",
         client_optimizer=optax.sgd(0.1),
         epochs=2,

@@ -26,7 +26,7 @@ from fedlp_jax.conv.toom import Toom, toom
 from fedlp_jax.conv.window import Window, out_shape
 from fedlp_jax.types import Array
 
-Grid = list[list[Array]]  # one array for each product of the vertical and the horizontal axis
+Grid = list[list[Array]]  # one array for each product of the outer and the inner axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,34 +125,36 @@ def winograd(
         Axis(1 + i, lhs.shape[1 + i], rhs.shape[i], out[i], window.pads[i][0], tiles[i])
         for i in (0, 1)
     )
-    y = _convolution(vertical, horizontal, precision)(lhs, rhs)
+    # Unfolding makes the most data, so it comes last on the way in and first on the way back.
+    outer, inner = (vertical, horizontal) if vertical.tile > 1 else (horizontal, vertical)
+    y = _convolution(outer, inner, precision)(lhs, rhs)
     return y if preferred is None else y.astype(preferred)
 
 
 @functools.cache
-def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[..., Array]:
+def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Array]:
     """The convolution of these axes, with its transpose."""
     dot = functools.partial(lax.dot_general, precision=precision)
-    filters = functools.partial(_filters, vertical, horizontal, precision)
+    filters = functools.partial(_filters, outer, inner, precision)
     depth, pixels = (((3,), (0,)), ((), ())), (((0, 1, 2), (0, 1, 2)), ((), ()))
     features = (((3,), (1,)), ((), ()))
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-        tiles = [horizontal.split(row) for row in vertical.split(x)]
+        tiles = [inner.split(row) for row in outer.split(x)]
         transformed = filters(kernel)
         grid = _each(lambda tile, i, j: dot(tile, transformed[i, j], depth), tiles)
-        y = vertical.join([horizontal.join(row) for row in grid])
+        y = outer.join([inner.join(row) for row in grid])
         return y, (kernel, tiles, transformed)
 
     def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
         kernel, tiles, transformed = saved
-        grid = [horizontal.join_transposed(row) for row in vertical.join_transposed(dy)]
+        grid = [inner.join_transposed(row) for row in outer.join_transposed(dy)]
         # [out, depth] rather than its transpose, which XLA's CPU backend computes half as fast.
         d_filters = _each(lambda d, i, j: dot(d, tiles[i][j], pixels), grid)
         d_tiles = _each(lambda d, i, j: dot(d, transformed[i, j], features), grid)
         stacked = jnp.stack([jnp.stack(row) for row in d_filters])
         (d_kernel,) = jax.linear_transpose(filters, kernel)(jnp.swapaxes(stacked, 2, 3))
-        dx = vertical.split_transposed([horizontal.split_transposed(row) for row in d_tiles])
+        dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
         return dx, d_kernel
 
     @jax.custom_vjp
@@ -163,20 +165,17 @@ def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[.
     return convolution
 
 
-def _filters(vertical: Axis, horizontal: Axis, precision: Any, kernel: Array) -> Array:
-    """`[kh, kw, in, out] -> [n_h, n_w, depth, out]`; unfolded axes are part of the depth."""
-    left, right = (
-        jnp.asarray(np.eye(a.kernel) if a.tile == 1 else a.matrices.kernel, kernel.dtype)
-        for a in (vertical, horizontal)
-    )
-    each = jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
-    rows, columns, _, features = each.shape
-    if vertical.tile == 1:
-        # An input is unfolded vertically first, so those elements are the inner ones.
-        each, rows = jnp.swapaxes(each, 0, 1), 1
-    if horizontal.tile == 1:
-        columns = 1
-    return each.reshape(rows, columns, -1, features)
+def _filters(outer: Axis, inner: Axis, precision: Any, kernel: Array) -> Array:
+    """`[kh, kw, in, out] -> [n_outer, n_inner, depth, out]`; an unfolded axis is in the depth."""
+    if outer.axis > inner.axis:
+        kernel = jnp.swapaxes(kernel, 0, 1)
+    left = jnp.asarray(outer.matrices.kernel, kernel.dtype)
+    features = kernel.shape[-1]
+    if inner.tile == 1:
+        each = jnp.einsum("ia,abco->ibco", left, kernel, precision=precision)
+        return each.reshape(left.shape[0], 1, -1, features)
+    right = jnp.asarray(inner.matrices.kernel, kernel.dtype)
+    return jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
 
 
 def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
