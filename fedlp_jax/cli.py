@@ -7,6 +7,7 @@ stays fast because jax is imported only by a command that needs it.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -61,7 +62,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run in t
 
 def main() -> None:
     """Entry point of the command `fedlp`."""
-    app(prog_name="fedlp")
+    try:
+        app(prog_name="fedlp")
+    except SystemExit as ending:
+        if ending.code == _INTERRUPTED:
+            # Without Python's own clean-up: a compilation that still runs would crash in it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_INTERRUPTED)
+        raise
 
 
 def _version(wanted: bool) -> None:

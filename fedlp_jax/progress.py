@@ -38,7 +38,7 @@ class Progress:
         self._wanted = self._console.is_terminal if wanted is None else wanted
         self._rounds, self._name = rounds, name
         self._uploaded = 0.0  # bytes
-        self._accuracy: float | None = None
+        self._accuracy, self._tested = "", 0
         self._shown, self._shown_at = 0, time.monotonic()
         self._first_at = self._shown_at
         self._bar = Bar(
@@ -72,7 +72,8 @@ class Progress:
         if round == 1:
             self._first_at = now
         self._uploaded += row["upload_bytes"]
-        self._accuracy = row.get("test_accuracy", self._accuracy)
+        if row.get("test_accuracy") is not None:
+            self._accuracy, self._tested = f"accuracy {row['test_accuracy']:.4f}", round
         if not self._wanted:
             return
         if self._console.is_terminal:
@@ -92,12 +93,15 @@ class Progress:
         )
 
     def _numbers(self, row: Mapping[str, Any]) -> str:
+        loss = row.get("train_loss")
+        # An older accuracy says so: it is not that of the loss beside it.
+        when = f" (round {self._tested})" if self._tested != row["round"] else ""
         parts = [
-            f"{name} {value:.4f}"
-            for name, value in (("loss", row.get("train_loss")), ("accuracy", self._accuracy))
-            if value is not None
+            f"loss {loss:.4f}" if loss is not None else "",
+            self._accuracy and self._accuracy + when,
+            f"{self._uploaded / 1e6:.1f} MB up",
         ]
-        return "  ".join([*parts, f"{self._uploaded / 1e6:.1f} MB up"])
+        return "  ".join(filter(None, parts))
 
     def _remaining(self, round: int, now: float) -> str:
         if round < 2 or round >= self._rounds:

@@ -168,13 +168,13 @@ def test_what_is_chosen_can_be_seen_and_changed():
         padding="SAME",
         dimension_numbers=channels_last(4),
     )
-    few, many = (10, 8, 8, 64), (10, 32, 32, 32)
+    few, many = (10, 32, 32, 3), (10, 32, 32, 32)
     with recording() as chosen:
         for shape in (few, many):
             jax.eval_shape(run, jnp.zeros(shape), jnp.zeros((3, 3, shape[-1], 32)))
     assert chosen == {
-        "10x8x8x64 * 3x3x64x32": "patches",
-        "10x32x32x32 * 3x3x32x32": "winograd_1x4",
+        "10x32x32x3 * 3x3x3x32": "patches",
+        "10x32x32x32 * 3x3x32x32": "winograd_4x1",
     }
     with using("direct"), recording() as chosen:
         # Another function, as jax remembers what it has traced.

@@ -386,8 +386,12 @@ def test_refusals(settings, message):
             r"the keep schedule gives an array of shape \[3\]",
         ),
         (
-            lambda: run(fl.fedlp_homo(TASK, keep=lambda r: r / 50, **COMMON)),
-            "the keep schedule gives 2 in round 100",
+            lambda: run(fl.fedlp_homo(TASK, keep=lambda r: 2 * r, **COMMON)),
+            "the keep schedule gives 2 in round 1, outside",
+        ),
+        (
+            lambda: run(fl.fedlp_homo(TASK, keep=lambda r: 1.0 if r < 3 else 0.5, **COMMON)),
+            "the keep schedule cannot be traced .* jnp.where",
         ),
         (
             lambda: run(fl.fedavg(fl.classification(OneLogitAPosition()), **COMMON)),
