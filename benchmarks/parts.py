@@ -18,7 +18,7 @@ class SmallCNN(nn.Module):
         del train
         x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", name="conv1")(x))
         x = nn.relu(nn.Conv(64, (3, 3), padding="VALID", name="conv2")(x))
-        x = fl.models.max_pool(x)  # gradients several times faster on CPU than nn.max_pool's
+        x = fl.models.max_pool(x)  # whose gradient is no select-and-scatter, slow on CPU
         x = nn.relu(nn.Dense(128, name="fc1")(x.reshape(x.shape[0], -1)))
         return nn.Dense(10, name="fc2")(x)
 
