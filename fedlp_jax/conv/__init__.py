@@ -8,6 +8,7 @@ either. So convolutions are lowered here to dots, which `vmap` makes batched dot
 
 from fedlp_jax.conv.choice import LOWERINGS as LOWERINGS
 from fedlp_jax.conv.choice import recording as recording
+from fedlp_jax.conv.choice import repeating as repeating
 from fedlp_jax.conv.choice import using as using
 from fedlp_jax.conv.general import conv_general_dilated as conv_general_dilated
 from fedlp_jax.conv.injection import conv_interceptor as conv_interceptor

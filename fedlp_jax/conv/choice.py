@@ -7,7 +7,7 @@ import contextvars
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -22,11 +22,13 @@ AUTO, DIRECT, PATCHES = "auto", "direct", "patches"
 WINOGRAD = {f"winograd_{h}x{w}": (h, w) for h in (1, 2, 4) for w in (1, 2, 4) if (h, w) != (1, 1)}
 LOWERINGS = (AUTO, DIRECT, PATCHES, *WINOGRAD)
 _TABLE = "table.json"
+_WORTH = 1.1  # a form may be this much slower than the fastest if it compiles sooner
 
 _wanted: contextvars.ContextVar[str] = contextvars.ContextVar("lowering", default=AUTO)
 _record: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
     "record", default=None
 )
+_earlier: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("earlier")
 
 
 @contextlib.contextmanager
@@ -64,6 +66,16 @@ def recording() -> Iterator[dict[str, str]]:
         _record.reset(token)
 
 
+@contextlib.contextmanager
+def repeating(record: Mapping[str, str]) -> Iterator[None]:
+    """Makes "auto" take what `recording` has found before, so that a resumed run keeps its bits."""
+    token = _earlier.set(record)
+    try:
+        yield
+    finally:
+        _earlier.reset(token)
+
+
 def wanted(lowering: str | None) -> str:
     """What a caller asks for; None = what `using` says.
 
@@ -86,22 +98,28 @@ def choose(name: str, lhs: Array, rhs: Array, window: Window) -> str:
       window: geometry.
     """
     if name == AUTO:
-        name = _fastest(lhs, rhs, window)
-    if name in WINOGRAD and not supported(lhs, rhs, window, WINOGRAD[name]):
+        name = _earlier.get({}).get(_shapes(lhs, rhs, window)) or _fastest(lhs, rhs, window)
+    if name not in WINOGRAD or not supported(lhs, rhs, window, WINOGRAD[name]):
         name = PATCHES
     return name
 
 
-def note(name: str, lhs: Array, rhs: Array) -> None:
-    """Tells `recording` what a convolution took."""
+def note(name: str, lhs: Array, rhs: Array, window: Window | None = None) -> None:
+    """Tells `recording` what a convolution took; the window is that of a form of ours."""
     record = _record.get()
     if record is not None:
-        shapes = ("x".join(map(str, x.shape)) for x in (lhs, rhs))
-        record[" * ".join(shapes)] = name
+        record[_shapes(lhs, rhs, window)] = name
+
+
+def _shapes(lhs: Array, rhs: Array, window: Window | None) -> str:
+    """`"10x32x32x3 * 3x3x3x32"`, and `" > 16x16"` where the output has fewer pixels than that."""
+    shapes = " * ".join("x".join(map(str, x.shape)) for x in (lhs, rhs))
+    out = lhs.shape[1:-1] if window is None else tuple(out_shape(lhs, rhs, window))
+    return shapes if out == lhs.shape[1:-1] else f"{shapes} > {'x'.join(map(str, out))}"
 
 
 def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
-    """From the measured shape that is nearest in pixels, channels and features."""
+    """Of the measured shape that is nearest in pixels, channels and features, the quickest form."""
     rows = _table().get(jax.default_backend(), [])
     if lhs.ndim != 4 or rhs.shape[:2] != (3, 3) or not lhs.size or not rows:
         return PATCHES  # only 3 x 3 was measured
@@ -114,7 +132,14 @@ def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
         return sum(math.log2(a / b) ** 2 for a, b in zip(here, there, strict=True))
 
     times: dict[str, float] = min(rows, key=distance)["milliseconds"]
-    return min(times, key=lambda name: times[name])
+    enough = _WORTH * min(times.values())
+    quick = (name for name, time in times.items() if time <= enough)
+    return min(quick, key=lambda name: (_products(name), times[name]))
+
+
+def _products(name: str) -> int:
+    """Dots of a form for a 3 x 3 kernel, by which the time to compile it grows."""
+    return math.prod(m + 2 if m > 1 else 1 for m in WINOGRAD.get(name, (1, 1)))
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def conv_general_dilated(
         window = window_of(lhs, rhs, tuple(window_strides), padding, dilation)
         if all(n > 0 for n in out_shape(lhs, rhs, window)):
             name = choose(name, lhs, rhs, window)
-            note(name, lhs, rhs)
+            note(name, lhs, rhs, window)
             if name == PATCHES:
                 return patches(lhs, rhs, window, precision, preferred_element_type)
             tiles = WINOGRAD[name]

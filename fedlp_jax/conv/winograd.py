@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from fedlp_jax.conv.toom import Toom, toom
 from fedlp_jax.conv.window import Window, out_shape
@@ -57,22 +58,26 @@ class Axis:
         parts = [_every(x, self.axis, i, self.tiles, self.tile) for i in range(reach)]
         if self.tile == 1:
             return [lax.concatenate(parts, x.ndim - 1)]
-        return [_combine(row, parts) for row in self.matrices.data]
+        return _mix(self.matrices.data, parts)
 
     def split_transposed(self, products: Sequence[Array]) -> Array:
-        """The transpose of `split`: neighbouring tiles add up where they overlap."""
+        """The transpose of `split`; where `tile` is 1, of what `widened` results went into."""
         if self.tile == 1:
             (unfolded,) = products
             channels = unfolded.shape[-1] // self.kernel
-            reach = self.tiles + self.kernel - 1
+            # Shifted slices alone, which XLA reads in place; `widened` has put the zeros there.
             parts = [
-                lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1)
+                lax.slice_in_dim(
+                    lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1),
+                    self.kernel - 1 - i,
+                    self.kernel - 1 - i + self.size,
+                    axis=self.axis,
+                )
                 for i in range(self.kernel)
             ]
-            parts = [_pad(part, self.axis, i, reach) for i, part in enumerate(parts)]
-            return _pad(functools.reduce(jnp.add, parts), self.axis, -self.low, self.size)
-        weights = self.matrices.data.T
+            return functools.reduce(jnp.add, parts)
         phases = []
+        weights = self.matrices.data.T
         for i in range(self.tile):
             phase = _pad(_combine(weights[i], products), self.axis, 0, self.tiles + 1)
             if i < self.kernel - 1:  # the last r - 1 inputs of a tile are the next one's first
@@ -81,11 +86,17 @@ class Axis:
             phases.append(phase)
         return _pad(_interleave(phases, self.axis), self.axis, -self.low, self.size)
 
+    def widened(self, y: Array) -> Array:
+        """Zeros around results, one for each further input that a kernel at the edge reaches."""
+        if self.tile > 1:
+            return y
+        return _pad(y, self.axis, self.kernel - 1 - self.low, self.size + self.kernel - 1)
+
     def join(self, products: Sequence[Array]) -> Array:
         """Products -> results."""
         if self.tile == 1:
             return products[0]
-        phases = [_combine(row, products) for row in self.matrices.inverse]
+        phases = _mix(self.matrices.inverse, products)
         return _pad(_interleave(phases, self.axis), self.axis, 0, self.out)
 
     def join_transposed(self, y: Array) -> list[Array]:
@@ -94,7 +105,7 @@ class Axis:
             return [y]
         y = _pad(y, self.axis, 0, self.tiles * self.tile)
         phases = [_every(y, self.axis, i, self.tiles, self.tile) for i in range(self.tile)]
-        return [_combine(row, phases) for row in self.matrices.inverse.T]
+        return _mix(self.matrices.inverse.T, phases)
 
 
 def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
@@ -135,27 +146,28 @@ def winograd(
 def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Array]:
     """The convolution of these axes, with its transpose."""
     dot = functools.partial(lax.dot_general, precision=precision)
-    filters = functools.partial(_filters, outer, inner, precision)
-    depth, pixels = (((3,), (0,)), ((), ())), (((0, 1, 2), (0, 1, 2)), ((), ()))
-    features = (((3,), (1,)), ((), ()))
+    depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
+    pixels = (((1, 2, 3), (0, 1, 2)), ((), ()))
+    outer_last, inner_last = (dataclasses.replace(a, axis=a.axis + 1) for a in (outer, inner))
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
         tiles = [inner.split(row) for row in outer.split(x)]
-        transformed = filters(kernel)
-        grid = _each(lambda tile, i, j: dot(tile, transformed[i, j], depth), tiles)
+        filters = _filters(outer, inner, kernel)
+        grid = _each(lambda tile, i, j: dot(tile, filters[i][j], depth), tiles)
         y = outer.join([inner.join(row) for row in grid])
-        return y, (kernel, tiles, transformed)
+        return y, (tiles, filters)
 
     def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
-        kernel, tiles, transformed = saved
-        grid = [inner.join_transposed(row) for row in outer.join_transposed(dy)]
-        # [out, depth] rather than its transpose, which XLA's CPU backend computes half as fast.
+        tiles, filters = saved
+        # The gradient of a filter as [out, depth], which XLA's CPU backend computes twice as fast
+        # as its transpose, if it need not turn every product: so dy is turned, once.
+        turned = _in_memory(jnp.transpose(dy, (3, 0, 1, 2)))
+        grid = [inner_last.join_transposed(row) for row in outer_last.join_transposed(turned)]
         d_filters = _each(lambda d, i, j: dot(d, tiles[i][j], pixels), grid)
-        d_tiles = _each(lambda d, i, j: dot(d, transformed[i, j], features), grid)
-        stacked = jnp.stack([jnp.stack(row) for row in d_filters])
-        (d_kernel,) = jax.linear_transpose(filters, kernel)(jnp.swapaxes(stacked, 2, 3))
+        grid = [inner.join_transposed(row) for row in outer.join_transposed(inner.widened(dy))]
+        d_tiles = _each(lambda d, i, j: dot(d, filters[i][j], features), grid)
         dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
-        return dx, d_kernel
+        return dx, _filters_transposed(outer, inner, d_filters)
 
     @jax.custom_vjp
     def convolution(x: Array, kernel: Array) -> Array:
@@ -165,21 +177,38 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
     return convolution
 
 
-def _filters(outer: Axis, inner: Axis, precision: Any, kernel: Array) -> Array:
-    """`[kh, kw, in, out] -> [n_outer, n_inner, depth, out]`; an unfolded axis is in the depth."""
+def _filters(outer: Axis, inner: Axis, kernel: Array) -> Grid:
+    """`[kh, kw, in, out]` -> one `[depth, out]` a product; an unfolded axis is in the depth."""
     if outer.axis > inner.axis:
         kernel = jnp.swapaxes(kernel, 0, 1)
-    left = jnp.asarray(outer.matrices.kernel, kernel.dtype)
-    features = kernel.shape[-1]
+    rows = _mix(outer.matrices.kernel, list(kernel))
     if inner.tile == 1:
-        each = jnp.einsum("ia,abco->ibco", left, kernel, precision=precision)
-        return each.reshape(left.shape[0], 1, -1, features)
-    right = jnp.asarray(inner.matrices.kernel, kernel.dtype)
-    return jnp.einsum("ia,jb,abco->ijco", left, right, kernel, precision=precision)
+        return [[row.reshape(-1, row.shape[-1])] for row in rows]
+    return [_mix(inner.matrices.kernel, list(row)) for row in rows]
+
+
+def _filters_transposed(outer: Axis, inner: Axis, grid: Grid) -> Array:
+    """The transpose of `_filters`, from `[out, depth]`."""
+    if inner.tile == 1:
+        rows = [row[0] for row in grid]
+    else:
+        rows = [jnp.concatenate(_mix(inner.matrices.kernel.T, row), axis=1) for row in grid]
+    kernel = jnp.stack(_mix(outer.matrices.kernel.T, rows))
+    kernel = kernel.reshape(*kernel.shape[:2], inner.kernel, -1).transpose(0, 2, 3, 1)
+    return jnp.swapaxes(kernel, 0, 1) if outer.axis > inner.axis else kernel
 
 
 def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
     return [[f(entry, i, j) for j, entry in enumerate(row)] for i, row in enumerate(grid)]
+
+
+def _in_memory(x: Array) -> Array:
+    """Lays an array out as its axes say, where XLA would only read another one in that order."""
+    return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
+
+
+def _mix(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
+    return [_combine(row, parts) for row in matrix]
 
 
 def _combine(weights: np.ndarray, parts: Sequence[Array]) -> Array:
