@@ -6,7 +6,7 @@ never read from a clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from fedlp_jax import conv
-from fedlp_jax.layers import LayerTable
+from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.task import Task
-from fedlp_jax.types import Batch, Variables
+from fedlp_jax.types import Array, Batch, Variables
 
 BYTES = 4  # of a parameter or statistic on the wire: float32
 _NORM_OPERATIONS = 4  # per element of a batch normalisation, the convention of the FedLP table
@@ -35,7 +35,7 @@ class Ledger:
       layers: the layer table.
       senders: for each round `i64[L]`, clients that sent each layer.
       receivers: for each round `i64[L]`, clients that received it.
-      clients: for each round, C.
+      clients: for each round, the clients that were heard: C, unless there are faults.
       client_upload_bytes: `i64[K]`, over all rounds.
       client_download_bytes: `i64[K]`.
     """
@@ -50,16 +50,24 @@ class Ledger:
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of one client's upload mask: ceil(L / 8)."""
-        return -(-len(self.layers) // 8)
+        """Bytes of one client's upload mask."""
+        return mask_bytes(self.layers)
 
-    def add(self, client: np.ndarray, upload: np.ndarray, download: np.ndarray) -> dict[str, int]:
+    def add(
+        self,
+        client: np.ndarray,
+        upload: np.ndarray,
+        download: np.ndarray,
+        arrived: np.ndarray | None = None,
+    ) -> dict[str, int]:
         """Books one round.
 
         Args:
           client: `i32[C]`, client ids.
           upload: `f32[C, L]`, 1 = sent.
           download: `f32[C, L]`, 1 = received.
+          arrived: `bool[C]`, who was heard; those who were not sent nothing, not even their mask.
+            None = all.
 
         Returns:
           The round's `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, summed
@@ -68,8 +76,9 @@ class Ledger:
         upload, download = upload.astype(np.int64), download.astype(np.int64)
         self.senders.append(upload.sum(axis=0))
         self.receivers.append(download.sum(axis=0))
-        self.clients.append(len(client))
-        self.client_upload_bytes[client] += upload @ self._layer_bytes + self.mask_bytes
+        arrived = np.ones(len(client), bool) if arrived is None else arrived
+        self.clients.append(int(arrived.sum()))
+        self.client_upload_bytes[client] += upload @ self._layer_bytes + self.mask_bytes * arrived
         self.client_download_bytes[client] += download @ self._layer_bytes
         return {name: int(values[-1]) for name, values in self._columns(slice(-1, None)).items()}
 
@@ -77,6 +86,25 @@ class Ledger:
     def total(self) -> dict[str, int]:
         """The same four numbers over all rounds."""
         return {name: int(values.sum()) for name, values in self._columns(slice(None)).items()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was booked, for `load`."""
+        shape = (-1, len(self.layers))
+        return {
+            "senders": np.asarray(self.senders, np.int64).reshape(shape),
+            "receivers": np.asarray(self.receivers, np.int64).reshape(shape),
+            "clients": np.asarray(self.clients, np.int64),
+            "client_upload_bytes": self.client_upload_bytes.copy(),
+            "client_download_bytes": self.client_download_bytes.copy(),
+        }
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Makes this the ledger that gave the arrays."""
+        self.senders = list(arrays["senders"])
+        self.receivers = list(arrays["receivers"])
+        self.clients = arrays["clients"].tolist()
+        self.client_upload_bytes = arrays["client_upload_bytes"].copy()
+        self.client_download_bytes = arrays["client_download_bytes"].copy()
 
     @property
     def layer_upload_params(self) -> np.ndarray:
@@ -98,6 +126,33 @@ class Ledger:
             "upload_bytes": sent @ self._layer_bytes + clients * self.mask_bytes,
             "download_bytes": received @ self._layer_bytes,
         }
+
+
+def mask_bytes(layers: LayerTable) -> int:
+    """Bytes of one client's upload mask: ceil(L / 8)."""
+    return -(-len(layers) // 8)
+
+
+def fedavg_traffic(
+    variables: Variables, rule: LayerRule, layers: LayerTable, participations: int
+) -> dict[str, int]:
+    """What it costs that clients receive and send the whole model, as FedAvg's do.
+
+    Args:
+      variables: of the deepest model.
+      rule: by which they are cut into layers.
+      layers: all that the server holds, which may be more.
+      participations: clients summed over rounds.
+
+    Returns:
+      The numbers of `Ledger.add`, modelled.
+    """
+    covered = layer_table(variables, rule, layers.names).covered
+    names = [name for name, held in zip(layers.names, covered, strict=True) if held]
+    ledger = Ledger(layer_table(variables, rule, names), clients=1)
+    everything = np.ones((1, len(names)))
+    one = ledger.add(np.zeros(1, np.int64), everything, everything)
+    return {key: value * participations for key, value in one.items()}
 
 
 def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, int]:
@@ -135,6 +190,43 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
     for module, size in normalised.items():
         macs[module] = macs.get(module, 0) + _NORM_OPERATIONS * size
     return {module: count // rows for module, count in macs.items()}
+
+
+def level_macs(tasks: Sequence[Task], key: Array, example: Batch) -> list[float]:
+    """Modelled work of a step of each submodel level: the forward MACs of one sample."""
+    if len(tasks) == 1:
+        return [1.0]  # only proportions matter
+    shapes = [jax.eval_shape(task.init, key, example) for task in tasks]
+    return [
+        float(sum(forward_macs(task, shape, example).values()))
+        for task, shape in zip(tasks, shapes, strict=True)
+    ]
+
+
+def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
+    """Multiply-accumulates of one sample's backward pass: its dots and convolutions, nothing else.
+
+    The first layer has none for its inputs, of which nobody asks the gradient, so this is less than
+    twice the forward pass.
+
+    Args:
+      task: of the (sub-)model.
+      variables: its variables, or their shapes.
+      example: a batch of one row.
+    """
+    shapes = jax.eval_shape(lambda v: v, variables)
+
+    def gradient(variables: Variables) -> Variables:
+        def loss(params: Variables) -> Any:
+            return task.loss({**variables, "params": params}, example, jax.random.key(0))[0]
+
+        return jax.grad(loss)(variables["params"])
+
+    with conv.using("direct"):  # as in forward_macs
+        forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
+        both = jax.make_jaxpr(gradient)(shapes)
+    counts = [sum(_macs(e) for e, _ in _equations(p.jaxpr, "")) for p in (both, forward)]
+    return (counts[0] - counts[1]) // max(example.labels.shape[0], 1)
 
 
 def _equations(jaxpr: Any, scope: str) -> Iterator[tuple[Any, str]]:

@@ -32,6 +32,8 @@ def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
     for direction in ("upload", "download"):
         key = f"{direction}_bytes"
         rows[direction] = _against(summary["total"][key], summary["fedavg"][key])
+    if final.get("epsilon") is not None:
+        rows["privacy"] = f"epsilon {final['epsilon']:.3g}"
     compiling = sum(s for name, s in readings.items() if name.endswith("compile_seconds"))
     rows["time"] = f"{duration(readings['total_seconds'])} ({duration(compiling)} compiling)"
     rows["written to"] = str(directory)
@@ -114,6 +116,8 @@ def _cost_table(view: Overview) -> Table:
         "upload": _against(view.upload_bytes, view.fedavg["upload_bytes"]),
         "download": _against(view.download_bytes, view.fedavg["download_bytes"]),
     }
+    if view.stacked_bytes is not None:
+        rows["updates side by side"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
     return two_columns(rows, title="Traffic of a round, expected")
 
 
