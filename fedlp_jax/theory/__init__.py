@@ -1,0 +1,27 @@
+"""What FedLP's masks do on average: exact numbers on the host, in float64, before anything is run.
+
+For one layer, with keep probabilities `p_k` and weights `a_k` of the C clients of a cohort:
+
+    N = sum m_k                        how many send it: a Poisson-binomial number
+    q = P(N > 0) = 1 - prod (1 - p_k)  it is updated in a share q of the rounds
+    rho = E[1/N | N > 0]               inflates the variance of the masked mean
+    u = sum w_k d_k                    every aggregate is such a sum of the clients' updates d_k, so
+                                       the moments of its weights w_k are those of the aggregate
+
+docs/theory.md derives every formula, and proves a convergence statement for FedLP-Homo.
+"""
+
+from fedlp_jax.theory.convergence import gradient_bound as gradient_bound
+from fedlp_jax.theory.convergence import quadratic_error as quadratic_error
+from fedlp_jax.theory.uploads import Uploads as Uploads
+from fedlp_jax.theory.uploads import communication as communication
+from fedlp_jax.theory.uploads import inverse_senders as inverse_senders
+from fedlp_jax.theory.uploads import sampling_variance as sampling_variance
+from fedlp_jax.theory.uploads import senders as senders
+from fedlp_jax.theory.uploads import updated as updated
+from fedlp_jax.theory.uploads import uploads as uploads
+from fedlp_jax.theory.weights import EffectiveWeights as EffectiveWeights
+from fedlp_jax.theory.weights import cohort_mean as cohort_mean
+from fedlp_jax.theory.weights import inverse_probability as inverse_probability
+from fedlp_jax.theory.weights import masked_mean as masked_mean
+from fedlp_jax.theory.weights import sampled_masked_mean as sampled_masked_mean
