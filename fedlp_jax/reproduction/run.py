@@ -1,0 +1,69 @@
+"""A whole study: its cells, its table, its pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from fedlp_jax.data import cache
+from fedlp_jax.reproduction.cells import Study, run_cells
+from fedlp_jax.reproduction.figures import draw_figures
+from fedlp_jax.reproduction.paper import Cell
+from fedlp_jax.reproduction.table import Table, make_table, write_table
+
+
+def run_study(
+    study: Study,
+    cells: Sequence[Cell],
+    *,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Table, list[str]]:
+    """Runs what is left of some cells; the table is written anew after each.
+
+    Args:
+      study: where, and at which scale.
+      cells: which.
+      progress: of the rounds within a cell, as in `experiment.execute`.
+      say: is told which cell begins.
+      stop: as in `run_cells`.
+
+    Returns:
+      The table of all that the directory holds, and the names of the pictures in it.
+
+    Raises:
+      FedLPError: as `run_cells`; then nothing has been written.
+    """
+    make_table(study)  # refuses another study's directory
+    with _compiled_once(tiny=study.scale == "smoke"):
+        try:
+            for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
+                write_table(make_table(study), study.out)
+        finally:
+            figures = draw_figures(study)
+    table = make_table(study)
+    write_table(table, study.out)
+    return table, figures
+
+
+@contextlib.contextmanager
+def _compiled_once(tiny: bool) -> Iterator[None]:
+    """Keeps compiled programs on disk, since many cells share one, and so do runs of a cell.
+
+    Where a program runs for seconds, it is also compiled without most optimisations.
+    """
+    wanted: dict[str, Any] = {"jax_disable_most_optimizations": True} if tiny else {}
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # else the user has chosen a place
+        wanted["jax_compilation_cache_dir"] = str(cache.root() / "xla")
+    before = {name: jax.config.values[name] for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
