@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.faults import Faults
+from fedlp_jax.layers import LayerTable
+from fedlp_jax.placement import Plan
+from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.task import Task
 from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables
 
@@ -93,17 +98,65 @@ def _taking(data: Dataset, example: Batch) -> Iterator[None]:
         ) from error
 
 
+def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
+    """Refuses faults where they would have no effect.
+
+    Raises:
+      FedLPError: the algorithm's round knows of none, or the cohort is not the server's choice.
+    """
+    if not isinstance(faults, Faults):
+        raise FedLPError(f"faults is a {type(faults).__name__}; give fl.Faults(dropout=0.1, ...).")
+    if not algorithm.faults:
+        raise FedLPError(
+            "this algorithm's round does not heed cohort.conditions, so faults would do nothing; "
+            "use one made by compose."
+        )
+    if callable(cohort) and faults.over_selection != 1:
+        raise FedLPError(
+            f"faults.over_selection={faults.over_selection} enlarges a cohort that is drawn, but "
+            "here a function says who is in it; let that give more clients."
+        )
+
+
+def check_stack(variables: Variables, layers: LayerTable, cohort: int, plan: Plan) -> int:
+    """Predicts the memory of a robust rule, and refuses what does not fit.
+
+    Args:
+      variables: the server's shapes.
+      layers: their table.
+      cohort: C, with over-selection.
+      plan: resolved.
+
+    Returns:
+      Modelled bytes over all devices.
+
+    Raises:
+      FedLPError: more than half of this machine's memory, or than all of the devices'.
+    """
+    need, have = stacked_bytes(variables, layers, cohort, plan), _usable_memory(plan)
+    if need > have:
+        fits = cohort * have // need
+        raise FedLPError(
+            f"a robust rule keeps the updates of all {cohort} clients side by side, about "
+            f"{need / 2**30:.1f} GiB, but there are {have / 2**30:.1f} GiB to use; a cohort of "
+            f"{fits} would fit, or take a mean with clip=, which needs one model."
+        )
+    return need
+
+
 def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:
     """The shapes of an algorithm's first state; what it refuses, it refuses before compiling."""
     return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
 
 
-def check_variables(variables: Variables, wanted: Variables) -> None:
+def check_variables(variables: Variables | None, wanted: Variables) -> None:
     """Compares given variables with those the server would have made.
 
     Raises:
       FedLPError: with the first path that differs and both shapes.
     """
+    if variables is None:
+        return
     have, want = _leaves(variables), _leaves(wanted)
     for path in sorted(set(have) | set(want)):
         shape = have[path].shape if path in have else "nothing"
@@ -115,6 +168,14 @@ def check_variables(variables: Variables, wanted: Variables) -> None:
             )
         if not jnp.issubdtype(have[path].dtype, jnp.floating):
             raise FedLPError(f"variables{path} has dtype {have[path].dtype}; give floats.")
+
+
+def _usable_memory(plan: Plan) -> int:
+    """Bytes a run may plan for: half of the machine's, or the sum over accelerators."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in plan.mesh.devices.flat]
+    return sum(limit if limit is not None else 2**63 for limit in limits)
 
 
 def _leaves(tree: Variables) -> dict[str, Any]:

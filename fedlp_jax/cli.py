@@ -1,7 +1,7 @@
-"""`fedlp run` and `fedlp info`.
+"""`fedlp run`, `fedlp info` and `fedlp reproduce`.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input (then nothing was written), 130 interrupted. Help
-stays fast because jax is imported only by a command that needs it.
+Exit codes: 0 done, 1 the run failed, 2 bad input (then nothing was written), 130 interrupted, and
+saved if a round was done. Help stays fast because jax is imported only by a command that needs it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedlp_jax import __version__
+from fedlp_jax import __version__, cli_reproduce
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -31,6 +32,10 @@ Examples:
   fedlp run configs/mnist.yaml --rounds 5 --seed 1 --out results/mnist
 
   fedlp run configs/paper/homo-0.5-iid.yaml --algorithm.keep 0.9
+
+Ctrl-C ends a run after the round in flight and saves it; this goes on with it:
+
+  fedlp run runs/quickstart-1 --resume
 """
 _INFO_EXAMPLES = """
 Examples:
@@ -50,6 +55,12 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+RunConfig = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, as in configs/, or with --resume a run directory."
+    ),
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds to run.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
 Cohort = Annotated[
@@ -58,6 +69,9 @@ Cohort = Annotated[
 Name = Annotated[str | None, typer.Option(help="Name of the run; otherwise that of the file.")]
 Out = Annotated[str | None, typer.Option(help="Run directory; otherwise runs/NAME-N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run in that directory.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in that directory, where it was saved.")
+]
 
 
 def main() -> None:
@@ -91,9 +105,10 @@ def _common(
 @app.command(context_settings=_ANY_FIELD, epilog=_RUN_EXAMPLES)
 def run(
     context: typer.Context,
-    config: ConfigFile,
+    config: RunConfig,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     rounds: Rounds = None,
     cohort: Cohort = None,
     seed: Seed = None,
@@ -102,11 +117,26 @@ def run(
     """Train as a configuration says and write a run directory."""
     typed = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     with _exit_codes():
+        from absl import logging
+
         from fedlp_jax.experiment import execute
+        from fedlp_jax.interruption import Interruption
+        from fedlp_jax.resumption import finished, run_directory
         from fedlp_jax.tables import result_table, show
 
+        logging.set_verbosity(logging.FATAL)  # orbax logs, with a traceback, what it raises too
         path, settings = _settings([config, *context.args], typed)
-        outcome = execute(_load(path, settings), out, overwrite=overwrite, progress=True)
+        if resume:
+            path, out = run_directory(path, out)
+        loaded = _load(path, settings)
+        done = finished(loaded, Path(out)) if resume and out else 0
+        if done:
+            typer.echo(f"{out} is finished: its {done} rounds are done.")
+            return
+        with Interruption() as stop:
+            outcome = execute(
+                loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop
+            )
         show(result_table(outcome.summary, outcome.directory))
 
 
@@ -133,12 +163,14 @@ def info(context: typer.Context, config: ConfigFile = "") -> None:
 
 
 def _load(path: str, settings: dict[str, Any]) -> Any:
-    """The checked configuration; then, before jax is used for the first time, its CPU devices."""
+    """The checked configuration; then, before jax is used for the first time, its settings."""
     from fedlp_jax.config import load_config
     from fedlp_jax.placement import setup
+    from fedlp_jax.programs import keep_programs
 
     config = load_config(path, settings)
     setup(cpu_devices=config.plan.devices)
+    keep_programs()
     return config
 
 
@@ -196,6 +228,12 @@ def _exit_codes() -> Iterator[None]:
         if isinstance(error, NotImplementedError | RecursionError):
             raise
         _leave(error, "the run failed: ", _FAILED)
+
+
+reproduce = typer.Typer(no_args_is_help=True, help="Reproduce published results.")
+app.add_typer(reproduce, name="reproduce")
+reproduce.callback()(lambda: None)  # without it typer makes the only command the group itself
+reproduce.command(epilog=cli_reproduce.EXAMPLES)(_exit_codes()(cli_reproduce.paper))
 
 
 def _leave(error: BaseException, what: str, code: int) -> None:

@@ -69,6 +69,14 @@ def local_steps(size: Any, work: LocalWork) -> Any:
     return work.epochs * per_epoch if work.steps is None else work.steps * per_epoch.clip(0, 1)
 
 
+def examples_seen(size: Any, work: LocalWork) -> Any:
+    """Examples a client with `size` of them trains on in a round, those of each epoch anew."""
+    if work.steps is None:
+        return work.epochs * size
+    per_epoch = steps_per_epoch(size, work).clip(1)
+    return work.steps // per_epoch * size + work.steps % per_epoch * work.batch_size * (size > 0)
+
+
 def loop_bounds(size: Array, work: LocalWork) -> Bounds:
     """Bounds for clients of `size: i32[W]` (or `i32[]`) that run in one chunk.
 

@@ -12,13 +12,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fedlp_jax import config_section
-from fedlp_jax.config_field import Checked, refuse, text, whole
+from fedlp_jax.behaviour import BEHAVIOURS
+from fedlp_jax.config_fault import Faults
+from fedlp_jax.config_field import (
+    Checked,
+    Count,
+    OptionalCount,
+    Section,
+    Seed,
+    choice,
+    optional,
+    real,
+    refuse,
+    text,
+    whole,
+)
 from fedlp_jax.config_file import Raw, read_config
 from fedlp_jax.config_problem import section_kinds, sentences
-from fedlp_jax.config_section import OptionalCount, Section, Seed
 from fedlp_jax.types import FedLPError
 
 
@@ -47,6 +60,14 @@ class PlanSection(Section):
     width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
 
 
+class CheckpointSection(Section):
+    """How often a run is saved; it is also when it is interrupted."""
+
+    every: OptionalCount = None  # rounds; null = by time alone
+    minutes: Annotated[float | None, Checked(optional(real(0)))] = 10.0  # null = by rounds alone
+    keep: Count = 2  # the latest
+
+
 class Config(Section):
     """One run, whole."""
 
@@ -59,7 +80,27 @@ class Config(Section):
     rounds: Annotated[int, Checked(whole(0))]
     cohort: Annotated[int | float, Checked(_cohort)]  # clients of a round, or their share
     eval_every: OptionalCount = None  # rounds from one evaluation to the next; null = the last only
+    faults: Faults | None = None
     plan: PlanSection = PlanSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    # null once read: it has then set the settings it stands for, where they were not given.
+    behaviour: Annotated[
+        str | None, Checked(optional(choice(*BEHAVIOURS))), Field(exclude=True)
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _behave(cls, raw: Any) -> Any:
+        preset = BEHAVIOURS.get(str(raw.get("behaviour"))) if isinstance(raw, dict) else None
+        if preset is None:
+            return raw
+        raw = {key: value for key, value in raw.items() if key != "behaviour"}
+        for key in ("partition", "model", "algorithm"):
+            given = raw.get(key)
+            if isinstance(given, dict) and (kind := _KINDS[key].get(str(given.get("name")))):
+                fields = kind.model_fields
+                raw[key] = {k: v for k, v in preset._asdict().items() if k in fields} | given
+        return raw
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> Config:

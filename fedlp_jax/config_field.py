@@ -8,25 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict
 from pydantic import BeforeValidator as Checked
 from pydantic_core import PydanticCustomError
 
 from fedlp_jax.types import nearest
-
-__all__ = [
-    "Check",
-    "Checked",
-    "choice",
-    "flag",
-    "optional",
-    "real",
-    "refuse",
-    "several",
-    "text",
-    "whole",
-]
 
 Check = Callable[[Any], Any]
 _HUGE = 1e300  # what is larger is a slip, and infinite in f32 anyway
@@ -121,3 +109,20 @@ def _entry(element: Check, index: int, value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+
+
+Seed = Annotated[int, Checked(whole(0, 2**32 - 1))]
+OwnSeed = Annotated[int | None, Checked(optional(whole(0, 2**32 - 1)))]  # null = the run's
+Count = Annotated[int, Checked(whole(1))]
+OptionalCount = Annotated[int | None, Checked(optional(whole(1)))]
+Share = Annotated[float, Checked(real(0, 1))]
+Decay = Annotated[float, Checked(real(0, 1, below=True))]
+Positive = Annotated[float, Checked(real(0, above=True))]
+NotNegative = Annotated[float, Checked(real(0))]
+Flag = Annotated[bool, Checked(flag)]
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -31,7 +31,12 @@ SECTIONS = frozenset(
         "algorithm",
         "algorithm.client_optimizer",
         "algorithm.server_optimizer",
+        "algorithm.privacy",
+        "faults",
+        "faults.corruption",
+        "faults.profile",
         "plan",
+        "checkpoint",
     }
 )
 

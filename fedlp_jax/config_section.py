@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fedlp_jax.behaviour import BEHAVIOURS, DEFAULT
+from fedlp_jax.config_fault import Aggregator, Clip, Privacy
 from fedlp_jax.config_field import (
     Checked,
+    Count,
+    Decay,
+    Flag,
+    NotNegative,
+    OptionalCount,
+    OwnSeed,
+    Positive,
+    Section,
+    Share,
     choice,
-    flag,
     optional,
     real,
     refuse,
@@ -22,22 +32,7 @@ from fedlp_jax.config_field import (
     whole,
 )
 
-Seed = Annotated[int, Checked(whole(0, 2**32 - 1))]
-OwnSeed = Annotated[int | None, Checked(optional(whole(0, 2**32 - 1)))]  # null = the run's
-Count = Annotated[int, Checked(whole(1))]
-OptionalCount = Annotated[int | None, Checked(optional(whole(1)))]
-Share = Annotated[float, Checked(real(0, 1))]
-Decay = Annotated[float, Checked(real(0, 1, below=True))]
-Positive = Annotated[float, Checked(real(0, above=True))]
-NotNegative = Annotated[float, Checked(real(0))]
-Flag = Annotated[bool, Checked(flag)]
-
-
-class Section(BaseModel):
-    """A part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+_PRESET = BEHAVIOURS[DEFAULT]
 
 # DATA
 
@@ -47,7 +42,9 @@ class Data(Section):
 
     name: Annotated[str, Checked(text)]  # one of tensorflow-datasets, digits, synthetic, FILE.npz
     data_dir: Annotated[str | None, Checked(optional(text))] = None  # null = TFDS_DATA_DIR
-    options: dict[str, Any] = {}  # further arguments, as that data set takes them
+    options: dict[str, Any] = Field(
+        default_factory=dict
+    )  # further arguments, as that data set takes them
 
 
 # PARTITION
@@ -69,7 +66,7 @@ class Dirichlet(Section):
     alpha: Positive
     seed: OwnSeed = None
     min_size: OptionalCount = None
-    reference: Flag = False  # dealt as the authors' code does
+    reference: Flag = _PRESET.reference  # dealt as the authors' code does
 
 
 class Shards(Section):
@@ -88,7 +85,7 @@ class Mixed(Section):
     clients: Count
     ratio: Share = 0.95
     seed: OwnSeed = None
-    reference: Flag = False  # with the overlaps of the authors' code
+    reference: Flag = _PRESET.reference  # with the overlaps of the authors' code
 
 
 class Quantity(Section):
@@ -123,14 +120,14 @@ class FedLPCNN(Section):
 
     name: Literal["fedlp_cnn"]
     depth: Annotated[int, Checked(whole(1, 5))] = 5
-    init: Init = "flax"
+    init: Init = _PRESET.init
 
 
 class MNISTCNN(Section):
     """Two convolutions and two dense layers."""
 
     name: Literal["mnist_cnn"]
-    init: Init = "flax"
+    init: Init = _PRESET.init
 
 
 class MLP(Section):
@@ -138,21 +135,21 @@ class MLP(Section):
 
     name: Literal["mlp"]
     hidden: Annotated[tuple[int, ...], Checked(several(whole(1), minimum=0))] = _HIDDEN
-    init: Init = "flax"
+    init: Init = _PRESET.init
 
 
 class ResNet(Section):
     """Three stages of two blocks with 16, 32 and 64 channels."""
 
     name: Literal["resnet"]
-    init: Init = "flax"
+    init: Init = _PRESET.init
 
 
 class Logistic(Section):
     """One dense layer."""
 
     name: Literal["logistic"]
-    init: Init = "flax"
+    init: Init = _PRESET.init
 
 
 Model = Annotated[FedLPCNN | MNISTCNN | MLP | ResNet | Logistic, Field(discriminator="name")]
@@ -243,13 +240,13 @@ class _Local(Section):
     epochs: OptionalCount = None  # 1, unless steps are given
     steps: OptionalCount = None  # instead of epochs
     batch_size: Count = 32
-    weighting: Annotated[str, Checked(choice("examples", "uniform"))] = "examples"
-    layers: Annotated[str | dict[str, str], Checked(_layers)] = "by_module"
-    aggregator: Annotated[
-        str, Checked(choice("masked_mean", "cohort_mean", "inverse_probability"))
-    ] = "masked_mean"
+    weighting: Annotated[str, Checked(choice("examples", "uniform"))] = _PRESET.weighting
+    layers: Annotated[str | dict[str, str], Checked(_layers)] = _PRESET.layers
+    aggregator: Aggregator = "masked_mean"  # a name, or a section of a name and its settings
+    clip: Clip = None  # largest norm of what a client sends
+    privacy: Privacy | None = None
     server_optimizer: Optimizer | None = None  # null = take the mean as it is
-    train_loss: Annotated[str, Checked(choice("examples", "batches"))] = "examples"
+    train_loss: Annotated[str, Checked(choice("examples", "batches"))] = _PRESET.train_loss
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> _Local:
@@ -292,7 +289,7 @@ class FedLPHetero(_Local):
 
     name: Literal["fedlp_hetero"]
     depths: Annotated[str | int | tuple[float, ...], Checked(_depths)]
-    heads: Annotated[str, Checked(choice("persist", "reset_to_init", "shared"))] = "persist"
+    heads: Annotated[str, Checked(choice("persist", "reset_to_init", "shared"))] = _PRESET.heads
     keep: Keep = 1.0
 
 

@@ -10,26 +10,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import optax
 
 from fedlp_jax import config_section as section
 from fedlp_jax import models, plots
 from fedlp_jax.algorithms import Algorithm, fedavg, fedlp_hetero, fedlp_homo
-from fedlp_jax.cohort import cohort_size
 from fedlp_jax.config import Config, dump_config, load_config, parse_config
-from fedlp_jax.costs import Ledger
+from fedlp_jax.costs import fedavg_traffic
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.datasets import Dataset, load
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.layers import LayerRule, LayerTable, layer_table
-from fedlp_jax.placement import Plan, resolve
+from fedlp_jax.faults import Faults
+from fedlp_jax.placement import Plan
+from fedlp_jax.privacy import Privacy
 from fedlp_jax.progress import Progress
 from fedlp_jax.report import RunDirectory, environment
 from fedlp_jax.result import DivergedError, Result
+from fedlp_jax.resumption import earlier, run_checkpoint
 from fedlp_jax.simulate import simulate
 from fedlp_jax.task import classification
-from fedlp_jax.types import FedLPError, Variables
+from fedlp_jax.types import FedLPError
 
 _ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedavg": fedavg,
@@ -62,6 +62,8 @@ def build(config: Config) -> dict[str, Any]:
         if config.algorithm.server_optimizer is None
         else build_optimizer(config.algorithm.server_optimizer)
     )
+    if arguments["privacy"] is not None:
+        arguments["privacy"] = Privacy(**arguments["privacy"])
     algorithm = _ALGORITHMS[config.algorithm.name](
         classification(build_model(config.model, data.num_classes)),
         # The rate is a factor on the updates of a client optimizer with rate 1, for then it is an
@@ -71,7 +73,7 @@ def build(config: Config) -> dict[str, Any]:
         client_schedule=config.algorithm.client_optimizer.learning_rate,
         **arguments,
     )
-    size = cohort_size(config.cohort, clients.clients, config.seed)
+    faults = None if config.faults is None else Faults.of(config.faults.model_dump())
     return {
         "algorithm": algorithm,
         "data": data,
@@ -80,7 +82,8 @@ def build(config: Config) -> dict[str, Any]:
         "cohort": config.cohort,
         "seed": config.seed,
         "eval_every": config.eval_every,
-        "plan": resolve(Plan(config.plan.devices, config.plan.width), size),
+        "faults": faults,
+        "plan": Plan(config.plan.devices, config.plan.width),
     }
 
 
@@ -138,6 +141,7 @@ def run(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> Result:
     """Runs a configuration and writes its run directory.
@@ -146,6 +150,7 @@ def run(
       config: a configuration, the path of a YAML file, or a nested dictionary.
       out: the run directory; None = `runs/NAME-N` with the next free N.
       overwrite: replace a run that `out` holds already.
+      resume: go on with the run that `out` holds, from its last checkpoint, or else from the start.
       progress: show rounds as they end; None = on a terminal only.
 
     Returns:
@@ -156,7 +161,7 @@ def run(
       DivergedError: no client of a round had a finite update; the rounds before are written, and
         the model as it was after them.
     """
-    return execute(config, out, overwrite=overwrite, progress=progress).result
+    return execute(config, out, overwrite=overwrite, resume=resume, progress=progress).result
 
 
 def execute(
@@ -164,29 +169,49 @@ def execute(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Outcome:
-    """As `run`; also returns the directory and the summary."""
+    """As `run`; also returns the directory and the summary.
+
+    With `stop`, which is asked before every round, a run is saved and ends in a KeyboardInterrupt.
+    """
     started = time.perf_counter()
+    if resume and (overwrite or out is None):
+        raise FedLPError("a run that is resumed needs its directory, and is not overwritten.")
     config = _config(config)
-    with contextlib.closing(RunDirectory(out, config.name, overwrite)) as directory:
+    with contextlib.closing(RunDirectory(out, config.name, overwrite, resume)) as directory:
+        start = earlier(config, directory.path) if resume else None
+        if start is not None:
+            given = {k: v for k, v in config.plan.model_dump().items() if v is not None}
+            config = _with_plan(config, dataclasses.replace(start.plan, **given))
         arguments = build(config)
-        plan = config.plan.model_copy(update=dataclasses.asdict(arguments["plan"]))
-        resolved = dump_config(config.model_copy(update={"plan": plan}))
-        rows: list[dict[str, Any]] = []
-        with Progress(config.rounds, config.name, wanted=progress) as shown:
+        plans: list[Plan] = [arguments["plan"]]  # as asked for, then as it runs
+        rows: list[dict[str, Any]] = list(start.rows) if start is not None else []
+        done = tuple(rows)
+        with Progress(config.rounds, config.name, wanted=progress, done=done) as shown:
 
             def log(row: dict[str, Any]) -> None:
                 if not directory.begun:
-                    directory.begin(resolved)
+                    directory.begin(dump_config(_with_plan(config, plans[-1])), done)
                 directory.append(row)
                 rows.append(row)
                 shown.update(row)
 
             try:
-                result = simulate(**arguments, log=log)
+                result = simulate(
+                    **arguments,
+                    log=log,
+                    checkpoint=run_checkpoint(config, directory.path, overwrite),
+                    resume=start,
+                    stop=stop,
+                    compiled=plans.append,
+                )
+                if stop is not None and len(rows) < config.rounds:
+                    raise KeyboardInterrupt
                 if not directory.begun:
-                    directory.begin(resolved)  # no round was asked for
+                    directory.begin(dump_config(_with_plan(config, result.plan)), done)
                 directory.save(result.state.variables)
             except BaseException as error:
                 _note_failure(error, directory, rows)
@@ -223,28 +248,6 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     } | environment()
 
 
-def fedavg_traffic(
-    variables: Variables, rule: LayerRule, layers: LayerTable, participations: int
-) -> dict[str, int]:
-    """What it costs that clients receive and send the whole model, as FedAvg's do.
-
-    Args:
-      variables: of the deepest model.
-      rule: by which they are cut into layers.
-      layers: all that the server holds, which may be more.
-      participations: clients summed over rounds.
-
-    Returns:
-      The numbers of `Ledger.add`.
-    """
-    covered = layer_table(variables, rule, layers.names).covered
-    names = [name for name, held in zip(layers.names, covered, strict=True) if held]
-    ledger = Ledger(layer_table(variables, rule, names), clients=1)
-    everything = np.ones((1, len(names)))
-    one = ledger.add(np.zeros(1, np.int64), everything, everything)
-    return {key: value * participations for key, value in one.items()}
-
-
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
     if isinstance(config, Config):
         return config
@@ -253,20 +256,28 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
     return load_config(config)
 
 
+def _with_plan(config: Config, plan: Plan) -> Config:
+    section = config.plan.model_copy(update=dataclasses.asdict(plan))
+    return config.model_copy(update={"plan": section})
+
+
 def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
     """Writes down how far a run came that did not reach its end, and tells the error so."""
-    if not directory.begun:
+    if directory.begun:
+        statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
+        status = statuses.get(type(error), "failed")
+        summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
+        with contextlib.suppress(OSError):  # a full disk, of which the error tells
+            directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
+        error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
+    else:
         error.add_note("Nothing was written.")
-        return
-    statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
-    status = statuses.get(type(error), "failed")
-    summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
-    directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
-    error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
     if isinstance(error, DivergedError):
         directory.save(error.result.state.variables)
+    elif directory.has_checkpoint:
+        error.add_note(f"Go on with: fedlp run {directory.path} --resume")
 
 
 def _draw(
@@ -276,7 +287,8 @@ def _draw(
     try:
         clients.plot(str(directory.plot_file("partition")))
         if any(row.get("test_accuracy") is not None for row in rows):
-            for x in ("round", "upload_megabytes"):
+            timed = ("simulated_time",) if "simulated_time" in rows[0] else ()
+            for x in ("round", "upload_megabytes", *timed):
                 file = directory.plot_file(f"accuracy_by_{x}")
                 plots.curves({name: rows}, path=str(file), x=x)
     except Exception as error:

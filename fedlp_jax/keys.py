@@ -27,6 +27,12 @@ class Purpose(enum.IntEnum):
     MASK = 3
     HEAD = 4
     DEPTH = 5
+    AVAILABILITY = 10
+    DROPOUT = 11
+    CORRUPTION = 12
+    ATTACK = 13
+    PROFILE = 14
+    NOISE = 15
 
 
 def client_key(root: Array, round: Array | int, client: Array | int, purpose: Purpose) -> Array:

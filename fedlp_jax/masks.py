@@ -117,8 +117,10 @@ def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> Non
         )
 
 
-def keep_matrix(keep: Keep, layers: LayerTable, clients: int) -> np.ndarray:
-    """`keep` as `f32[1 or K, 1 or L]`, checked.
+def keep_matrix(
+    keep: Keep, layers: LayerTable, clients: int, dtype: Any = np.float32
+) -> np.ndarray:
+    """`keep` as `[1 or K, 1 or L]` of a dtype, checked.
 
     Raises:
       FedLPError: a probability outside [0, 1], an unknown layer, or a shape that fits nothing.
@@ -131,7 +133,7 @@ def keep_matrix(keep: Keep, layers: LayerTable, clients: int) -> np.ndarray:
             )
         keep = np.array([[keep.get(name, 1.0) for name in layers.names]])
     try:
-        matrix = np.asarray(keep, np.float32)
+        matrix = np.asarray(keep, dtype)
     except (TypeError, ValueError) as error:
         raise FedLPError(f"keep={keep!r} is not a number or an array of numbers.") from error
     inside = (matrix >= 0) & (matrix <= 1)  # False for NaN too

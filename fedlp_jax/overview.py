@@ -13,12 +13,12 @@ import numpy as np
 
 from fedlp_jax.cohort import cohort_size
 from fedlp_jax.config import Config
-from fedlp_jax.costs import BYTES, Ledger, forward_macs
+from fedlp_jax.costs import BYTES, Ledger, fedavg_traffic, forward_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.experiment import fedavg_traffic
 from fedlp_jax.layers import LayerTable, layer_table
 from fedlp_jax.masks import keep_matrix
+from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.types import Examples
 
 
@@ -41,6 +41,7 @@ class Overview(NamedTuple):
     upload_bytes: float  # expected of a round
     download_bytes: float
     fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
+    stacked_bytes: int | None = None  # memory of a robust rule
 
 
 def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
@@ -80,6 +81,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     cohort = cohort_size(config.cohort, clients.clients, config.seed)
     mask_bytes = Ledger(table, clients=1).mask_bytes
     deepest = submodels[-1].extract(state.variables)
+    chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
         clients,
         cohort,
@@ -88,6 +90,9 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
         download_bytes=cohort * float((received @ layer_bytes).mean()),
         fedavg=fedavg_traffic(deepest, algorithm.layers, table, cohort),
+        stacked_bytes=stacked_bytes(state.variables, table, chosen, arguments["plan"])
+        if algorithm.stacked
+        else None,
     )
 
 

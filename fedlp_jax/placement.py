@@ -104,6 +104,12 @@ def over_clients(plan: Plan) -> NamedSharding:
     return NamedSharding(plan.mesh, Spec(AXIS))
 
 
+def over_columns(rows: Array, plan: Plan) -> Array:
+    """Deals the columns of `[D * P, n]` to the devices, in place of its rows; pads n to D's."""
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % (plan.devices or 1))))
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(plan.mesh, Spec(None, AXIS)))
+
+
 # --- host: which client in which slot ---------------------------------------------------------
 
 

@@ -20,21 +20,17 @@ if TYPE_CHECKING:
 # (without the yellow, too pale on white), Paul Tol's muted one for areas.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
-_AREAS = (
-    "#332288",
-    "#88CCEE",
-    "#44AA99",
-    "#117733",
-    "#999933",
-    "#DDCC77",
-    "#CC6677",
-    "#882255",
-    "#AA4499",
-    "#BBBBBB",
-)
+_AREAS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
+_AREAS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB"]
 _SHOWN = 50  # clients drawn one by one
 
-_AXES = {"round": "round", "upload_megabytes": "uploaded by all clients so far [MB]"}
+_AXES = {
+    "round": "round",
+    "upload_megabytes": "uploaded by all clients so far [MB]",
+    "simulated_time": "modelled time so far [s]",
+}
+# What is summed over rounds for an axis: key of a row, factor.
+_SUMS = {"upload_megabytes": ("upload_bytes", 1e-6), "simulated_time": ("simulated_time", 1.0)}
 
 
 class Holdings(Protocol):
@@ -99,7 +95,7 @@ def partition(partition: Holdings, path: str | os.PathLike[str] | None = None) -
     for axes in (mixes, sizes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize="small")
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def curves(
@@ -108,13 +104,14 @@ def curves(
     x: str = "round",
     y: str = "test_accuracy",
 ) -> Figure:
-    """Draws a metric of one or more runs against rounds or against what has been uploaded.
+    """Draws a metric of one or more runs against rounds, uploads or modelled time.
 
     Args:
       histories: label -> rows of the run as in metrics.jsonl, one a round. Rows without `y` (rounds
         that were not evaluated) are passed over, but their uploads count.
       path: file to write, whose ending says the format; None writes nothing.
-      x: "round", or "upload_megabytes" for the sum of `upload_bytes` so far, in 10^6 bytes.
+      x: "round"; "upload_megabytes" for the sum of `upload_bytes` so far, in 10^6 bytes; or
+        "simulated_time" for the sum of the modelled seconds of rounds (`fl.Faults(profile=...)`).
       y: key of a row. Accuracies are shown in percent.
 
     Returns:
@@ -123,21 +120,48 @@ def curves(
     Raises:
       FedLPError: `x` or `y` is unknown, there is nothing to draw, or the file cannot be written.
     """
+    figure = _figure()
+    axes = figure.subplots()
+    draw_curves(axes, histories, x, y)
+    if len(histories) > 1:
+        _legend(figure, axes, list(histories))
+    return written(figure, path)
+
+
+def draw_curves(
+    axes: Axes,
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    x: str = "round",
+    y: str = "test_accuracy",
+    styles: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Draws what `curves` draws on axes of one's own, without a legend.
+
+    Args:
+      axes: of matplotlib.
+      histories: as for `curves`.
+      x: as for `curves`.
+      y: as for `curves`.
+      styles: label -> colour and line style; None = one after the other.
+
+    Raises:
+      FedLPError: `x` or `y` is unknown, or there is nothing to draw.
+    """
     if x not in _AXES:
         raise FedLPError(
             f"x={x!r} is not an axis{nearest(x, _AXES) or '.'} There are: {', '.join(_AXES)}."
         )
     if not histories:
         raise FedLPError("There is no history to draw: pass at least one run, as {label: rows}.")
-    figure = _figure()
-    axes = figure.subplots()
     for i, (label, rows) in enumerate(histories.items()):
         points = _points(label, rows, x, y)
+        plain = _LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % len(_DASHES)]
+        colour, dash = (styles or {}).get(label, plain)
         axes.plot(
             *points,
             label=label,
-            color=_LINES[i % len(_LINES)],
-            linestyle=_DASHES[i // len(_LINES) % len(_DASHES)],
+            color=colour,
+            linestyle=dash,
             linewidth=1.6,
             marker="o" if points.shape[1] <= 25 else "",
             markersize=3.5,
@@ -155,9 +179,6 @@ def curves(
         from matplotlib.ticker import PercentFormatter
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if len(histories) > 1:
-        _legend(figure, axes, list(histories))
-    return _written(figure, path)
 
 
 def _figure() -> Figure:
@@ -166,7 +187,8 @@ def _figure() -> Figure:
     return Figure(figsize=(6, 4), dpi=150, layout="constrained")
 
 
-def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+def written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, after it has been written where there is a path."""
     if path is not None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -248,17 +270,18 @@ def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
 def _points(label: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> np.ndarray:
     """Abscissas and ordinates `f64[2, points]` of one run."""
     points: list[tuple[float, float]] = []
-    sent = 0.0
+    so_far = 0.0
     for row in rows:
-        if x == "upload_megabytes":
-            if "upload_bytes" not in row:
+        if x in _SUMS:
+            key, factor = _SUMS[x]
+            if key not in row:
                 raise FedLPError(
-                    f"{label}: round {row.get('round')} has no upload_bytes, so uploads cannot be "
-                    "summed; draw against x='round'."
+                    f"{label}: round {row.get('round')} has no {key}, which cannot be summed, "
+                    "then; draw against x='round'."
                 )
-            sent += row["upload_bytes"]
+            so_far += row[key] * factor
         if row.get(y) is not None:
-            points.append((row["round"] if x == "round" else sent / 1e6, row[y]))
+            points.append((row["round"] if x == "round" else so_far, row[y]))
     if not points:
         keys = sorted({key for row in rows for key in row})
         raise FedLPError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +24,12 @@ class Progress:
     """Shows rounds as they end: a bar on a terminal, plain lines elsewhere. A context manager."""
 
     def __init__(
-        self, rounds: int, name: str, wanted: bool | None = None, console: Console | None = None
+        self,
+        rounds: int,
+        name: str,
+        wanted: bool | None = None,
+        console: Console | None = None,
+        done: Sequence[Mapping[str, Any]] = (),
     ):
         """Prepares to show a run.
 
@@ -33,13 +38,17 @@ class Progress:
           name: of the run.
           wanted: None = on a terminal only.
           console: where; None = stderr.
+          done: the rows of the rounds before, if the run is resumed.
         """
         self._console = console or Console(stderr=True)
         self._wanted = self._console.is_terminal if wanted is None else wanted
         self._rounds, self._name = rounds, name
         self._uploaded = 0.0  # bytes
         self._accuracy, self._tested = "", 0
-        self._shown, self._shown_at = 0, time.monotonic()
+        for row in done:
+            self._count(row)
+        self._first = len(done) + 1
+        self._shown, self._shown_at = len(done), time.monotonic()
         self._first_at = self._shown_at
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -51,14 +60,17 @@ class Progress:
             TextColumn("{task.fields[numbers]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task(name, total=rounds, numbers="loading and compiling ...")
+        self._task = self._bar.add_task(
+            name, total=rounds, completed=len(done), numbers="loading and compiling ..."
+        )
 
     def __enter__(self) -> Progress:
         """Starts showing."""
         if self._wanted and self._console.is_terminal:
             self._bar.start()
         elif self._wanted and self._rounds:
-            self._line(f"{self._name}: compiling the first of {self._rounds} rounds ...")
+            which = "the first" if self._first == 1 else f"round {self._first}"
+            self._line(f"{self._name}: compiling {which} of {self._rounds} rounds ...")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -69,11 +81,9 @@ class Progress:
     def update(self, row: Mapping[str, Any]) -> None:
         """Shows one more round, a row of `metrics.jsonl`."""
         now, round = time.monotonic(), int(row["round"])
-        if round == 1:
+        if round == self._first:
             self._first_at = now
-        self._uploaded += row["upload_bytes"]
-        if row.get("test_accuracy") is not None:
-            self._accuracy, self._tested = f"accuracy {row['test_accuracy']:.4f}", round
+        self._count(row)
         if not self._wanted:
             return
         if self._console.is_terminal:
@@ -85,9 +95,15 @@ class Progress:
                 f"{self._remaining(round, now)}"
             )
 
+    def _count(self, row: Mapping[str, Any]) -> None:
+        self._uploaded += row["upload_bytes"]
+        if row.get("test_accuracy") is not None:
+            self._accuracy = f"accuracy {row['test_accuracy']:.4f}"
+            self._tested = int(row["round"])
+
     def _due(self, round: int, now: float) -> bool:
         return (
-            round in (1, self._rounds)
+            round in (self._first, self._rounds)
             or round - self._shown >= self._rounds / _LINES
             or now - self._shown_at >= _SECONDS_BETWEEN_LINES
         )
@@ -104,9 +120,10 @@ class Progress:
         return "  ".join(filter(None, parts))
 
     def _remaining(self, round: int, now: float) -> str:
-        if round < 2 or round >= self._rounds:
+        if round <= self._first or round >= self._rounds:
             return ""
-        each = (now - self._first_at) / (round - 1)  # the first may hold what is done once
+        # The first may hold what is done once.
+        each = (now - self._first_at) / (round - self._first)
         return f"  {duration(each * (self._rounds - round))} left"
 
     def _line(self, text: str) -> None:

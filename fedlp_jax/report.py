@@ -4,6 +4,7 @@
     metrics.jsonl   one object a round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
     summary.json    last numbers, totals, versions, device, time
+    checkpoints/    what `--resume` goes on from, see `fedlp_jax.checkpoint`
     plots/          accuracy by round and by upload, the partition
 
 Until the first round is done there is nothing but the claim, `.claim`, which goes when the run
@@ -15,46 +16,48 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from fedlp_jax.claim import Claim
 from fedlp_jax.types import FedLPError, Variables
 from fedlp_jax.variables import VARIABLES, save_variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
-CLAIM = ".claim"
-_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, PLOTS)
+CHECKPOINTS = "checkpoints"
+_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, PLOTS, CHECKPOINTS)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class RunDirectory:
     """One run's directory, claimed at once and filled from the first round on.
 
-    The claim is a file that only one process can create, and that shows before anything is trained
-    that the directory can be written. It says whose it is; a run that was killed leaves it behind.
-    With `overwrite` a claim is replaced too; the run it was taken from gets a RuntimeError when it
-    writes its next file.
+    The claim shows before anything is trained that the directory can be written; a run that was
+    killed leaves it behind. With `overwrite` a claim is replaced too; the run it was taken from
+    gets a RuntimeError when it writes its next file.
 
     Attributes:
       path: where it is.
     """
 
-    def __init__(self, out: str | Path | None, name: str, overwrite: bool = False):
+    def __init__(
+        self, out: str | Path | None, name: str, overwrite: bool = False, resume: bool = False
+    ):
         """Claims a directory, which `close` gives up.
 
         Args:
           out: the directory; None = `runs/NAME-N` with the next free N.
           name: of the run.
           overwrite: allow `out` to hold another run, which is removed when the first round is done.
+          resume: `out` may hold an earlier part of this run, which no process goes on with.
 
         Raises:
           FedLPError: `out` is in use or holds a run already, is a file, cannot be made or cannot be
@@ -62,56 +65,70 @@ class RunDirectory:
         """
         self._made: list[Path] = []  # directories this object created, outermost first
         self._metrics: IO[str] | None = None
-        self._overwrite = overwrite
-        now = datetime.now().isoformat(" ")
-        self._claim = f"process {os.getpid()} on {platform.node()} since {now}"
+        self._claim: Claim | None = None
+        self._overwrite, self._resume = overwrite, resume
         try:
             self.path = self._next_free(name) if out is None else self._named(Path(out))
         except OSError as error:
             raise FedLPError(f"the run directory cannot be made: {error}.") from error
         try:
-            self._take(self.path / CLAIM)
+            self._claim = Claim(self.path, replace=overwrite, inherit=resume)
             self._refuse_other_run()
         except BaseException:
             self.close()
             raise
 
-    def begin(self, config: str) -> None:
+    def begin(self, config: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Writes `config.yaml`; where that is allowed, removes what an earlier run wrote here.
 
         Args:
           config: YAML text; the versions are put above it as comments.
+          rows: the rounds of a resumed run that its checkpoint holds. They replace `metrics.jsonl`,
+            which may have later ones, and half a line.
         """
-        metrics, settings = self._own(METRICS), self._own(CONFIG)
+        metrics = self._own(METRICS)
         if self._overwrite:
             for picture in (self.path / PLOTS).glob("*.png"):
                 picture.unlink()
+            if (self.path / CHECKPOINTS).exists():
+                shutil.rmtree(self.path / CHECKPOINTS)
             # The metrics last: what has them is known as a run, which may be overwritten.
             for name in (CONFIG, VARIABLES, SUMMARY, METRICS):
                 (self.path / name).unlink(missing_ok=True)
-        self._metrics = metrics.open("x", encoding="utf-8", buffering=1)
+        if self._resume:
+            for name in (VARIABLES, SUMMARY):
+                (self.path / name).unlink(missing_ok=True)
+            self._replace(METRICS, "".join(map(_line, rows)))
+        self._metrics = metrics.open("a" if self._resume else "x", encoding="utf-8", buffering=1)
         header = "".join(f"# {name} {version}\n" for name, version in versions().items())
-        with settings.open("x", encoding="utf-8") as file:
-            file.write(header + config)
+        self._replace(CONFIG, header + config)
 
     @property
     def begun(self) -> bool:
         """Whether anything has been written."""
         return self._metrics is not None
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether `--resume` has something to go on from."""
+        folder = self.path / CHECKPOINTS
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one round to `metrics.jsonl`; it is on the disk when this returns."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        with _naming(self.path / METRICS):
+            self._metrics.write(_line(row))
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
         text = json.dumps(plain(summary), indent=2, allow_nan=False)
-        self._own(SUMMARY).write_text(text + "\n", encoding="utf-8")
+        self._replace(SUMMARY, text + "\n")
 
     def save(self, variables: Variables) -> None:
         """Writes `variables.npz`."""
-        save_variables(self._own(VARIABLES), variables)
+        with _naming(self.path / VARIABLES):
+            save_variables(self._own(VARIABLES), variables)
 
     def plot_file(self, name: str) -> Path:
         """Path for a picture."""
@@ -122,9 +139,10 @@ class RunDirectory:
     def close(self) -> None:
         """Ends writing. Where nothing was written, removes the directories that were made."""
         if self._metrics is not None:
-            self._metrics.close()
-        if self._claimant() == self._claim:
-            (self.path / CLAIM).unlink()
+            with contextlib.suppress(OSError):  # a full disk, of which `append` has told
+                self._metrics.close()
+        if self._claim is not None:
+            self._claim.give_up()
         if self._metrics is not None:
             return
         for folder in reversed(self._made):
@@ -132,45 +150,28 @@ class RunDirectory:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _take(self, claim: Path) -> None:
-        try:
-            if self._overwrite:
-                claim.unlink(missing_ok=True)
-            with claim.open("x", encoding="utf-8") as file:
-                file.write(self._claim)
-        except FileExistsError:
-            raise FedLPError(
-                f"{self.path} is in use by another run ({self._claimant()}); wait for it or choose "
-                "another directory with --out. If that run was killed, replace it with --overwrite."
-            ) from None
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                claim.unlink()  # a full disk may take the name but not the text
-            raise FedLPError(
-                f"the run directory {self.path} cannot be written ({error.strerror}); choose "
-                "another with --out."
-            ) from error
-
-    def _claimant(self) -> str:
-        try:
-            return (self.path / CLAIM).read_text("utf-8", errors="replace")
-        except OSError:
-            return "which has just ended"
-
     def _own(self, name: str) -> Path:
         """A path within the directory, as long as no other run has taken that over."""
-        if self._claimant() != self._claim:
+        if self._claim is None or not self._claim.held:
             raise RuntimeError(f"another run has taken over {self.path} with --overwrite.")
         return self.path / name
 
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file that is whole at any time, whenever the process is killed."""
+        path = self._own(name)
+        part = path.with_name(f".{name}")
+        with _naming(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+
     def _refuse_other_run(self) -> None:
         found = [name for name in _WRITTEN if (self.path / name).exists()]
-        if found and not self._overwrite:
+        if found and not (self._overwrite or self._resume):
             raise FedLPError(
                 f"{self.path} already holds a run ({', '.join(found)}); choose another directory "
-                "with --out, or replace that run with --overwrite."
+                "with --out, go on with that run by --resume, or replace it with --overwrite."
             )
-        if found and METRICS not in found:
+        if found and METRICS not in found and CHECKPOINTS not in found:
             # As `--out .` beside one's own config.yaml.
             raise FedLPError(
                 f"{self.path} holds {', '.join(found)} but no {METRICS}, so it may be no run and "
@@ -206,6 +207,21 @@ class RunDirectory:
             self._made.append(folder)
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into an error of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(plain(row), allow_nan=False) + "\n"
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All rounds of a run directory's `metrics.jsonl`."""
     with (Path(path) / METRICS).open(encoding="utf-8") as lines:
@@ -235,11 +251,21 @@ def environment() -> dict[str, Any]:
         "device": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
+            "processor": processor(),
             "count": len(devices),
             "processes": jax.process_count(),
         },
         "commit": commit(),
     }
+
+
+def processor() -> str:
+    """The name of the machine's processor, as its system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -80,5 +80,5 @@ class Result:
     readings: dict[str, float]
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
-        """Test accuracy against "round" or "upload_megabytes"; returns the matplotlib figure."""
+        """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure."""
         return plots.curves({label: self.history.rows}, path=path, x=x)

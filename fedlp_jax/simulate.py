@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from fedlp_jax import conv, snapshot
 from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.checkpoint import Checkpoint
 from fedlp_jax.cohort import CohortRule
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.faults import Faults
 from fedlp_jax.placement import Plan
 from fedlp_jax.progress import Progress
 from fedlp_jax.result import Result, Row
+from fedlp_jax.saver import Saver
 from fedlp_jax.simulation import Pending, Simulation
+from fedlp_jax.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
@@ -34,8 +39,13 @@ def simulate(
     callbacks: Sequence[Callback] = (),
     plan: Plan | None = None,
     variables: Variables | None = None,
+    faults: Faults | None = None,
     log: Callable[[Row], None] | None = None,
     progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+    resume: Snapshot | None = None,
+    stop: Callable[[], bool] | None = None,
+    compiled: Callable[[Plan], None] | None = None,
 ) -> Result:
     """Runs federated training.
 
@@ -55,10 +65,16 @@ def simulate(
       callbacks: each is called `(round, row, state)` once a round, after the round's numbers are
         ready; the state is valid during the call only. With callbacks the host waits for every
         round; `log` does not.
-      plan: devices and width; None = chosen here.
+      plan: devices and width; None = chosen here, or that of `resume`.
       variables: initial model; None = drawn from the seed.
+      faults: what goes wrong with clients, see `fedlp_jax.faults`; None = nothing.
       log: called with each round's row as soon as its numbers are ready.
       progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere.
+      checkpoint: where and how often to save the run.
+      resume: where to go on, from `Checkpoint.latest()`; None = from the start. On one plan the
+        result is that of a run which was never interrupted, bit for bit.
+      stop: asked before every round; once it is true the run is saved and ends.
+      compiled: called once, before the first round, with the plan that was found to fit the memory.
 
     Returns:
       The final model, the history, the ledger.
@@ -67,6 +83,8 @@ def simulate(
       FedLPError: bad input, before anything is compiled.
       DivergedError: no client of a round had a finite update.
     """
+    if plan is None and resume is not None:
+        plan = resume.plan
     run = Simulation(
         algorithm,
         data,
@@ -77,19 +95,55 @@ def simulate(
         eval_every=eval_every,
         plan=plan,
         variables=variables,
+        faults=faults,
     )
-    with Progress(rounds, data.name, wanted=progress) as shown:
+    saver = Saver(checkpoint, resume)
+    if resume is not None:
+        snapshot.check(run, resume)
+    done = resume.rows if resume is not None else []
+    left = range(len(done) + 1, rounds + 1)
+    if stop is not None and stop():
+        left = range(0)
+    with Progress(rounds, data.name, wanted=progress, done=done) as shown, saver:
         listeners = [shown.update] + ([log] if log is not None else [])
-        run.compile()
-        pending: collections.deque[Pending] = collections.deque()
+        if left:
+            with conv.repeating(resume.lowerings if resume is not None else {}):
+                run.compile()
+        if compiled is not None:
+            compiled(run.plan)
+        if resume is not None:
+            snapshot.put_back(run, resume)
         started = run.clock = time.perf_counter()
-        for round in range(1, rounds + 1):
-            pending.append(run.dispatch(round))
-            while len(pending) > (0 if callbacks else _AHEAD):
-                row = run.read(pending.popleft(), listeners)
-                for callback in callbacks:
-                    callback(round, row, run.state)
-        while pending:
-            run.read(pending.popleft(), listeners)
+        _run_rounds(run, left, listeners, callbacks, saver, stop)
     run.readings["run_seconds"] = time.perf_counter() - started
     return run.result()
+
+
+def _run_rounds(
+    run: Simulation,
+    rounds: Iterable[int],
+    listeners: Sequence[Callable[[Row], None]],
+    callbacks: Sequence[Callback],
+    saver: Saver,
+    stop: Callable[[], bool] | None,
+) -> None:
+    pending: collections.deque[Pending] = collections.deque()
+
+    def read(ahead: int) -> None:
+        while len(pending) > ahead:
+            row = run.read(pending.popleft(), listeners)
+            for callback in callbacks:
+                callback(row["round"], row, run.state)
+
+    for round in rounds:
+        if stop is not None and stop():
+            break
+        pending.append(run.dispatch(round))
+        read(ahead=0 if callbacks else _AHEAD)
+        if saver.due(round):
+            read(ahead=0)
+            saver.save(snapshot.take(run))
+    read(ahead=0)
+    done = len(run.history)
+    if saver.due_at_end(done, interrupted=done < run.rounds):
+        saver.save(snapshot.take(run))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,20 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax import checks
+from fedlp_jax import checks, conv
 from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortBuilder, CohortRule, cohort_size, members
-from fedlp_jax.costs import Ledger, forward_macs
+from fedlp_jax.costs import Ledger, level_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.datasets import Dataset, Split
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.fate import Fate, Outcome, fate_metrics
+from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
+from fedlp_jax.memory import compile_to_fit
 from fedlp_jax.placement import Layout, Plan, over_clients, replicated, resolve
+from fedlp_jax.privacy import accountant
 from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.types import (
-    Array,
     Cohort,
     Examples,
     Normalize,
@@ -62,27 +67,41 @@ class Simulation:
         eval_every: int | None = None,
         plan: Plan | None = None,
         variables: Variables | None = None,
+        faults: Faults | None = None,
     ):
         checks.check_numbers(rounds, seed, eval_every)
         checks.check_partition(clients, data)
         self.algorithm, self.rounds, self.seed, self.rule = algorithm, rounds, seed, cohort
         self.eval_every = eval_every or max(rounds, 1)
-        self.population = clients.clients
+        self.clients, self.population = clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
-        self.plan = resolve(plan, self.size)
+        self._width_is_open = plan is None or plan.width is None
         root = jax.random.key(seed)
+        self.exposure = self._expose(faults, root, data.num_classes)
+        if self.exposure is not None:
+            self.size = self.exposure.chosen
+        self.plan = resolve(plan, self.size)
         example = example_of(_examples(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         shapes = checks.initial_state(algorithm, example, root, self.population)
-        if variables is not None:
-            checks.check_variables(variables, shapes.variables)
-        state = algorithm.init(root, example, self.population, variables)
-        self.layers = layer_table(state.variables, algorithm.layers)
-        self.levels = algorithm.levels(state.variables, example)
-        self.builder = CohortBuilder(
-            clients, assigned, algorithm.local_steps, self._level_costs(root, example), self.plan
+        checks.check_variables(variables, shapes.variables)
+        self.layers = layer_table(shapes.variables, algorithm.layers)
+        self.readings: dict[str, float] = {}
+        if algorithm.stacked:
+            self.readings["stacked_bytes"] = checks.check_stack(
+                shapes.variables, self.layers, self.size, self.plan
+            )
+        self.epsilon = accountant(
+            algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
         )
+        state = algorithm.init(root, example, self.population, variables)
+        self.levels = algorithm.levels(state.variables, example)
+        costs = level_macs([level.task for level in self.levels], root, example)
+        self._builder = functools.partial(
+            CohortBuilder, clients, assigned, algorithm.local_steps, costs
+        )
+        self.builder = self._builder(self.plan)
         everywhere = replicated(self.plan)
         # A copy: rounds donate the state, and the caller's own arrays must survive.
         self.state: ServerState = jax.device_put(jax.tree.map(jnp.copy, state), everywhere)
@@ -92,31 +111,26 @@ class Simulation:
         self.store = None
         if algorithm.persist:
             self.store = PrivateStore(self.levels, assigned, root, example, self.plan)
-        self.ledger = Ledger(self.layers, self.population)
-        self.history = History()
-        self.readings: dict[str, float] = {}
+        self.ledger, self.history = Ledger(self.layers, self.population), History()
+        self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
         self.clock = 0.0
 
     def compile(self) -> None:
-        """Traces, lowers and compiles the round and the evaluation, and times each."""
+        """Traces, lowers and compiles the round and the evaluation, and times each.
+
+        Raises:
+          FedLPError: the round needs more memory than is free, and the width was asked for or
+            cannot be lowered.
+        """
         self.clock = time.perf_counter()
         if self.rounds == 0:
             return
-        cohort, private, _, _ = self._stage(1)
-        everywhere, split = replicated(self.plan), over_clients(self.plan)
-        algorithm, plan = self.algorithm, self.plan
-        per_slot: Any = split
-        shardings = RoundMetrics(per_slot, per_slot, per_slot, halted=cast(Any, everywhere))
-        round_program = jax.jit(
-            lambda state, private, examples, cohort, key: algorithm.round(
-                state, private, examples, cohort, key, plan
-            ),
-            donate_argnums=(0, 1),
-            out_shardings=(everywhere, split, shardings),
+        self.round_program, plan = compile_to_fit(
+            self._compiled_round, self.plan, self._width_is_open
         )
-        arguments = (self.state, private, self.train, cohort, self.key)
-        self.round_program = self._timed(round_program, "round", arguments)
+        if plan != self.plan:
+            self.plan, self.builder = plan, self._builder(plan)
         test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
         self.test_program = self._timed(test_program, "test", (self.state.variables, self.test))
         self.clock = time.perf_counter()
@@ -150,29 +164,40 @@ class Simulation:
         halted = bool(metrics.halted)
         ids = ids[order]
         metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=None))
+        level = np.asarray(pending.cohort.level)[ran][order]
+        fate: Fate | None = metrics.fate or None
+        heard = np.ones(len(ids), bool)
+        if fate is not None:
+            heard = np.asarray(fate.outcome) == Outcome.ARRIVED
         row: Row = {"round": pending.round}
         row |= metric.train_metrics(
-            metrics.client,
-            np.asarray(pending.cohort.level)[ran][order],
+            jax.tree.map(lambda x: x[heard], metrics.client),
+            level[heard],
             len(self.levels),
             self.algorithm.train_loss,
         )
+        if fate is not None:
+            row |= fate_metrics(fate)
+        if self.epsilon is not None:
+            row["epsilon"] = self.epsilon(pending.round)
         if tested is not None:
             row |= metric.test_metrics(tested)
-        row |= self.ledger.add(ids, metrics.upload, metrics.download)
+        row |= self.ledger.add(ids, metrics.upload, metrics.download, heard)
         row["seconds"], self.clock = now - self.clock, now
         self.history.rows.append(row)
         for listener in listeners:
             listener(row)
-        left_out = ids[~metrics.client.finite]
+        left_out = ids[heard & ~metrics.client.finite]
         if halted:
-            self._stop(pending.round, left_out, len(ids))
+            self._stop(pending.round, left_out, int(heard.sum()))
+        if fate is not None:  # who is meant to send NaN is no news
+            left_out = np.setdiff1d(left_out, ids[fate.corrupt])
         if len(left_out):
             warnings.warn(
-                f"round {pending.round}: left out {len(left_out)} of {len(ids)} clients whose "
+                f"round {pending.round}: left out {len(left_out)} of {heard.sum()} clients whose "
                 f"update was not finite: {_names(left_out)}.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
         return row
 
@@ -195,14 +220,35 @@ class Simulation:
         """The cohort of a round: on the device, its private variables, on the host, its slots."""
         ids = members(self.rule, self.seed, round, self.population, self.size)
         host, layout = self.builder.build(ids)
+        if self.exposure is not None:
+            conditions = self.exposure.conditions(round, np.asarray(host.client))
+            host = dataclasses.replace(host, conditions=conditions)
         private: tuple[Any, ...] = ()
         if self.store is not None:
             private = self.store.rows(np.asarray(host.client))
         return jax.device_put(host, over_clients(self.plan)), private, host, layout
 
+    def _compiled_round(self, plan: Plan) -> Any:
+        cohort, private, _, _ = self._stage(1)
+        everywhere, split = replicated(plan), over_clients(plan)
+        algorithm = self.algorithm
+        per_slot: Any = split
+        shardings = RoundMetrics(per_slot, per_slot, per_slot, cast(Any, everywhere), per_slot)
+        round_program = jax.jit(
+            lambda state, private, examples, cohort, key: algorithm.round(
+                state, private, examples, cohort, key, plan
+            ),
+            donate_argnums=(0, 1),
+            out_shardings=(everywhere, split, shardings),
+        )
+        arguments = (self.state, private, self.train, cohort, self.key)
+        return self._timed(round_program, "round", arguments)
+
     def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
         start = time.perf_counter()
-        traced = program.trace(*arguments)
+        with conv.recording() as lowerings:
+            traced = program.trace(*arguments)
+        self.lowerings |= lowerings
         lowering = time.perf_counter()
         lowered = traced.lower()
         compiling = time.perf_counter()
@@ -213,19 +259,11 @@ class Simulation:
         self.readings[f"{name}_compile_seconds"] = end - compiling
         return compiled
 
-    def _level_costs(self, root: Array, example: Any) -> list[float]:
-        if len(self.levels) == 1:
-            return [1.0]
-        return [
-            float(
-                sum(
-                    forward_macs(
-                        level.task, checks.initial_shapes(level.task, root, example), example
-                    ).values()
-                )
-            )
-            for level in self.levels
-        ]
+    def _expose(self, faults: Faults | None, root: jax.Array, classes: int) -> Exposure | None:
+        if faults is None:
+            return None
+        checks.check_faults(self.algorithm, faults, self.rule)
+        return Exposure(faults, root, self.population, self.size, classes)
 
     def _stop(self, round: int, left_out: np.ndarray, clients: int) -> None:
         if len(left_out) == clients:

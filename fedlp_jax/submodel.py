@@ -187,13 +187,11 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
     if isinstance(depths, str):
         if depths != "uniform":
             raise FedLPError(f"depths='{depths}' is not known; {allowed}.")
-        depths = [1.0 / deepest] * deepest
+        depths = depth_probabilities("uniform", deepest)
     if isinstance(depths, int | np.integer) and not isinstance(depths, bool):
         if not 1 <= depths <= deepest:
             raise FedLPError(f"depths={depths} is outside 1 to {deepest}; {allowed}.")
-        others = (1.0 - _FLAG_SHARE) / max(deepest - 1, 1)
-        own = _FLAG_SHARE if deepest > 1 else 1.0
-        depths = [own if d == depths else others for d in range(1, deepest + 1)]
+        depths = depth_probabilities(int(depths), deepest)
     try:
         values = np.asarray(depths, np.float64)
     except (TypeError, ValueError) as error:
@@ -204,6 +202,15 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
     if values.shape == (clients,) and (whole_numbers & (values >= 1) & (values <= deepest)).all():
         return values.astype(np.int32)
     raise FedLPError(f"depths has shape {list(values.shape)} and sum {values.sum():g}; {allowed}.")
+
+
+def depth_probabilities(depths: str | int, deepest: int) -> list[float]:
+    """The probabilities of depths 1 to G that "uniform" or a flag stands for."""
+    if depths == "uniform":
+        return [1.0 / deepest] * deepest
+    own = _FLAG_SHARE if deepest > 1 else 1.0
+    others = (1.0 - _FLAG_SHARE) / max(deepest - 1, 1)
+    return [own if depth == depths else others for depth in range(1, deepest + 1)]
 
 
 def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarray:

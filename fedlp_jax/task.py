@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def _classification(
     if net.at_depth is not None:
         submodel = net.at_depth
 
+        @functools.cache  # one object a depth, so that what jax has traced of it is found again
         def at_depth(depth: int) -> Task:
             return _classification(submodel(depth), normalize, augment)
 

@@ -99,6 +99,7 @@ class Cohort:
     level: Array  # i32[D * P], submodel level, 0 to G - 1
     rows: Array  # i32[D * P, M], rows of the training split, padded with 0
     segment: Array  # i32[D, G + 1]
+    conditions: PyTree = None  # a `fedlp_jax.fate.Conditions`, where a run has faults
     # The size of every client of the population, if it is the same for all: it lets a round drop
     # the masks that only uneven clients need.
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -137,3 +138,4 @@ class RoundMetrics(NamedTuple):
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
     halted: Array  # bool[], the state was left as it was: nothing finite to go on with
+    fate: PyTree = ()  # a `fedlp_jax.fate.Fate`, where a run has faults

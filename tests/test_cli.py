@@ -271,6 +271,7 @@ def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted()
     assert "Traceback" not in errors
     assert "fedlp: interrupted." in errors
     assert "fedlp: out holds the first" in errors
+    assert "fedlp: Go on with: fedlp run out --resume" in errors
     assert len(read_metrics("out")) >= 1
     assert json.loads(Path("out/summary.json").read_text())["status"] == "interrupted"
     cores = min(len(os.sched_getaffinity(0)), SMALL["cohort"])

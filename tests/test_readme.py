@@ -1,5 +1,6 @@
 """Every block of the README does what it says."""
 
+import inspect
 import pathlib
 import re
 import shlex
@@ -7,6 +8,7 @@ import shlex
 import pytest
 import yaml
 
+from fedlp_jax import cli_reproduce
 from fedlp_jax.config import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,8 +52,12 @@ def test_commands_exist():
     for words in found:
         if words[0] == "make":
             assert words[1] in targets
-        if words[0] == "fedlp":
-            assert words[1] in ("run", "info") and (ROOT / words[2]).is_file()
+        if words[:2] == ["fedlp", "reproduce"]:
+            options = inspect.signature(getattr(cli_reproduce, words[2])).parameters
+            assert {word[2:] for word in words if word.startswith("--")} <= set(options)
+        elif words[0] == "fedlp":
+            assert words[1] in ("run", "info")
+            assert (ROOT / words[2]).is_file() or "--resume" in words
 
 
 def test_links_lead_somewhere():

@@ -153,7 +153,7 @@ def test_one_directory_is_claimed_by_one_run(tmp_path):
 
 def test_the_claim_of_a_killed_run_can_be_replaced(tmp_path):
     RunDirectory(tmp_path / "out", "r")  # killed before its first round: not closed
-    with pytest.raises(FedLPError, match="If that run was killed, replace it with --overwrite"):
+    with pytest.raises(FedLPError, match="If that run was killed, .* replace it with --overwrite"):
         RunDirectory(tmp_path / "out", "r")
     second = RunDirectory(tmp_path / "out", "r", overwrite=True)
     second.begin("")

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedlp_jax.layers import LayerRule
 from fedlp_jax.placement import Plan
+from fedlp_jax.privacy import Privacy
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.task import Task
 from fedlp_jax.types import (
@@ -46,4 +47,7 @@ class Algorithm(NamedTuple):
     assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
     persist: bool = False  # private variables are stored between rounds
     shared_heads: bool = False  # every level can be tested from the server's variables
+    faults: bool = False  # `round` heeds `cohort.conditions`
+    stacked: bool = False  # `round` keeps the updates of all clients side by side
+    privacy: Privacy | None = None
     train_loss: str = "examples"  # or "batches": mean over clients of the mean over steps

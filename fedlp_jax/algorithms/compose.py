@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import optax
 
-from fedlp_jax import aggregate, masks, submodel
+from fedlp_jax import aggregate, masks, robust, submodel
+from fedlp_jax import behaviour as behaviours
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.algorithms.round import Composition
 from fedlp_jax.client import LocalWork, check_work, local_steps
+from fedlp_jax.combine import Combination
 from fedlp_jax.layers import LayerRule
-from fedlp_jax.submodel import Submodel, Submodels
+from fedlp_jax.privacy import Privacy, check_clip, check_privacy
+from fedlp_jax.submodel import Submodels
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, Variables, check_choice
+from fedlp_jax.types import Array, FedLPError, check_choice
 
-AGGREGATORS: dict[str, Callable[[], aggregate.Aggregator]] = {
+Rule = aggregate.Aggregator | robust.Robust
+AGGREGATORS: dict[str, Callable[..., Rule]] = {
     "masked_mean": aggregate.masked_mean,
     "cohort_mean": aggregate.cohort_mean,
     "inverse_probability": aggregate.inverse_probability,
+    **robust.RULES,
 }
+# With privacy the divisor must be a constant; see `fedlp_jax.privacy`.
+_FIXED_DIVISOR = ("cohort_mean", "inverse_probability")
 
 
 def compose(
@@ -32,12 +39,15 @@ def compose(
     batch_size: int = 32,
     submodels: Submodels | None = None,
     policy: masks.MaskPolicy | None = None,
-    aggregator: str | aggregate.Aggregator = "masked_mean",
+    aggregator: str | Mapping[str, Any] | Rule = "masked_mean",
+    clip: float | None = None,
+    privacy: Privacy | None = None,
     server_optimizer: optax.GradientTransformation | None = None,
-    weighting: Literal["examples", "uniform"] = "examples",
-    layers: LayerRule = "by_module",
+    behaviour: Literal["layerwise", "reference"] = "layerwise",
+    weighting: Literal["examples", "uniform"] | None = None,
+    layers: LayerRule | None = None,
     client_schedule: float | Callable[[Array], Any] | None = None,
-    train_loss: Literal["examples", "batches"] = "examples",
+    train_loss: Literal["examples", "batches"] | None = None,
 ) -> Algorithm:
     """Builds an algorithm. Every named one is a short call of this.
 
@@ -52,8 +62,16 @@ def compose(
       batch_size: B; the last batch of an epoch may be smaller.
       submodels: who holds what; default `submodel.whole()`.
       policy: which layers are sent; default `masks.full()`.
-      aggregator: "masked_mean", "cohort_mean", "inverse_probability", or your own.
+      aggregator: "masked_mean", "cohort_mean" or "inverse_probability" (`fedlp_jax.aggregate`);
+        "median", "trimmed_mean", "krum", "multi_krum" or "geometric_median"
+        (`fedlp_jax.robust`), which need the memory of C models; a name with settings, as
+        `{"name": "krum", "byzantine": 0.2}`; or your own.
+      clip: largest L2 norm of what a client sends; larger updates are scaled down to it.
+      privacy: `fl.Privacy(clip, noise_multiplier, delta)`: client-level differential privacy.
       server_optimizer: optax transform fed with minus the aggregate; default: add it as it is.
+      behaviour: what `weighting`, `layers` and `train_loss` are where they are None: "layerwise",
+        the first of the values below, or "reference", the second, as in the code of FedLP's
+        authors (`docs/behaviours.md`).
       weighting: "examples" weighs clients by their number of examples, "uniform" alike.
       layers: "by_module", "by_tensor", or a mapping from regular expression to layer name.
       client_schedule: factor on the client optimizer's updates: a number, which is then an argument
@@ -68,11 +86,13 @@ def compose(
         epochs = 1
     _check_parts(task, client_optimizer, server_optimizer)
     work = check_work(LocalWork(batch_size, epochs, steps))
+    preset = behaviours.named(behaviour)
+    weighting = preset.weighting if weighting is None else weighting
+    layers = preset.layers if layers is None else layers
+    train_loss = preset.train_loss if train_loss is None else train_loss
     check_choice("weighting", weighting, ("examples", "uniform"))
     check_choice("train_loss", train_loss, ("examples", "batches"))
-    if isinstance(aggregator, str):
-        check_choice("aggregator", aggregator, tuple(AGGREGATORS))
-        aggregator = AGGREGATORS[aggregator]()
+    combination = _combination(aggregator, clip, privacy, weighting)
     submodels = submodels or submodel.whole()
     composition = Composition(
         task,
@@ -80,28 +100,55 @@ def compose(
         client_optimizer,
         submodels,
         policy or masks.full(),
-        aggregator,
+        combination,
         server_optimizer or optax.sgd(1.0),
         by_examples=weighting == "examples",
         layers=layers,
         client_schedule=client_schedule,
     )
-
-    def levels(variables: Variables, example: Batch) -> tuple[Submodel, ...]:
-        return submodels.levels(task, variables, example)
-
     return Algorithm(
         task,
         init=composition.init,
         round=composition.round,
         layers=layers,
         local_steps=lambda sizes: local_steps(sizes, work),
-        levels=levels,
+        levels=lambda variables, example: submodels.levels(task, variables, example),
         assign=lambda root, clients: submodels.assign(task, root, clients),
         persist=submodels.persist,
         shared_heads=submodels.shared_heads,
+        faults=True,
+        stacked=combination.stacked,
+        privacy=privacy,
         train_loss=train_loss,
     )
+
+
+def _combination(
+    rule: str | Mapping[str, Any] | Rule,
+    clip: float | None,
+    privacy: Privacy | None,
+    weighting: str,
+) -> Combination:
+    name: Any = rule
+    if not isinstance(rule, aggregate.Aggregator | robust.Robust):
+        settings = {"name": rule} if isinstance(rule, str) else dict(rule)
+        name = settings.pop("name", None)
+        check_choice("aggregator", name, tuple(AGGREGATORS))
+        try:
+            rule = AGGREGATORS[name](**settings)
+        except TypeError as error:
+            raise FedLPError(f"aggregator '{name}' does not take {settings}.") from error
+    if clip is not None:
+        check_clip("clip", clip)
+    if privacy is not None:
+        check_privacy(privacy)
+        if name not in _FIXED_DIVISOR or weighting != "uniform" or clip is not None:
+            raise FedLPError(
+                "privacy needs aggregator='cohort_mean' or 'inverse_probability', "
+                "weighting='uniform' and no other clip: only then one client changes the result by "
+                f"a known amount (got {name!r}, {weighting!r}, clip={clip})."
+            )
+    return Combination(rule, clip, privacy, rescaled=name == "inverse_probability")
 
 
 def _check_parts(task: Any, client_optimizer: Any, server_optimizer: Any) -> None:

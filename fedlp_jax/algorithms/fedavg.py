@@ -22,6 +22,6 @@ def fedavg(
     Args:
       task: what is learnt.
       client_optimizer: any optax transform.
-      **settings: as in `compose` (epochs, batch_size, weighting, server_optimizer, ...).
+      **settings: as in `compose` (epochs, batch_size, behaviour, server_optimizer, ...).
     """
     return compose(task, client_optimizer=client_optimizer, policy=masks.full(), **settings)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
+from fedlp_jax import behaviour as behaviours
 from fedlp_jax import masks
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.algorithms.compose import compose
@@ -30,7 +31,7 @@ def fedlp_homo(
       keep: the layer-preserving rate: a number, one per client or per layer, a mapping from layer
         name, or a function of the round; see `masks.bernoulli`.
       client_optimizer: any optax transform.
-      **settings: as in `compose` (epochs, batch_size, weighting, aggregator, layers, ...).
+      **settings: as in `compose` (epochs, batch_size, behaviour, aggregator, layers, ...).
     """
     return compose(
         task, client_optimizer=client_optimizer, policy=masks.bernoulli(keep), **settings
@@ -42,7 +43,8 @@ def fedlp_hetero(
     *,
     depths: Depths,
     client_optimizer: optax.GradientTransformation,
-    heads: Heads = "persist",
+    behaviour: Literal["layerwise", "reference"] = "layerwise",
+    heads: Heads | None = None,
     keep: masks.Keep = 1.0,
     **settings: Any,
 ) -> Algorithm:
@@ -56,14 +58,19 @@ def fedlp_hetero(
       depths: "uniform", a flag 1 to G, G probabilities, or K depths; see
         `submodel.assign_depths`.
       client_optimizer: any optax transform.
-      heads: "persist", "reset_to_init" (the authors' code) or "shared"; see `submodel.by_depth`.
+      behaviour: as in `compose`; it also says what `heads` are where they are None.
+      heads: "persist" (layerwise), "reset_to_init" (reference: as in the authors' code) or
+        "shared"; see `submodel.by_depth`.
       keep: layers of the prefix are sent with this probability, as in FedLP-Homo.
       **settings: as in `compose`.
     """
+    if heads is None:
+        heads = behaviours.named(behaviour).heads
     return compose(
         task,
         client_optimizer=client_optimizer,
         submodels=by_depth(depths, heads),
         policy=masks.bernoulli(keep),
+        behaviour=behaviour,
         **settings,
     )

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedlp_jax.aggregate import Aggregator, Contribution
 from fedlp_jax.client import Client, LocalWork, is_finite, local_update, loop_bounds
+from fedlp_jax.combine import Combination, Combined, Sent
 from fedlp_jax.data.batching import example_of
+from fedlp_jax.fate import Fate, Lot, Outcome, came_true, corrupted, judge, with_flipped_labels
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
 from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.masks import MaskPolicy
@@ -41,16 +42,16 @@ class Shared(NamedTuple):
     key: Array  # the run's root key
     round: Array  # i32[], from 1
     scale: Array | None  # f32[], factor on client updates
+    bound: Array | None  # f32[], largest norm of what a client sends
 
 
 class Lane(NamedTuple):
     """What one client of a round brings; with a leading slot axis, the cohort."""
 
     client: Client
-    weight: Array  # f32[], a_k
-    upload: Array  # f32[L]
-    keep: Array  # f32[L]
+    sent: Sent
     private: tuple[PyTree, ...]  # per level; empty unless stored
+    lot: Lot | None  # None = a run without faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Composition:
     client_optimizer: optax.GradientTransformation
     submodels: Submodels
     policy: MaskPolicy
-    aggregator: Aggregator
+    combination: Combination
     server_optimizer: optax.GradientTransformation
     by_examples: bool  # weigh clients by their number of examples
     layers: LayerRule
@@ -84,7 +85,7 @@ class Composition:
         return ServerState(
             variables,
             policy=self.policy.init(table, clients),
-            aggregator=self.aggregator.init(variables),
+            aggregator=self.combination.init(variables),
             optimizer=optimizer,
             client_scale=jnp.asarray(self.client_schedule if fixed else 1.0, jnp.float32),
             round=jnp.zeros((), jnp.int32),
@@ -110,48 +111,92 @@ class Composition:
         coverage = jnp.stack([jnp.asarray(part.covered) for part in parts])[cohort.level]
         masks, policy = self.policy.sample(key, state.policy, cohort, number, coverage)
 
-        # Train every client at its level; sum weighted, masked updates.
-        shared = Shared(state.variables, examples, key, number, self._scale(state, number))
+        # Train every client at its level, unless it is lost; sum or stack what they send.
+        example, fate = example_of(examples), None
+        if cohort.conditions is not None:
+            fate = judge(key, number, cohort, masks, table, levels, self.work, example)
         weight = cohort.size.astype(jnp.float32)
-        lanes = Lane(
-            Client(cohort.client, cohort.size, cohort.rows),
-            weight if self.by_examples else jnp.ones_like(weight),
-            masks.upload,
-            masks.keep,
-            private,
-        )
-        contribution, metrics, trained = map_sum(
+        sent = Sent(weight if self.by_examples else jnp.ones_like(weight), masks.upload, masks.keep)
+        total, (metrics, stack), trained = map_sum(
             [
-                self._level(g, level, part, example_of(examples), cohort.even_size, plan)
+                self._level(g, level, part, example, cohort, plan)
                 for g, (level, part) in enumerate(zip(levels, parts, strict=True))
             ],
-            shared,
-            lanes,
+            Shared(
+                state.variables,
+                examples,
+                key,
+                number,
+                self._scale(state, number),
+                self.combination.bound(state.aggregator),
+            ),
+            self._lanes(cohort, sent, private, fate, plan),
             cohort.segment,
             plan,
         )
 
-        # Divide, and step the server.
-        update, aggregator = self.aggregator.lower(contribution, state.aggregator, table)
+        # Combine, and step the server.
+        combined = self.combination.of_cohort(
+            total, stack, sent, metrics.finite, cohort, state.aggregator, table, plan
+        )
+        combined = self.combination.released(combined, sent, cohort, key, number, table)
+        state = self._stepped(state, number, policy, combined, fate, table)
+        if self.submodels.persist:
+            private = jax.tree.map(lambda n, o: jnp.where(state.halted, o, n), trained, private)
+        reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted)
+        return state, private, reported if fate is None else came_true(reported, fate)
+
+    def _stepped(
+        self,
+        old: ServerState,
+        number: Array,
+        policy: PyTree,
+        combined: Combined,
+        fate: Fate | None,
+        table: LayerTable,
+    ) -> ServerState:
+        """The server's step, unless there is nothing to go on with."""
         variables, optimizer = server_step(
             self.server_optimizer,
-            state.optimizer,
-            state.variables,
-            update,
-            contribution.weight,
+            old.optimizer,
+            old.variables,
+            combined.update,
+            combined.weight,
             table,
         )
         # Once a round had nobody to average, or its result is not finite, everything stands still:
         # the host, which reads metrics a round late, finds it as it was.
-        halted = state.halted | (contribution.cohort <= 0) | ~is_finite(variables)
+        nobody = combined.counted <= 0
         new = ServerState(
-            variables, policy, aggregator, optimizer, state.client_scale, number, halted
+            variables, policy, combined.state, optimizer, old.client_scale, number, nobody
         )
-        old = state._replace(halted=halted)
-        state = jax.tree.map(lambda n, o: jnp.where(halted, o, n), new, old)
-        if self.submodels.persist:
-            private = jax.tree.map(lambda n, o: jnp.where(halted, o, n), trained, private)
-        return state, private, RoundMetrics(metrics, masks.upload, masks.download, halted)
+        if fate is not None:
+            # That no honest client came through is no fault of the model: time passes.
+            awaited = ((fate.outcome == Outcome.ARRIVED) & ~fate.corrupt).any()
+            if self.combination.privacy is None:  # with it, noise is published all the same
+                stood = old._replace(policy=policy, round=number)
+                void = nobody & ~awaited
+                new = jax.tree.map(lambda n, o: jnp.where(void, o, n), new, stood)
+            nobody = nobody & awaited
+        halted = old.halted | nobody | ~is_finite(variables)
+        new, old = (x._replace(halted=halted) for x in (new, old))
+        return jax.tree.map(lambda n, o: jnp.where(halted, o, n), new, old)
+
+    def _lanes(
+        self,
+        cohort: Cohort,
+        sent: Sent,
+        private: tuple[PyTree, ...],
+        fate: Fate | None,
+        plan: Plan,
+    ) -> Lane:
+        size, lot = cohort.size, None
+        if fate is not None:
+            arrives = fate.outcome == Outcome.ARRIVED
+            lot = Lot(arrives, fate.corrupt, cohort.conditions.strength)
+            if plan.width == 1:  # vmapped clients take the same steps, whatever becomes of them
+                size = jnp.where(arrives, size, 0)
+        return Lane(Client(cohort.client, size, cohort.rows), sent, private, lot)
 
     def _scale(self, state: ServerState, number: Array) -> Array | None:
         if self.client_schedule is None:
@@ -166,15 +211,19 @@ class Composition:
         level: Submodel,
         table: LayerTable,
         example: Batch,
-        even_size: int | None,
+        cohort: Cohort,
         plan: Plan,
     ) -> Level:
-        """One client at one level: train, then lift the update to what is summed."""
-        train = local_update(
-            level.task, self.client_optimizer, self.work, even_size, alone=plan.width == 1
-        )
+        """One client at one level: train, then make of the update what is summed or stacked."""
+        corruption = None if cohort.conditions is None else cohort.conditions.kind
 
         def run(shared: Shared, lane: Lane, active: Array, bounds: Any) -> Any:
+            task = level.task
+            if corruption == "label_flip" and lane.lot is not None:
+                task = with_flipped_labels(task, lane.lot)
+            train = local_update(
+                task, self.client_optimizer, self.work, cohort.even_size, alone=plan.width == 1
+            )
             start = level.extract(shared.variables)
             if self.submodels.persist:
                 head = lane.private[index]
@@ -191,17 +240,22 @@ class Composition:
             )
             end, new_head = level.split(end)
             update = jax.tree.map(jnp.subtract, end, start)
-            counted = is_finite((update, new_head)) & active
-            contribution = self.aggregator.lift(
-                update, lane.weight, lane.upload, lane.keep, counted, table
+            counted = active
+            if lane.lot is not None:
+                attack = client_key(shared.key, shared.round, lane.client.id, Purpose.ATTACK)
+                update = corrupted(corruption, update, lane.lot, attack)
+                counted = counted & lane.lot.arrives
+            counted = is_finite((update, new_head)) & counted
+            summed, stacked = self.combination.of_client(
+                update, lane.sent, counted, shared.bound, table, level, shared.variables
             )
             kept = {}
             if self.submodels.persist:
                 kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
-            return contribution, metrics._replace(finite=counted), kept
+            return summed, (metrics._replace(finite=counted), stacked), kept
 
-        def embed(shared: Shared, total: Contribution) -> Contribution:
-            return total._replace(total=level.embed(total.total, shared.variables))
+        def embed(shared: Shared, total: Any) -> Any:
+            return self.combination.embed(total, level, shared.variables)
 
         return Level(run, lambda lanes: loop_bounds(lanes.client.size, self.work), embed)
 

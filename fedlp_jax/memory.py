@@ -1,0 +1,110 @@
+"""Whether a round fits the memory of its devices, asked of the compiled program itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedlp_jax.placement import Plan
+from fedlp_jax.types import FedLPError
+
+_USABLE = 0.9  # of what is free: allocators need slack, and other programs breathe
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def compile_to_fit(
+    compile: Callable[[Plan], Any], plan: Plan, width_is_open: bool
+) -> tuple[Any, Plan]:
+    """Compiles a round, with fewer clients side by side if it needs more memory than is free.
+
+    Args:
+      compile: plan -> compiled program. Its arguments are on the devices already.
+      plan: resolved.
+      width_is_open: whether the width may be lowered; if it was asked for, what does not fit is
+        refused, with a width that does.
+
+    Returns:
+      The program, and the plan it is for.
+
+    Raises:
+      FedLPError: with both sizes, and what to do.
+    """
+    program = compile(plan)
+    free, asked = free_bytes(plan), needed_bytes(program)
+    if free is None or asked is None or asked <= free:
+        return program, plan
+    need, fitting = asked, plan
+    while need > free and (fitting.width or 1) > 1:
+        width = fitting.width or 1
+        # At least half as wide; memory that does not depend on the width makes this a guess.
+        width = max(min(width // 2, width * free // need), 1)
+        fitting = dataclasses.replace(fitting, width=width)
+        program = compile(fitting)
+        need = needed_bytes(program) or 0
+    sizes = (
+        f"needs {_size(asked)} on each of {plan.devices} device(s), where {_size(free)} are free"
+    )
+    if need > free:
+        raise FedLPError(
+            f"a round {sizes}, and {_size(need)} with one client at a time; use a smaller batch or "
+            f"model{', or fewer devices' if jax.default_backend() == 'cpu' else ''}."
+        )
+    if not width_is_open:
+        raise FedLPError(
+            f"a round of width {plan.width} {sizes}; width {fitting.width} fits, with "
+            f"{_size(need)}: set plan.width to it, or leave it open."
+        )
+    warnings.warn(
+        f"a round of width {plan.width} {sizes}; it is computed at width {fitting.width}, with "
+        f"{_size(need)}.",
+        stacklevel=2,
+    )
+    return program, fitting
+
+
+def needed_bytes(program: Any) -> int | None:
+    """What a compiled program takes on each device beside its arguments; None = it does not say."""
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    held = found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(found.temp_size_in_bytes + found.generated_code_size_in_bytes + held)
+
+
+def free_bytes(plan: Plan) -> int | None:
+    """What is free on each device of a plan, less some slack; None = nobody says."""
+    devices = plan.mesh.local_devices
+    if jax.default_backend() == "cpu":
+        host = _free_host_bytes()  # which its devices share
+        return None if host is None else int(_USABLE * host / len(devices))
+    known = [stats for device in devices if (stats := device.memory_stats())]
+    free = [s["bytes_limit"] - s["bytes_in_use"] for s in known if "bytes_limit" in s]
+    return int(_USABLE * min(free)) if free else None
+
+
+def _free_host_bytes() -> int | None:
+    """What Linux calls available, within the limit of a container; None on other systems."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return None
+    available = 1024 * int(line.split()[1])
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # or the word "max"
+        statistics = dict(
+            line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines()
+        )
+        used = int((_CGROUP / "memory.current").read_text()) - int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return available
+    return max(min(available, limit - used), 0)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

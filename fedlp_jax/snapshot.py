@@ -1,0 +1,163 @@
+"""A run at the end of a round: all it needs to go on, on the host, and how it is put back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+
+from fedlp_jax.placement import Plan
+from fedlp_jax.result import Row
+from fedlp_jax.simulation import Simulation
+from fedlp_jax.types import Array, FedLPError, PyTree
+
+
+class Snapshot(NamedTuple):
+    """What a run needs to go on after a round.
+
+    `leaves` has the server's state (variables, and the states of policy, aggregator and server
+    optimizer) and the clients' private variables. Draws need nothing but the seed and the round.
+    """
+
+    round: int  # rounds done, R
+    leaves: dict[str, np.ndarray]  # by path
+    ledger: dict[str, np.ndarray]  # as `Ledger.arrays` has it
+    rows: list[Row]  # R
+    sums: dict[str, float]  # of shares of the layout, over rounds
+    settings: dict[str, Any]  # of the run, to tell it from others
+    plan: Plan
+    lowerings: dict[str, str]  # of convolutions, see `conv.recording`
+
+
+def take(run: Simulation) -> Snapshot:
+    """The run after the round that was read last; none may be in flight."""
+    return Snapshot(
+        len(run.history),
+        {path: np.array(_raw(leaf)) for path, leaf in _leaves(run).items()},
+        run.ledger.arrays(),
+        list(run.history.rows),
+        {"padded_share": run.padded_share, "imbalance": run.imbalance},
+        _settings(run),
+        run.plan,
+        dict(run.lowerings),
+    )
+
+
+def check(run: Simulation, snapshot: Snapshot) -> None:
+    """Refuses the snapshot of another run, before anything is compiled.
+
+    Raises:
+      FedLPError: with what differs.
+    """
+    refuse_other(snapshot.settings, _settings(run), "the checkpoint is of another run")
+    if snapshot.round > run.rounds:
+        raise FedLPError(
+            f"the checkpoint has {snapshot.round} rounds, more than the {run.rounds} asked for."
+        )
+    needs = {path: _kind(_raw(leaf)) for path, leaf in _leaves(run).items()}
+    has = {path: _kind(leaf) for path, leaf in snapshot.leaves.items()}
+    for path in sorted(needs.keys() | has.keys()):
+        if needs.get(path) != has.get(path):
+            raise FedLPError(
+                f"the checkpoint is of another algorithm or model: as {path} it holds "
+                f"{has.get(path, 'nothing')}, but this run {needs.get(path, 'nothing')}."
+            )
+
+
+def put_back(run: Simulation, snapshot: Snapshot) -> None:
+    """Makes a run that is compiled the one that was taken; warns if sums change their order."""
+    if snapshot.plan != run.plan or (run.lowerings and snapshot.lowerings != run.lowerings):
+        warnings.warn(
+            f"the run goes on with {_words(run.plan)}, and was begun with {_words(snapshot.plan)}; "
+            "where plans or forms of convolutions differ, sums are taken in another order.",
+            stacklevel=3,
+        )
+
+    def filled(path: Any, old: Array) -> Array:
+        new: Any = snapshot.leaves.get(keystr(path))
+        if new is None:
+            return old  # it has no elements
+        if _is_key(old):
+            new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+        return jax.device_put(new, old.sharding)
+
+    trees = tree_map_with_path(filled, _trees(run))
+    run.state = trees["state"]
+    if run.store is not None:
+        run.store.stacks = trees["private"]
+    run.ledger.load(snapshot.ledger)
+    run.history.rows = list(snapshot.rows)
+    run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
+
+
+def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
+    """Compares the settings of two runs.
+
+    Args:
+      old: those of the run that was begun, nested.
+      new: those of the one that should go on with it.
+      what: the beginning of the sentence.
+
+    Raises:
+      FedLPError: with each field that differs, and both values.
+    """
+    before, now = dict(_dotted(old)), dict(_dotted(new))
+    differing = [
+        f"{field} was {before.get(field, 'not set')} and is {now.get(field, 'not set')}"
+        for field in dict.fromkeys([*before, *now])
+        if (field in before, before.get(field)) != (field in now, now.get(field))
+    ]
+    if differing:
+        raise FedLPError(
+            f"{what}: {'; '.join(differing)}. Go on with the settings it was begun with, or start "
+            "a new run in another directory."
+        )
+
+
+def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `[("a.b", 1)]`."""
+    fields = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            fields += _dotted(value, f"{before}{name}.")
+        else:
+            fields.append((f"{before}{name}", value))
+    return fields
+
+
+def _trees(run: Simulation) -> dict[str, PyTree]:
+    return {"state": run.state, "private": run.store.stacks if run.store is not None else ()}
+
+
+def _leaves(run: Simulation) -> dict[str, Array]:
+    """What has elements, by path."""
+    return {keystr(path): x for path, x in tree_leaves_with_path(_trees(run)) if x.size}
+
+
+def _settings(run: Simulation) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "clients": run.population,
+        "cohort": run.size,
+        "partition": run.clients.hash,
+    }
+
+
+def _is_key(leaf: Array) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Array) -> Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _kind(leaf: Array | np.ndarray) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _words(plan: Plan) -> str:
+    return f"{plan.devices} devices of width {plan.width}"

@@ -1,0 +1,273 @@
+"""Every command of benchmarks/ runs and says something that can be true; no time is asserted."""
+
+import json
+import math
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import fedlp_jax as fl
+from benchmarks import (
+    accelerator,
+    aggregate,
+    cells,
+    compile,
+    convolutions,
+    hetero,
+    parts,
+    roofline,
+    scaling,
+    speed,
+    step,
+)
+from benchmarks.workloads import WORKLOADS
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a command with --smoke in this process; returns what it writes."""
+    monkeypatch.setattr(fl, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    # No time is looked at, so compiling should take little of it; here, and in processes started.
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
+    def run(module, *words):
+        file = tmp_path / "result.json"
+        arguments = [module.__name__, "--smoke", "--json", str(file), *words]
+        monkeypatch.setattr(sys, "argv", arguments)
+        module.main()
+        result = json.loads(file.read_text())
+        assert {"machine", "versions", "device", "commit"} <= set(result)
+        return result
+
+    yield run
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def is_spread(times):
+    return set(times) == {"min", "median", "max"} and (
+        0 < times["min"] <= times["median"] <= times["max"] < math.inf
+    )
+
+
+# what is modelled
+
+
+@pytest.mark.parametrize(
+    ("workload", "macs", "first", "params", "slots"),
+    [("W1", 38_896_896, 32 * 32 * 27 * 32, 551_466, 2), ("W2", 493_888, 784 * 512, 494_762, 1)],
+)
+def test_the_cost_of_a_step_is_counted_from_its_layers(workload, macs, first, params, slots):
+    w = WORKLOADS[workload]
+    cost = step.cost(parts.module(w), parts.optimizer(w), w.image, w.batch_size)
+    assert cost.macs == macs
+    assert cost.written == 2 * 10 * (3 * macs - first)
+    assert cost.parameter_bytes == 4 * params * (6 + 2 * slots)
+    outputs = {
+        "W1": 4 * 32 * 32 * 32 + 4 * 16 * 16 * 64 + 4 * 8 * 8 * 128 + 138,
+        "W2": 512 + 128 + 128 + 64 + 32 + 10,
+    }
+    assert cost.activation_bytes == 4 * 5 * 10 * outputs[workload]
+    # Products of an MLP have one form; the reference CNN's convolutions take cheaper ones.
+    assert cost.lowered > cost.written if workload == "W2" else cost.lowered < cost.written
+
+
+def test_the_busiest_device_decides():
+    segment = np.array([[0, 2, 3], [0, 0, 4]])  # two shallow and one deep; four deep
+    assert hetero.busiest(segment, [1.0, 10.0], width=1) == 40
+    assert hetero.busiest(segment, [1.0, 10.0], width=3) == 60  # a chunk is computed whole
+    assert hetero.busiest(segment, [100.0, 10.0], width=1) == 210
+
+
+def test_mixtures_are_the_cohorts_of_the_paper():
+    found = {name: counts.tolist() for name, counts in hetero.mixtures(5, 20).items()}
+    assert found == {
+        "Hetero(1)": [12, 2, 2, 2, 2],
+        "Hetero(3)": [2, 2, 12, 2, 2],
+        "Hetero(u)": [4, 4, 4, 4, 4],
+        "Hetero(5)": [2, 2, 2, 2, 12],
+    }
+
+
+# what is measured
+
+
+def test_roofline(run):
+    result = run(roofline)
+    assert len(result["ceilings"]) == 4 and min(result["ceilings"].values()) > 0
+    (row,) = result["workloads"].values()
+    assert is_spread(row["measured_ms_per_client_step"])
+    peak = max(v for k, v in result["ceilings"].items() if "flop" in k)
+    seconds = row["measured_ms_per_client_step"]["median"] / 1e3
+    assert row["share_of_peak"]["written"] == pytest.approx(
+        row["modelled_flop"]["written"] / seconds / peak
+    )
+    assert row["floor_ms"]["products"] > 0 and row["floor_ms"]["memory"] > 0
+
+
+def test_hetero(run):
+    result = run(hetero)
+    deepest = result["levels"][-1]
+    assert all(share == 1 for share in deepest["share_of_deepest"].values())
+    shallow = result["levels"][0]["share_of_deepest"]
+    assert 0 < shallow["macs"] < 1
+    for level in result["levels"]:
+        assert is_spread(level["measured_seconds"])
+        rounds = level["measured_seconds"]["median"]
+        assert level["measured_ms_per_step"] * result["cohort"] * result["steps"] == pytest.approx(
+            1e3 * rounds * result["plan"]["devices"]
+        )
+    assert set(result["mixtures"]) == {"Hetero(1)", "Hetero(2)", "Hetero(u)", "Hetero(3)"}
+    for row in result["mixtures"].values():
+        assert sum(row["clients_by_depth"]) == result["cohort"]
+        assert is_spread(row["measured_seconds"])
+        assert row["imbalance"] >= 1 - 1e-9
+        assert row["ratio_to_sum_of_levels_evenly"] == pytest.approx(
+            row["ratio_to_sum_of_levels"] * row["imbalance"]
+        )
+
+
+def test_aggregate(run):
+    (row,) = run(aggregate)["aggregate"]
+    rates = row["measured_gigabytes_per_second"]
+    assert set(rates) == {"copy", "at once", "ours"} and all(map(is_spread, rates.values()))
+    assert row["megabytes"] == pytest.approx(4 * row["cohort"] * row["parameters"] / 1e6)
+    assert row["ours_of_copy"] == rates["ours"]["median"] / rates["copy"]["median"]
+
+
+def test_aggregate_times_nothing_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(aggregate, "masked_mean", fl.aggregate.cohort_mean)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        aggregate.measure(hetero.Stairs(), (8, 8, 1), cohort=4, repeats=1)
+
+
+def test_scaling(run):
+    result = run(scaling)
+    assert [row["clients"] for row in result["population"]] == [1_000, 20_000]
+    assert [(row["cohort"], row["width"]) for row in result["cohort"]] == [(8, 1), (8, 8)]
+    assert all(
+        is_spread(row["seconds"]) for rows in ("population", "cohort") for row in result[rows]
+    )
+
+
+def test_convolutions(run, monkeypatch):
+    monkeypatch.setattr(convolutions, "_LOWERINGS", ("patches", "winograd_1x2"))  # as each compiles
+    monkeypatch.setattr(convolutions, "_TARGET_SECONDS", 0.001)
+    (row,) = run(convolutions)["backends"]["cpu"]
+    assert set(row["milliseconds"]) == {"patches", "winograd_1x2"}
+    assert all(0 < time < math.inf for time in row["milliseconds"].values())
+
+
+def test_speed(run, monkeypatch):
+    two = {name: how for name, how in speed._CONTENDERS.items() if name in ("ours", "naive JAX")}
+    monkeypatch.setattr(speed, "_CONTENDERS", two)
+    end = speed.Contender.close
+
+    def close(contender):
+        end(contender)
+        contender.process.stdout.close()  # one that is left open is a warning here
+
+    monkeypatch.setattr(speed.Contender, "close", close)
+    (result,) = run(speed, "--workload", "W2")["results"]
+    assert set(result["contenders"]) == set(two) and result["ratio_to_best_torch"] is None
+    for row in result["contenders"].values():
+        assert is_spread(row["ms_per_client_step"])
+        assert row["difference_after_5_steps"] < 1e-8
+
+
+def test_compile(run):
+    result = run(compile)
+    (rows,) = result["workloads"].values()
+    for row in (*rows.values(), *result["quickstart"].values()):
+        assert all(seconds > 0 for seconds in row.values()), row
+    assert set(rows) == {"cold", "warm"}
+    assert {"round_trace_seconds", "round_lowering_seconds", "round_compile_seconds"} <= set(
+        rows["cold"]
+    )
+    assert set(result["quickstart"]) == {"import jax", "cold"}
+    cold = result["quickstart"]["cold"]
+    assert cold["first_round_seconds"] < cold["whole_seconds"]
+
+
+# the command for accelerators
+
+
+def test_accelerator_goes_on_after_a_cell_without_memory(run):
+    peak, fill, rounds = run(accelerator)["cells"]
+    assert peak["result"]["flop_per_second"] > 0
+    assert "RESOURCE_EXHAUSTED" in fill["error"] and "result" not in fill
+    result = rounds["result"]
+    assert is_spread(result["measured_ms_per_client_step"])
+    assert result["share_of_peak"]["written"] == (
+        result["flop_per_second"]["written"] / peak["result"]["flop_per_second"]
+    )
+
+
+# Answers with the cell it was asked for and its own process; a shell, which starts at once.
+_FAKE = r"""
+while read -r cell; do
+  case "$cell" in
+    *die*) kill -9 $$ ;;
+    *hang*) exec sleep 600 ;;
+  esac
+  echo "{\"result\": {\"cell\": $cell, \"process\": $$}}"
+done
+"""
+
+
+def measured(kinds, seconds):
+    def wanted():
+        for kind in kinds:
+            yield {"kind": kind}
+
+    deadline = time.monotonic() + seconds
+    return list(accelerator.measure(wanted(), deadline, limit=2.0, worker=["sh", "-c", _FAKE]))
+
+
+def test_accelerator_goes_on_after_a_cell_that_kills_or_hangs():
+    rows = measured(["a", "b", "die", "c", "hang", "d"], seconds=60)
+    assert [row["cell"]["kind"] for row in rows] == ["a", "b", "die", "c", "hang", "d"]
+    said = [row.get("error") or row["result"]["cell"]["kind"] for row in rows]
+    assert said == ["a", "b", "the process ended with code -9", "c", "no answer within 2 s", "d"]
+    processes = [row["result"]["process"] for row in rows if "result" in row]
+    assert processes[0] == processes[1] and len(set(processes)) == 3
+
+
+def test_accelerator_keeps_to_its_time():
+    begin = time.monotonic()
+    rows = measured(["hang", "b", "c"], seconds=1)
+    assert time.monotonic() - begin < 10
+    assert "no answer" in rows[0]["error"]
+    assert [row.get("skipped") for row in rows[1:]] == ["no time was left"] * 2
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_cell_names_a_measurement_and_its_arguments(platform):
+    wanted = accelerator.cells_for(smoke=False)
+    found = [next(wanted)]
+    while True:
+        try:
+            found.append(wanted.send(platform))
+        except StopIteration:
+            break
+    assert len(found) > 10
+    for cell in found:
+        names = cells.KINDS[cell["kind"]].__code__.co_varnames
+        assert set(cell) - {"kind"} <= set(names)
+    cohorts = [cell.get("cohort", 0) for cell in found]
+    assert max(cohorts) == (256 if platform == "cpu" else 4096)
+
+
+def test_a_cell_that_fails_is_a_sentence(run):
+    answer = cells.answer({"kind": "rounds", "workload": "W2", "steps": 1, "cohort": 2, "width": 0})
+    assert answer == {
+        "error": "FedLPError: plan.width=0 must be a whole number of at least 1, or None."
+    }
+
+
+def test_the_cells_that_other_commands_measure(run):
+    assert cells.masked_mean("MLP", 4)["ours_of_copy"] > 0
+    assert cells.bandwidth(smoke=True)["bytes_per_second"] > 0
