@@ -13,17 +13,15 @@ over repeats:
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import optax
 
 import fedlp_jax as fl
-from fedlp_jax.report import environment
+from benchmarks import command
+from benchmarks.timing import Rounds, alternate, spread
 
 _FEATURES = 64
 _PER_CLIENT = 8
@@ -31,22 +29,17 @@ _PER_CLIENT = 8
 
 def main() -> None:
     """Runs both and prints a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
-    options = parser.parse_args()
+    options = command.parser(__doc__).parse_args()
     fl.setup()
     repeats = 3 if options.smoke else 15
     results = {
         "population": population(1_000, 20_000 if options.smoke else 1_000_000, repeats),
-        "cohort": cohorts((8, 32) if options.smoke else (8, 32, 128, 512), repeats),
+        "cohort": cohorts((8,) if options.smoke else (8, 32, 128, 512), repeats),
     }
     for name, rows in results.items():
         for row in rows:
             print(name, json.dumps(row))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results | environment(), file, indent=2)
+    command.write(options.json, results)
 
 
 def population(small: int, large: int, repeats: int) -> list[dict[str, Any]]:
@@ -54,10 +47,10 @@ def population(small: int, large: int, repeats: int) -> list[dict[str, Any]]:
     runs = {
         clients: _rounds(clients, cohort=100, plan=fl.Plan(width=1)) for clients in (small, large)
     }
-    times = _alternate(runs, repeats)
+    times = alternate(runs, repeats)
     base = statistics.median(times[small])
     return [
-        {"clients": k, **_summary(t), "ratio_to_smallest": statistics.median(t) / base}
+        {"clients": k, "seconds": spread(t), "ratio_to_smallest": statistics.median(t) / base}
         for k, t in times.items()
     ]
 
@@ -69,20 +62,20 @@ def cohorts(sizes: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
         for size in sizes
         for width in (1, size)
     }
-    times = _alternate(runs, repeats)
+    times = alternate(runs, repeats)
     return [
         {
             "cohort": size,
             "width": width,
-            **_summary(t),
+            "seconds": spread(t),
             "ms_per_client": 1e3 * statistics.median(t) / size,
         }
         for (size, width), t in times.items()
     ]
 
 
-def _rounds(clients: int, cohort: int, plan: fl.Plan) -> Callable[[], float]:
-    """A function that runs one more round and returns its seconds."""
+def _rounds(clients: int, cohort: int, plan: fl.Plan) -> Rounds:
+    """A small model and few examples a client, so that nothing but the round itself is seen."""
     data = fl.load(
         "synthetic", examples=clients * _PER_CLIENT, shape=(_FEATURES,), num_classes=10, seed=0
     )
@@ -91,34 +84,7 @@ def _rounds(clients: int, cohort: int, plan: fl.Plan) -> Callable[[], float]:
     algorithm = fl.fedlp_homo(
         task, keep=0.5, client_optimizer=optax.sgd(0.1), epochs=1, batch_size=4
     )
-    run = fl.Simulation(algorithm, data, partition, rounds=10**6, cohort=cohort, plan=plan)
-    run.compile()
-    state = {"round": 0}
-
-    def once() -> float:
-        state["round"] += 1
-        start = time.perf_counter()
-        run.read(run.dispatch(state["round"]))
-        return time.perf_counter() - start
-
-    once()
-    return once
-
-
-def _alternate(runs: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, list[float]]:
-    times: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, once in runs.items():
-            times[name].append(once())
-    return times
-
-
-def _summary(times: list[float]) -> dict[str, float]:
-    return {
-        "seconds_min": min(times),
-        "seconds_median": statistics.median(times),
-        "seconds_max": max(times),
-    }
+    return Rounds(algorithm, data, partition, cohort=cohort, plan=plan)
 
 
 if __name__ == "__main__":

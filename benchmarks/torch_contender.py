@@ -6,7 +6,6 @@ starts by copying the server's tensors into its model, and ends by adding its ow
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import time
 from pathlib import Path
@@ -14,72 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
 from benchmarks import workloads
+from benchmarks.torch_networks import MLP, FedLPCNN, SmallCNN, named, to_flax, to_torch
 from benchmarks.workloads import Workload
 
-
-class FedLPCNN(nn.Module):
-    """Six 3 x 3 convolutions, ReLU, then batch normalisation; pooling after every second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = (3, 32, 32, 64, 64, 128, 128)
-        self.conv = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels)
-        )
-        self.norm = nn.ModuleList(nn.BatchNorm2d(b) for b in channels[1:])
-        self.fc1, self.fc2 = nn.Linear(2048, 128), nn.Linear(128, 10)
-        self.names = {f"conv.{i}": f"conv{i + 1}/conv" for i in range(6)}
-        self.names |= {f"norm.{i}": f"conv{i + 1}/norm" for i in range(6)}
-        self.names |= {"fc1": "fc1", "fc2": "fc2"}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, 32, 32] -> [B, 10]`."""
-        for i, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
-            x = norm(functional.relu(conv(x)))
-            if i % 2:
-                x = functional.max_pool2d(x, 2)
-        return self.fc2(self.fc1(x.permute(0, 2, 3, 1).flatten(1)))
-
-
-class SmallCNN(nn.Module):
-    """Two 3 x 3 convolutions without padding, max-pooling, two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3)
-        self.fc1, self.fc2 = nn.Linear(14 * 14 * 64, 128), nn.Linear(128, 10)
-        self.names = {n: n for n in ("conv1", "conv2", "fc1", "fc2")}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, 32, 32] -> [B, 10]`."""
-        x = functional.relu(self.conv2(functional.relu(self.conv1(x))))
-        x = functional.max_pool2d(x, 2).permute(0, 2, 3, 1).flatten(1)
-        return self.fc2(functional.relu(self.fc1(x)))
-
-
-class MLP(nn.Module):
-    """784-512-128-128-64-32-10."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = (784, 512, 128, 128, 64, 32, 10)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self.names = {f"layers.{i}": f"fc{i + 1}" for i in range(6)}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, 28, 28] -> [B, 10]`."""
-        x = x.flatten(1)
-        for layer in self.layers[:-1]:
-            x = functional.relu(layer(x))
-        return self.layers[-1](x)
-
-
 _MODELS = {"fedlp_cnn": FedLPCNN, "small_cnn": SmallCNN, "mlp": MLP}
-_FLAX = {"running_mean": "mean", "running_var": "var"}
 
 
 class Trainer:
@@ -100,7 +40,7 @@ class Trainer:
         self.model = _MODELS[workload.model]().to(memory_format=self.layout)
         self.folder = folder
         with np.load(folder / "initial.npz") as file:
-            self.initial = {key: _to_torch(file[key]) for key in file}
+            self.initial = {key: to_torch(file[key]) for key in file}
         self._start()
 
     def train(self, order: torch.Tensor) -> None:
@@ -132,7 +72,9 @@ class Trainer:
         self.labels = self.labels[torch.from_numpy(order)]
         self._start()
         self.train(torch.arange(len(order)))
-        weights = {name: _to_flax(tensor.detach().numpy()) for name, tensor in self._named()}
+        weights = {
+            name: to_flax(tensor.detach().numpy()) for name, tensor in named(self.model).items()
+        }
         self.model.float()
         self.images, self.labels, self.floats, self.server = fast
         self._start()
@@ -155,35 +97,11 @@ class Trainer:
     def _start(self) -> None:
         """Initial weights, in the model and as the server's."""
         with torch.no_grad():
-            for name, tensor in self._named():
+            for name, tensor in named(self.model).items():
                 tensor.copy_(torch.from_numpy(self.initial[name]))
         both = (*self.model.parameters(), *self.model.buffers())
         self.floats = [t for t in both if t.is_floating_point()]
         self.server = [t.detach().clone() for t in self.floats]
-
-    def _named(self) -> list[tuple[str, torch.Tensor]]:
-        """Flax path and tensor."""
-        found = []
-        for module, path in self.model.names.items():
-            layer = self.model.get_submodule(module)
-            norm = isinstance(layer, nn.BatchNorm2d)
-            for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-                if name in _FLAX:
-                    found.append((f"batch_stats/{path}/{_FLAX[name]}", tensor.data))
-                elif tensor.is_floating_point():
-                    kind = {"weight": "scale" if norm else "kernel"}.get(name, name)
-                    found.append((f"params/{path}/{kind}", tensor.data))
-        return found
-
-
-def _to_torch(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(
-        {2: lambda: x.T, 4: lambda: x.transpose(3, 2, 0, 1)}.get(x.ndim, lambda: x)()
-    )
-
-
-def _to_flax(x: np.ndarray) -> np.ndarray:
-    return np.array({2: lambda: x.T, 4: lambda: x.transpose(2, 3, 1, 0)}.get(x.ndim, lambda: x)())
 
 
 class Torch:

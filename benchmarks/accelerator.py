@@ -1,0 +1,245 @@
+"""All of it on one host, small to large, in ten minutes: made for a GPU or TPU, runs anywhere.
+
+    python -m benchmarks.accelerator [--json FILE] [--minutes 10] [--smoke]
+
+It needs the package (`pip install -e .`) and jax for the accelerator (`pip install 'jax[cuda13]'`),
+no data and nothing else. On a CPU the same runs in smaller sizes.
+
+Cells are measured one after the other: the peak of matrix products by precision, and the bandwidth;
+the four workloads; precisions; clients vmapped at once; cohorts up to 4,096; the masked mean; the
+levels of FedLP-Hetero; a population of a million. A process of its own measures; it is ended when a
+cell takes too long or the time is over, and a cell that runs out of memory costs that cell only, so
+what is in FILE after every cell can be relied on. "share of peak" is that of floating-point
+operations as written (see benchmarks.roofline), of the peak measured at the same precision: MFU.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command
+
+Cell = dict[str, Any]
+
+_ROOT = Path(__file__).parents[1]
+_WORKER = (sys.executable, "-m", "benchmarks.cells")
+_CELL_SECONDS = 120.0
+_PRECISIONS = ("default", "float32", "tensorfloat32", "bfloat16")  # of jax_default_matmul_precision
+_MEBIBYTE = 2**20
+
+
+def main() -> None:
+    """Runs it."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything together")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    rows: list[dict[str, Any]] = []
+    for row in measure(cells_for(options.smoke), deadline):
+        rows.append(row)
+        _judge(rows)
+        print(_line(row), flush=True)
+        if options.json:
+            where = rows[0].get("result", {})
+            command.save(options.json, {"minutes": options.minutes, "cells": rows[1:]} | where)
+
+
+def cells_for(smoke: bool) -> Iterator[Cell]:
+    """The cells, small to large; once it is asked for the second, `send` it the platform."""
+    platform = yield {"kind": "environment"}
+    if smoke:
+        yield from _smoke_cells()
+    elif platform == "cpu":
+        yield from _cpu_cells()
+    else:
+        yield from _accelerator_cells()
+
+
+def _smoke_cells() -> Iterator[Cell]:
+    yield {"kind": "peak", "precision": "bfloat16", "smoke": True}
+    yield {"kind": "fill", "gibibytes": 2**20}  # a pebibyte: to see that the next cell runs
+    yield {"kind": "rounds", "workload": "W2", "steps": 1, "cohort": 2, "precision": "bfloat16"}
+
+
+def _cpu_cells() -> Iterator[Cell]:
+    yield {"kind": "peak", "precision": "default"}
+    yield {"kind": "bandwidth"}
+    for workload in ("W2", "W3", "W4", "W1"):
+        yield {"kind": "rounds", "workload": workload, "steps": 5}
+    for width in (1, 4, 16):
+        yield {"kind": "rounds", "workload": "W2", "steps": 5, "cohort": 32, "width": width}
+    for cohort in (16, 64, 256):
+        yield {"kind": "rounds", "workload": "W3", "steps": 2, "cohort": cohort}
+    yield {"kind": "masked mean", "model": "MLP", "cohort": 10}
+    yield {"kind": "levels", "model": "stairs", "steps": 5}
+    yield {"kind": "population", "clients": 100_000}
+
+
+def _accelerator_cells() -> Iterator[Cell]:
+    for precision in _PRECISIONS:
+        yield {"kind": "peak", "precision": precision}
+    yield {"kind": "bandwidth"}
+    for workload, steps in (("W2", 60), ("W3", 6), ("W4", 5), ("W1", 50)):
+        yield {"kind": "rounds", "workload": workload, "steps": steps}
+    for cohort in (16, 64, 256, 1024, 4096):
+        yield {"kind": "rounds", "workload": "W3", "steps": 6, "cohort": cohort}
+    for cohort in (16, 64, 256, 1024, 4096):
+        yield {"kind": "rounds", "workload": "W1", "steps": 5, "cohort": cohort}
+    for workload in ("W2", "W1"):
+        for precision in _PRECISIONS[1:]:
+            few = {"workload": workload, "steps": 5, "cohort": 256, "precision": precision}
+            yield {"kind": "rounds", **few}
+    for workload in ("W2", "W1"):
+        for width in (1, 4, 16, 256):  # 64 is the default, and above
+            yield {
+                "kind": "rounds",
+                "workload": workload,
+                "steps": 5,
+                "cohort": 256,
+                "width": width,
+            }
+    for model, cohort in (("MLP", 100), ("reference CNN", 1000), ("wide MLP", 100)):
+        yield {"kind": "masked mean", "model": model, "cohort": cohort}
+    yield {"kind": "population", "clients": 1_000_000}
+    yield {"kind": "levels", "model": "reference CNN", "steps": 5}
+    large = {"steps": 5, "cohort": 4096, "width": 1024, "precision": "bfloat16"}
+    for workload in ("W3", "W1"):
+        yield {"kind": "rounds", "workload": workload, **large}
+
+
+def measure(
+    cells: Iterator[Cell],
+    deadline: float,
+    limit: float = _CELL_SECONDS,
+    worker: Sequence[str] = _WORKER,
+) -> Iterator[dict[str, Any]]:
+    """Measures cells one after the other, whatever becomes of one.
+
+    Args:
+      cells: the first finds out where this runs, and the generator is sent its platform.
+      deadline: on `time.monotonic`; cells that it leaves no time for are skipped.
+      limit: seconds for a cell, with the start of the process where one has to be started; the
+        first may take twice as long.
+      worker: command that answers a line with a line.
+
+    Yields:
+      For each cell a dictionary with `cell`, `seconds`, and `result`, `error` or `skipped`.
+    """
+    process: Worker | None = None
+    cell, platform = next(cells), None
+    try:
+        while True:
+            row: dict[str, Any] = {"cell": cell}
+            begin = time.monotonic()
+            if deadline <= begin:
+                row["skipped"] = "no time was left"
+            else:
+                process = process or Worker(worker)
+                # The first waits for jax to find its devices, and all else depends on it.
+                patience = limit if platform else 2 * limit
+                row |= process.ask(cell, min(patience, deadline - begin))
+                if "error" in row:
+                    process.end()  # what it holds of the accelerator's memory goes with it
+                    process = None
+            row["seconds"] = time.monotonic() - begin
+            if platform is None:
+                platform = row.get("result", {}).get("device", {}).get("platform", "cpu")
+            yield row
+            cell = cells.send(platform)
+    except StopIteration:
+        pass
+    finally:
+        if process is not None:
+            process.end()
+
+
+class Worker:
+    """The process that measures."""
+
+    def __init__(self, words: Sequence[str]):
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT
+        )
+
+    def ask(self, cell: Cell, seconds: float) -> dict[str, Any]:
+        """Its answer to a cell, or the error that there is none."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(cell) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, as reading will tell
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return {"error": f"no answer within {seconds:.0f} s"}
+        line = self.process.stdout.readline()
+        if not line:
+            return {"error": f"the process ended with code {self.process.wait()}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        """Ends it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def _judge(rows: list[dict[str, Any]]) -> None:
+    """Holds the last row's rate against the peak of its precision, where both were measured."""
+    cell, result = rows[-1]["cell"], rows[-1].get("result")
+    if cell["kind"] != "rounds" or result is None:
+        return
+    for row in rows:
+        same = row["cell"].get("precision") == cell.get("precision", "default")
+        if row["cell"]["kind"] == "peak" and same and "result" in row:
+            peak = row["result"]["flop_per_second"]
+            rates = result["flop_per_second"].items()
+            result["share_of_peak"] = {name: rate / peak for name, rate in rates}
+
+
+def _line(row: dict[str, Any]) -> str:
+    words = " ".join(f"{k}={v}" for k, v in row["cell"].items() if k not in ("kind", "smoke"))
+    name = f"{row['cell']['kind']} {words}"
+    return f"{row['seconds']:6.1f} s  {name:70} {_said(row)}"
+
+
+def _said(row: dict[str, Any]) -> str:
+    if "result" not in row:
+        return str(row.get("error") or row["skipped"])
+    kind, result = row["cell"]["kind"], row["result"]
+    if kind == "environment":
+        device = result["device"]
+        return f"{device['count']} x {device['kind']}"
+    if kind == "peak":
+        return f"{result['flop_per_second'] / 1e12:.3f} TFLOP/s"
+    if kind == "bandwidth":
+        return f"{result['bytes_per_second'] / 1e9:.1f} GB/s"
+    if kind == "rounds":
+        share = result.get("share_of_peak", {}).get("written")
+        return (
+            f"{result['measured_ms_per_client_step']['median']:.4f} ms a client-step, "
+            f"compiled in {result['compile_seconds']:.1f} s, "
+            f"{result['compiled_bytes']['temporary'] / _MEBIBYTE:.0f} MiB"
+            + (f", {share:.1%} of peak" if share is not None else "")
+        )
+    if kind == "masked mean":
+        return f"{result['ours_of_copy']:.0%} of a copy's speed"
+    if kind == "levels":
+        ratios = (m["ratio_to_sum_of_levels"] for m in result["mixtures"].values())
+        return "over the sum of levels: " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    if kind == "population":
+        return f"{result[-1]['ratio_to_smallest']:.2f} of a small population's time"
+    return "done"
+
+
+if __name__ == "__main__":
+    main()

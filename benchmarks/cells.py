@@ -1,0 +1,157 @@
+"""The measurements of `benchmarks.accelerator`, one cell a line: cells in on stdin, answers out.
+
+A cell is a dictionary with a `kind`, which names a function here, and that function's arguments. An
+answer has a `result` or an `error`. Images are made up, so that no data set is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fedlp_jax as fl
+from benchmarks import aggregate, hetero, parts, peaks, scaling, step
+from benchmarks.machine import machine
+from benchmarks.timing import rounds_of, spread
+from benchmarks.workloads import WORKLOADS
+
+_SECONDS = 4.0  # of timed rounds, but at least _LEAST of them and at most _MOST
+_LEAST, _MOST = 3, 20
+
+
+def main() -> None:
+    """Answers until stdin ends."""
+    # Whatever a library prints must not get into the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    fl.setup()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+
+
+def answer(cell: dict[str, Any]) -> dict[str, Any]:
+    """The result of a cell, or a sentence why there is none."""
+    arguments = {name: value for name, value in cell.items() if name != "kind"}
+    try:
+        return {"result": KINDS[cell["kind"]](**arguments)}
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0][:300]
+        return {"error": f"{type(error).__name__}: {said}"}
+
+
+def environment() -> dict[str, Any]:
+    """Where this runs."""
+    memory = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    return machine() | {"device_memory_bytes": memory.get("bytes_limit")}
+
+
+def peak(precision: str, smoke: bool = False) -> dict[str, float]:
+    """Operations a second of matrix products on all devices."""
+    return {"flop_per_second": peaks.flops(len(jax.devices()), precision, smoke)}
+
+
+def bandwidth(smoke: bool = False) -> dict[str, float]:
+    """Bytes a second of a pass over a large vector on all devices."""
+    return {"bytes_per_second": peaks.bandwidth(len(jax.devices()), smoke)}
+
+
+def rounds(
+    workload: str,
+    steps: int,
+    cohort: int | None = None,
+    width: int | None = None,
+    precision: str = "default",
+) -> dict[str, Any]:
+    """Rounds in which all clients of a population take part.
+
+    Args:
+      workload: whose model, optimizer and batches.
+      steps: S, of each client in a round.
+      cohort: C, and clients in all; None = the workload's own.
+      width: W; None = the default.
+      precision: of matrix products.
+    """
+    clients = cohort or WORKLOADS[workload].cohort
+    chosen = dataclasses.replace(
+        WORKLOADS[workload],
+        data="synthetic",
+        clients=clients,
+        cohort=clients,
+        per_client=steps * WORKLOADS[workload].batch_size,
+    )
+    with jax.default_matmul_precision(precision):
+        once = rounds_of(chosen, fl.Plan(width=width))
+        cost = step.cost(
+            parts.module(chosen), parts.optimizer(chosen), chosen.image, chosen.batch_size
+        )
+    begin = time.perf_counter()
+    first = once()
+    times: list[float] = []
+    while len(times) < _LEAST or (time.perf_counter() - begin < _SECONDS and len(times) < _MOST):
+        times.append(once())
+    per_step = spread(times, 1 / chosen.client_steps)
+    memory = once.run.round_program.memory_analysis()
+    plan = once.run.plan
+    return {
+        "plan": {"devices": plan.devices, "width": plan.width},
+        "compile_seconds": once.compile_seconds,
+        "first_round_seconds": first,
+        "measured_seconds": spread(times),
+        "measured_ms_per_client_step": {k: 1e3 * v for k, v in per_step.items()},
+        "flop_per_second": {
+            "written": cost.written / per_step["median"],
+            "lowered": cost.lowered / per_step["median"],
+        },
+        "compiled_bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+        },
+    }
+
+
+def masked_mean(model: str, cohort: int) -> dict[str, Any]:
+    """The masked mean beside a copy of the same memory."""
+    return aggregate.measure(*aggregate.models()[model], cohort, repeats=3)
+
+
+def levels(model: str, steps: int) -> dict[str, Any]:
+    """FedLP-Hetero against the sum of its levels."""
+    if model == "stairs":
+        return hetero.measure(hetero.Stairs(), (8, 8, 1), steps, "reset_to_init", 3)
+    module = fl.models.FedLPCNN(num_classes=10, init="pytorch")
+    # Kept heads of so many clients would fill a small device.
+    return hetero.measure(module, (32, 32, 3), steps, "reset_to_init", 2)
+
+
+def population(clients: int) -> list[dict[str, Any]]:
+    """A round of 100 clients out of 1,000 and out of many."""
+    return scaling.population(1_000, clients, repeats=5)
+
+
+def fill(gibibytes: int) -> dict[str, int]:
+    """Takes so much memory; more than there is shows that an error ends its own cell only."""
+    return {"bytes": jnp.zeros(gibibytes * 2**28, jnp.float32).block_until_ready().nbytes}
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "environment": environment,
+    "peak": peak,
+    "bandwidth": bandwidth,
+    "rounds": rounds,
+    "masked mean": masked_mean,
+    "levels": levels,
+    "population": population,
+    "fill": fill,
+}
+
+
+if __name__ == "__main__":
+    main()

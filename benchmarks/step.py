@@ -1,0 +1,112 @@
+"""What one optimizer step of one client costs, modelled: nothing here is read from a clock."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+import fedlp_jax as fl
+from fedlp_jax.costs import forward_macs
+from fedlp_jax.types import Array, Batch, Normalize, Variables
+
+_FLOAT = 4  # bytes
+# An activation is written and read on the way forward, and read once more on the way back, where
+# its gradient is written and read.
+_ACTIVATION_PASSES = 5
+# A parameter is read on both ways; its gradient is written, then read with it by the optimizer,
+# which writes it; each number that the optimizer keeps of it is read and written.
+_PARAMETER_PASSES, _PASSES_OF_A_SLOT = 6, 2
+
+
+class StepCost(NamedTuple):
+    """One step of a batch. Floating-point operations: 2 for a multiply-accumulate."""
+
+    macs: int  # of convolutions and products, one example, forward
+    written: float  # operations of these as written: forward, and two gradients but the input's
+    lowered: float  # operations of the step's program, in the forms that convolutions really take
+    activation_bytes: float  # memory traffic, if no cache held anything
+    parameter_bytes: float
+
+    @property
+    def bytes(self) -> float:
+        """All memory traffic."""
+        return self.activation_bytes + self.parameter_bytes
+
+
+def cost(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image: tuple[int, ...],
+    batch_size: int,
+) -> StepCost:
+    """The cost of a step.
+
+    Args:
+      module: a linen module.
+      optimizer: of the client.
+      image: shape of an example, stored as uint8.
+      batch_size: B.
+    """
+    task = fl.classification(module)
+    batch = _batch(image, batch_size)
+    variables = jax.eval_shape(task.init, jax.random.key(0), batch)
+    params = flatten_dict(variables["params"])
+    products = {"/".join(path[:-1]) for path in params if path[-1] == "kernel"}
+    counts = forward_macs(task, variables, _batch(image, 1))
+    macs = [count for name, count in counts.items() if name in products]  # in the order computed
+    size = sum(math.prod(x.shape) for x in params.values())
+    state = jax.eval_shape(optimizer.init, variables["params"])
+    slots = sum(math.prod(x.shape) for x in jax.tree.leaves(state)) // size
+    return StepCost(
+        macs=sum(macs),
+        written=2.0 * batch_size * (3 * sum(macs) - macs[0]),
+        lowered=_lowered(task, optimizer, variables, state, batch),
+        activation_bytes=float(_FLOAT * _ACTIVATION_PASSES * _outputs(module, variables, batch)),
+        parameter_bytes=float(_FLOAT * size * (_PARAMETER_PASSES + _PASSES_OF_A_SLOT * slots)),
+    )
+
+
+def _batch(image: tuple[int, ...], rows: int) -> Batch:
+    normalize = Normalize(np.float32(1), np.float32(0))
+    return Batch(jnp.zeros((rows, *image), jnp.uint8), jnp.zeros(rows, jnp.int32), None, normalize)
+
+
+def _outputs(module: nn.Module, variables: Variables, batch: Batch) -> int:
+    """Numbers that the layers with parameters put out for a batch."""
+    inputs = jax.ShapeDtypeStruct(batch.inputs.shape, jnp.float32)
+
+    def apply(variables: Variables, x: Array) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            mutable = ["batch_stats", "intermediates"]
+            return module.apply(variables, x, True, capture_intermediates=True, mutable=mutable)
+
+    shapes = flatten_dict(jax.eval_shape(apply, variables, inputs)[1]["intermediates"])
+    layers = {path[:-1] for path in flatten_dict(variables["params"])}
+    outputs = [found[0] for (*path, _), found in shapes.items() if tuple(path) in layers]
+    return sum(math.prod(x.shape) for x in outputs)
+
+
+def _lowered(
+    task: fl.Task,
+    optimizer: optax.GradientTransformation,
+    variables: Variables,
+    state: Any,
+    batch: Batch,
+) -> float:
+    def step(variables: Variables, state: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return task.loss({**variables, "params": params}, batch, jax.random.key(0))
+
+        gradient, aux = jax.grad(loss, has_aux=True)(variables["params"])
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, variables["params"])
+            return optax.apply_updates(variables["params"], updates), state, aux
+
+    return float(jax.jit(step).lower(variables, state).cost_analysis()["flops"])
