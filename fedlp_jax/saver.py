@@ -69,9 +69,11 @@ class Saver:
         """
         if self._checkpoint is None:
             return False
-        if self._manager is not None:
+        if self._manager is not None and not self._manager.is_saving_in_progress():
             with self._explained():
-                self._manager.check_for_errors()
+                # Waits for nothing, but tells every failure: check_for_errors forgets what another
+                # thread of orbax asked before.
+                self._manager.wait_until_finished()
         every, minutes = self._checkpoint.every, self._checkpoint.minutes
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return late or (every is not None and round % every == 0)

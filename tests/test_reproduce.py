@@ -208,10 +208,10 @@ def executing(monkeypatch, study, error_at=None, error=None):
     """Puts invented cells where training would be; one may end in an error."""
     ran = []
 
-    def execute(config, path, *, overwrite, progress):
+    def execute(config, path, *, resume, progress, stop):
         cell = next(cell for cell in CELLS if study.path(cell) == path)
         assert config == study.config(cell)
-        assert overwrite == path.exists()
+        assert resume == path.exists()
         ran.append(cell)
         if len(ran) - 1 == error_at:
             raise error
