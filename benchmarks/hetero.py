@@ -125,7 +125,7 @@ def measure(
     base = statistics.median(times["fedavg"])
     rows = {}
     for name, counts in mixed.items():
-        layout = hetero.run.builder.build(_members(counts, cohort))[0]
+        layout = hetero.run.stage.builder.build(_members(counts, cohort))[0]
         expected = busiest(np.asarray(layout.segment), step_seconds, width) * steps
         even = float(np.dot(counts, step_seconds)) * steps / devices
         seconds = statistics.median(times[name])

@@ -1,4 +1,4 @@
-"""`fedlp run`, `fedlp info` and `fedlp reproduce`.
+"""`fedlp run`, `fedlp tune`, `fedlp info` and `fedlp reproduce`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (then nothing was written), 130 interrupted, and
 saved if a round was done. Help stays fast because jax is imported only by a command that needs it.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlp_jax import __version__, cli_reproduce
+from fedlp_jax import __version__, cli_reproduce, cli_tune
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -160,6 +160,19 @@ def info(context: typer.Context, config: ConfigFile = "") -> None:
         loaded = _load(path, settings)
         arguments = build(loaded)
         tables.show(*tables.config_tables(loaded, overview(loaded, arguments)))
+
+
+@app.command(context_settings=_ANY_FIELD, epilog=cli_tune.EXAMPLES)
+def tune(
+    context: typer.Context,
+    config: ConfigFile,
+    seconds: cli_tune.Seconds = 120.0,
+    dry_run: cli_tune.DryRun = False,
+) -> None:
+    """Measure plans (devices, width) for a configuration; write the quickest into its file."""
+    with _exit_codes():
+        path, settings = _settings([config, *context.args], {})
+        cli_tune.tune(_load(path, settings), path, seconds, dry_run)
 
 
 def _load(path: str, settings: dict[str, Any]) -> Any:

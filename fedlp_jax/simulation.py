@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,23 +14,21 @@ import numpy as np
 from fedlp_jax import checks, conv
 from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
-from fedlp_jax.cohort import CohortBuilder, CohortRule, cohort_size, members
+from fedlp_jax.cohort import CohortRule, cohort_size
 from fedlp_jax.costs import Ledger, level_macs
 from fedlp_jax.data.batching import example_of
-from fedlp_jax.data.datasets import Dataset, Split
+from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.fate import Fate, Outcome, fate_metrics
 from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
 from fedlp_jax.memory import compile_to_fit
-from fedlp_jax.placement import Layout, Plan, over_clients, replicated, resolve
+from fedlp_jax.placement import Plan, over_clients, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.result import DivergedError, History, Result, Row
-from fedlp_jax.store import PrivateStore
+from fedlp_jax.staging import Population, Stage, on_host
 from fedlp_jax.types import (
     Cohort,
-    Examples,
-    Normalize,
     RoundMetrics,
     ServerState,
     Variables,
@@ -71,17 +67,17 @@ class Simulation:
     ):
         checks.check_numbers(rounds, seed, eval_every)
         checks.check_partition(clients, data)
-        self.algorithm, self.rounds, self.seed, self.rule = algorithm, rounds, seed, cohort
+        self.algorithm, self.rounds, self.seed = algorithm, rounds, seed
         self.eval_every = eval_every or max(rounds, 1)
         self.clients, self.population = clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
         self._width_is_open = plan is None or plan.width is None
         root = jax.random.key(seed)
-        self.exposure = self._expose(faults, root, data.num_classes)
+        self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
         self.plan = resolve(plan, self.size)
-        example = example_of(_examples(data.train, data.normalize))
+        example = example_of(on_host(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         shapes = checks.initial_state(algorithm, example, root, self.population)
@@ -98,19 +94,14 @@ class Simulation:
         state = algorithm.init(root, example, self.population, variables)
         self.levels = algorithm.levels(state.variables, example)
         costs = level_macs([level.task for level in self.levels], root, example)
-        self._builder = functools.partial(
-            CohortBuilder, clients, assigned, algorithm.local_steps, costs
+        population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
+        self.stage = Stage(
+            algorithm, data, population, self.levels, costs, root, example, self.plan
         )
-        self.builder = self._builder(self.plan)
-        everywhere = replicated(self.plan)
         # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = jax.device_put(jax.tree.map(jnp.copy, state), everywhere)
-        self.key = jax.device_put(root, everywhere)
-        self.train = jax.device_put(_examples(data.train, data.normalize), everywhere)
-        self.test = jax.device_put(_examples(data.test, data.normalize), everywhere)
-        self.store = None
-        if algorithm.persist:
-            self.store = PrivateStore(self.levels, assigned, root, example, self.plan)
+        self.state: ServerState = jax.device_put(
+            jax.tree.map(jnp.copy, state), replicated(self.plan)
+        )
         self.ledger, self.history = Ledger(self.layers, self.population), History()
         self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
@@ -130,25 +121,26 @@ class Simulation:
             self._compiled_round, self.plan, self._width_is_open
         )
         if plan != self.plan:
-            self.plan, self.builder = plan, self._builder(plan)
+            self.plan = plan
+            self.stage.lay_on(plan)
         test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
-        self.test_program = self._timed(test_program, "test", (self.state.variables, self.test))
+        arguments = (self.state.variables, self.stage.test)
+        self.test_program = self._timed(test_program, "test", arguments)
         self.clock = time.perf_counter()
 
     def dispatch(self, round: int) -> Pending:
         """Starts a round and, where due, its evaluation; waits for nothing."""
-        cohort, private, host, layout = self._stage(round)
-        self.padded_share += layout.padded_share
-        self.imbalance += layout.imbalance
+        staged = self.stage(round)
+        self.padded_share += staged.layout.padded_share
+        self.imbalance += staged.layout.imbalance
         self.state, private, metrics = self.round_program(
-            self.state, private, self.train, cohort, self.key
+            self.state, staged.private, self.stage.train, staged.cohort, self.stage.key
         )
-        if self.store is not None:
-            self.store.put(np.asarray(host.client), private)
+        self.stage.keep(staged, private)
         tested = None
         if round % self.eval_every == 0 or round == self.rounds:
-            tested = self.test_program(self.state.variables, self.test)
-        return Pending(round, host, metrics, tested)
+            tested = self.test_program(self.state.variables, self.stage.test)
+        return Pending(round, staged.host, metrics, tested)
 
     def read(self, pending: Pending, listeners: Sequence[Callable[[Row], None]] = ()) -> Row:
         """Waits for a round's numbers and books them.
@@ -216,20 +208,8 @@ class Simulation:
             self.readings,
         )
 
-    def _stage(self, round: int) -> tuple[Cohort, tuple[Any, ...], Cohort, Layout]:
-        """The cohort of a round: on the device, its private variables, on the host, its slots."""
-        ids = members(self.rule, self.seed, round, self.population, self.size)
-        host, layout = self.builder.build(ids)
-        if self.exposure is not None:
-            conditions = self.exposure.conditions(round, np.asarray(host.client))
-            host = dataclasses.replace(host, conditions=conditions)
-        private: tuple[Any, ...] = ()
-        if self.store is not None:
-            private = self.store.rows(np.asarray(host.client))
-        return jax.device_put(host, over_clients(self.plan)), private, host, layout
-
     def _compiled_round(self, plan: Plan) -> Any:
-        cohort, private, _, _ = self._stage(1)
+        staged = self.stage(1)
         everywhere, split = replicated(plan), over_clients(plan)
         algorithm = self.algorithm
         per_slot: Any = split
@@ -241,7 +221,8 @@ class Simulation:
             donate_argnums=(0, 1),
             out_shardings=(everywhere, split, shardings),
         )
-        arguments = (self.state, private, self.train, cohort, self.key)
+        stage = self.stage
+        arguments = (self.state, staged.private, stage.train, staged.cohort, stage.key)
         return self._timed(round_program, "round", arguments)
 
     def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -259,10 +240,12 @@ class Simulation:
         self.readings[f"{name}_compile_seconds"] = end - compiling
         return compiled
 
-    def _expose(self, faults: Faults | None, root: jax.Array, classes: int) -> Exposure | None:
+    def _expose(
+        self, faults: Faults | None, rule: CohortRule, root: jax.Array, classes: int
+    ) -> Exposure | None:
         if faults is None:
             return None
-        checks.check_faults(self.algorithm, faults, self.rule)
+        checks.check_faults(self.algorithm, faults, rule)
         return Exposure(faults, root, self.population, self.size, classes)
 
     def _stop(self, round: int, left_out: np.ndarray, clients: int) -> None:
@@ -285,9 +268,3 @@ class Simulation:
 
 def _names(clients: np.ndarray) -> str:
     return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
-
-
-def _examples(split: Split, normalize: Normalize) -> Examples:
-    arrays: tuple[Any, Any] = split.inputs, split.labels.astype(np.int32)  # on the host still
-    gain, shift = (np.asarray(x, np.float32) for x in normalize)
-    return Examples(*arrays, Normalize(gain, shift))

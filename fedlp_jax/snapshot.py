@@ -87,8 +87,8 @@ def put_back(run: Simulation, snapshot: Snapshot) -> None:
 
     trees = tree_map_with_path(filled, _trees(run))
     run.state = trees["state"]
-    if run.store is not None:
-        run.store.stacks = trees["private"]
+    if run.stage.store is not None:
+        run.stage.store.stacks = trees["private"]
     run.ledger.load(snapshot.ledger)
     run.history.rows = list(snapshot.rows)
     run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
@@ -130,7 +130,8 @@ def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, An
 
 
 def _trees(run: Simulation) -> dict[str, PyTree]:
-    return {"state": run.state, "private": run.store.stacks if run.store is not None else ()}
+    store = run.stage.store
+    return {"state": run.state, "private": () if store is None else store.stacks}
 
 
 def _leaves(run: Simulation) -> dict[str, Array]:

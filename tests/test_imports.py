@@ -75,6 +75,7 @@ ORDER = [
     "result",
     "checks",
     "memory",
+    "staging",
     "simulation",
     "snapshot",
     "checkpoint",
@@ -103,6 +104,8 @@ ORDER = [
     "reproduction.view",
     "reproduction",
     "cli_reproduce",
+    "tuning",
+    "cli_tune",
     "interruption",
     "cli",
 ]

@@ -16,14 +16,19 @@ def lowered(platform, width=4):
     run = fl.Simulation(
         algorithm, data, clients, rounds=1, cohort=16, plan=fl.Plan(devices=4, width=width)
     )
-    cohort, private, _, _ = run._stage(1)
+    staged = run.stage(1)
+    cohort, private = staged.cohort, staged.private
     program = jax.jit(
         lambda state, cohort, key: algorithm.round(
-            state, private, run.train, cohort, key, run.plan
+            state, private, run.stage.train, cohort, key, run.plan
         ),
         donate_argnums=0,
     )
-    return program.trace(run.state, cohort, run.key).lower(lowering_platforms=(platform,)).as_text()
+    return (
+        program.trace(run.state, cohort, run.stage.key)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])

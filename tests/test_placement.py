@@ -104,7 +104,7 @@ def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
     assert "all-gather(" not in text
     jaxpr = str(
         jax.make_jaxpr(lambda *a: algorithm.round(*a, run.plan))(
-            run.state, (), run.train, run._stage(1)[0], run.key
+            run.state, (), run.stage.train, run.stage(1).cohort, run.stage.key
         )
     )
     assert len(re.findall(r"\bpsum\w*\[", jaxpr)) == 1

@@ -81,9 +81,10 @@ def test_rates_are_arguments_of_the_program():
 
 def _lowered(algorithm, seed):
     prepared = fl.Simulation(algorithm, DATA, CLIENTS, rounds=1, cohort=4, seed=seed, plan=ONE)
-    cohort, private, _, _ = prepared._stage(1)
+    staged, stage = prepared.stage(1), prepared.stage
     program = jax.jit(lambda *a: algorithm.round(*a, prepared.plan))
-    return program.lower(prepared.state, private, prepared.train, cohort, prepared.key).as_text()
+    lowered = program.lower(prepared.state, staged.private, stage.train, staged.cohort, stage.key)
+    return lowered.as_text()
 
 
 # --- repeatability ------------------------------------------------------------------------------
