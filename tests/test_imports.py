@@ -34,6 +34,7 @@ ORDER = [
     "conv.general",
     "conv.injection",
     "conv",
+    "dense",
     "models.init",
     "models.norm",
     "models.pool",
