@@ -104,6 +104,7 @@ ORDER = [
     "reproduction.view",
     "reproduction",
     "cli_reproduce",
+    "plan_file",
     "tuning",
     "cli_tune",
     "interruption",
