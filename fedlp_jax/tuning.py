@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedlp_jax.placement import Plan, resolve
+from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.simulation import Pending, Simulation
 from fedlp_jax.types import FedLPError
 
@@ -98,8 +98,8 @@ def tune(
     """Measures whole rounds under several plans, each beside the quickest before.
 
     The default plan comes first. Then, on all devices, on half of them and so on down to one,
-    widths four times as large and as small follow for as long as they are not hopeless, and at last
-    the widths beside the best.
+    widths four times as large and as small follow for as long as they are not hopeless, then the
+    widths beside the best, and at last that plan with its data on the host.
 
     Args:
       arguments: of `simulate`, as from `experiment.build`; its plan counts for nothing.
@@ -121,16 +121,16 @@ def tune(
     ignored = ("rounds", "eval_every", "plan")
     fixed = {key: value for key, value in arguments.items() if key not in ignored}
     bench = _Bench(prepare, fixed, time.monotonic() + seconds, say)
-    cohort = Simulation(**fixed, rounds=0).size
-    bench.begin(resolve(None, cohort))
-    _search(bench, cohort)
+    default = Simulation(**fixed, rounds=0)
+    bench.begin(default.plan)
+    _search(bench, default.size)
     return Tuning(bench.best, bench.trials, bench.left_out)
 
 
 def describe(tuning: Tuning) -> str:
     """The plan found, in a sentence."""
     first = tuning.trials[0].plan
-    if tuning.best == first:
+    if _same(tuning.best, first):
         return f"The default plan is the quickest: {words(first)}."
     return f"The quickest plan: {words(tuning.best)}, where the default is {words(first)}."
 
@@ -229,6 +229,8 @@ def _search(bench: _Bench, cohort: int) -> None:
         width = int((best.width or 1) * factor)
         if 1 <= width <= -(-cohort // (best.devices or 1)):
             bench.ratio(dataclasses.replace(best, width=width))
+    if bench.best.data == DEVICE:  # where it is HOST, the devices have no room
+        bench.ratio(dataclasses.replace(bench.best, data=HOST))
 
 
 def _up(width: int, widest: int) -> list[int]:

@@ -53,6 +53,7 @@ ORDER = [
     "faults",
     "aggregate",
     "placement",
+    "layout",
     "robust",
     "privacy",
     "combine",

@@ -48,7 +48,7 @@ class Fake:
 def found(seconds, budget=1000.0):
     fake = Fake(seconds)
     result = tuning.tune(ARGUMENTS, budget, prepare=fake)
-    assert len({(p.devices, p.width) for p in fake.plans}) <= len(fake.plans)
+    assert len({(p.devices, p.width, p.data) for p in fake.plans}) == len(fake.plans)
     return result, fake
 
 
@@ -71,8 +71,10 @@ LANDSCAPES = {
 def test_the_plan_found_is_within_a_tenth_of_the_best_by_hand(seconds):
     result, fake = found(seconds)
     assert seconds(result.best) <= 1.1 * min(map(seconds, grid()))
-    assert len(fake.plans) < len(grid()) / 2
+    assert len(fake.plans) < 0.6 * len(grid())
     assert result.trials[0].plan == Plan(4, 1)  # the default
+    assert result.trials[0].plan.data == result.best.data == "device"
+    assert fake.plans[-1].data == "host"  # tried once, and no quicker here
     assert not result.left_out
 
 
@@ -84,6 +86,22 @@ def test_every_plan_has_the_same_rounds_and_each_is_measured_beside_the_best():
     for trial in result.trials:
         assert trial.seconds == pytest.approx(0.01 / trial.plan.width)
     assert result.best.width == 32 // result.best.devices
+
+
+def test_data_on_the_host_is_chosen_where_it_is_quicker():
+    result, _ = found(lambda plan: 0.9 if plan.data == "host" else 1.0)
+    assert result.best.data == "host"
+    assert tuning.describe(result) == (
+        "The quickest plan: devices 4, width 1, data host, where the default is devices 4, width "
+        "1, data device."
+    )
+
+
+def test_data_that_does_not_fit_the_devices_is_left_on_the_host(monkeypatch):
+    sizes = [sum(x.nbytes for x in split) for split in (DATA.train, DATA.test)]
+    monkeypatch.setattr("fedlp_jax.memory.free_bytes", lambda plan: sum(sizes) - 1)
+    _, fake = found(lambda plan: 1.0)
+    assert {plan.data for plan in fake.plans} == {"host"}
 
 
 def test_chance_does_not_choose():
@@ -169,7 +187,7 @@ def test_the_command_writes_the_plan_it_found(command):
     assert file.read_text().startswith(CONFIG.split("  devices: 1")[0])
     assert "# as it was" in file.read_text()
     plan = fl.load_config(file).plan
-    assert plan.devices and plan.width
+    assert plan.devices and plan.width and plan.data
 
 
 def test_a_dry_run_and_other_fields_leave_the_file(command):
