@@ -172,17 +172,17 @@ def tune(
     """Measure plans (devices, width) for a configuration; write the quickest into its file."""
     with _exit_codes():
         path, settings = _settings([config, *context.args], {})
-        cli_tune.tune(_load(path, settings), path, seconds, dry_run)
+        cli_tune.tune(_load(path, settings, every_device=True), path, seconds, dry_run)
 
 
-def _load(path: str, settings: dict[str, Any]) -> Any:
+def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> Any:
     """The checked configuration; then, before jax is used for the first time, its settings."""
     from fedlp_jax.config import load_config
     from fedlp_jax.placement import setup
     from fedlp_jax.programs import keep_programs
 
     config = load_config(path, settings)
-    setup(cpu_devices=config.plan.devices)
+    setup(cpu_devices=None if every_device else config.plan.devices)
     keep_programs()
     return config
 

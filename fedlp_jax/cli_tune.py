@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from fedlp_jax.config import Config
+    from fedlp_jax.placement import Plan
     from fedlp_jax.tuning import Trial
 
 EXAMPLES = """
@@ -27,15 +29,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure, but leave the 
 def tune(config: Config, file: str, seconds: float, dry_run: bool) -> None:
     """Measures plans for a configuration, says each, and writes the quickest into its file."""
     from fedlp_jax.experiment import build
-    from fedlp_jax.tuning import describe, write_plan
+    from fedlp_jax.placement import Plan
+    from fedlp_jax.plan_file import check_writable, write_plan
+    from fedlp_jax.tuning import describe
     from fedlp_jax.tuning import tune as measure
 
+    if not dry_run:
+        check_writable(file)
     arguments: dict[str, Any] = build(config)
-    typer.echo("devices  width  seconds a round  of the quickest before  compiled in", err=True)
+    names = "".join(f"{field.name:>9}" for field in dataclasses.fields(Plan))
+    typer.echo(f"{names}  seconds a round  of the quickest before  compiled in", err=True)
     tuning = measure(arguments, seconds, _say)
     for plan in tuning.left_out:
-        words = f"{plan.devices:7}  {plan.width:5}"
-        typer.echo(f"{words}  not measured: the {seconds:g} seconds are over", err=True)
+        typer.echo(f"{_row(plan)}  not measured: the {seconds:g} seconds are over", err=True)
     typer.echo(describe(tuning))
     if dry_run:
         typer.echo(f"{file} is left as it is.")
@@ -45,11 +51,15 @@ def tune(config: Config, file: str, seconds: float, dry_run: bool) -> None:
 
 
 def _say(trial: Trial) -> None:
-    words = f"{trial.plan.devices:7}  {trial.plan.width:5}"
     if trial.error:
-        typer.echo(f"{words}  cannot run: {trial.error}", err=True)
+        typer.echo(f"{_row(trial.plan)}  cannot run: {trial.error}", err=True)
         return
-    ratio = trial.seconds / trial.best_so_far
     typer.echo(
-        f"{words}  {trial.seconds:15.4f}  {ratio:22.2f}  {trial.compile_seconds:9.1f} s", err=True
+        f"{_row(trial.plan)}  {trial.seconds:15.4f}  {trial.ratio:22.2f}  "
+        f"{trial.compile_seconds:9.1f} s",
+        err=True,
     )
+
+
+def _row(plan: Plan) -> str:
+    return "".join(f"{value!s:>9}" for value in dataclasses.asdict(plan).values())

@@ -58,6 +58,8 @@ class PlanSection(Section):
 
     devices: OptionalCount = None  # null = all there are
     width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
+    # where the training split lies; null = on every device if it fits there, else on the host
+    data: Annotated[str | None, Checked(optional(choice("device", "host")))] = None
 
 
 class CheckpointSection(Section):

@@ -83,7 +83,7 @@ def build(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "faults": faults,
-        "plan": Plan(config.plan.devices, config.plan.width),
+        "plan": Plan(**config.plan.model_dump()),
     }
 
 

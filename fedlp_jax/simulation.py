@@ -16,13 +16,14 @@ from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortRule, cohort_size
 from fedlp_jax.costs import Ledger, level_macs
+from fedlp_jax.data.arrays import Split
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.fate import Fate, Outcome, fate_metrics
 from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
-from fedlp_jax.memory import compile_to_fit
+from fedlp_jax.memory import compile_to_fit, with_place
 from fedlp_jax.placement import Plan, over_clients, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.result import DivergedError, History, Result, Row
@@ -76,7 +77,7 @@ class Simulation:
         self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
-        self.plan = resolve(plan, self.size)
+        self.plan = with_place(resolve(plan, self.size), *map(_bytes, (data.train, data.test)))
         example = example_of(on_host(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
@@ -118,7 +119,7 @@ class Simulation:
         if self.rounds == 0:
             return
         self.round_program, plan = compile_to_fit(
-            self._compiled_round, self.plan, self._width_is_open
+            self._compiled_round, self.plan, self._width_is_open, self.stage.bytes_ahead
         )
         if plan != self.plan:
             self.plan = plan
@@ -134,7 +135,7 @@ class Simulation:
         self.padded_share += staged.layout.padded_share
         self.imbalance += staged.layout.imbalance
         self.state, private, metrics = self.round_program(
-            self.state, staged.private, self.stage.train, staged.cohort, self.stage.key
+            self.state, staged.private, staged.examples, staged.cohort, self.stage.key
         )
         self.stage.keep(staged, private)
         tested = None
@@ -221,8 +222,7 @@ class Simulation:
             donate_argnums=(0, 1),
             out_shardings=(everywhere, split, shardings),
         )
-        stage = self.stage
-        arguments = (self.state, staged.private, stage.train, staged.cohort, stage.key)
+        arguments = (self.state, staged.private, staged.examples, staged.cohort, self.stage.key)
         return self._timed(round_program, "round", arguments)
 
     def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -264,6 +264,10 @@ class Simulation:
             "or the server's learning rate, or look for NaN in the data.",
             self.result(),
         )
+
+
+def _bytes(split: Split) -> int:
+    return split.inputs.nbytes + split.labels.nbytes
 
 
 def _names(clients: np.ndarray) -> str:

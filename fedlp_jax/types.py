@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A whole split on the device."""
+    """A whole split on the device; or what each device is sent for its own clients, end to end."""
 
     inputs: Array  # uint8|f32[N, ...]
     labels: Array  # i32[N]
@@ -97,7 +97,7 @@ class Cohort:
     client: Array  # i32[D * P], client id; -1 = empty slot
     size: Array  # i32[D * P], examples; 0 = empty slot
     level: Array  # i32[D * P], submodel level, 0 to G - 1
-    rows: Array  # i32[D * P, M], rows of the training split, padded with 0
+    rows: Array  # i32[D * P, M], rows of the examples that a round is given, padded with 0
     segment: Array  # i32[D, G + 1]
     conditions: PyTree = None  # a `fedlp_jax.fate.Conditions`, where a run has faults
     # The size of every client of the population, if it is the same for all: it lets a round drop
