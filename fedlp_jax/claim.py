@@ -10,6 +10,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from fedlp_jax.limits import read_plain, why
 from fedlp_jax.types import FedLPError
 
 CLAIM = ".claim"
@@ -101,6 +102,8 @@ class Claim:
 
     def _holder(self) -> str:
         try:
-            return self._path.read_text("utf-8", errors="replace")
-        except OSError:
+            return read_plain(self._path).decode("utf-8", errors="replace")
+        except FileNotFoundError:
             return "which has just ended"
+        except OSError as error:
+            return f"its {CLAIM} cannot be read: {why(error)}"

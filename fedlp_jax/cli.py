@@ -61,8 +61,8 @@ RunConfig = Annotated[
         metavar="CONFIG", help="A YAML file, as in configs/, or with --resume a run directory."
     ),
 ]
-Rounds = Annotated[int | None, typer.Option(help="Rounds to run.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
+Rounds = Annotated[str | None, typer.Option(help="Rounds to run.", metavar="N")]
+Seed = Annotated[str | None, typer.Option(help="Seed of the run.", metavar="N")]
 Cohort = Annotated[
     str | None, typer.Option(help="Clients of a round, or their share.", metavar="N")
 ]
@@ -200,8 +200,8 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
     Raises:
       FedLPError: a field without a value, or not exactly one file.
     """
-    from fedlp_jax.config_file import parse_value
-    from fedlp_jax.types import FedLPError
+    from fedlp_jax.config_yaml import parse_value
+    from fedlp_jax.types import FedLPError, shown
 
     files: list[str] = []
     settings: dict[str, Any] = {}
@@ -213,13 +213,16 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
         field, given, value = word[2:].partition("=")
         value = value if given else next(rest, "--")
         if value.startswith("--"):
-            raise FedLPError(f"--{field} needs a value, as in --algorithm.keep 0.5.")
+            raise FedLPError(f"--{field[:100]} needs a value, as in --algorithm.keep 0.5.")
         settings[field] = parse_value(value)
     if len(files) != 1:
-        raise FedLPError(f"one configuration is needed, but {len(files)} are given: {files}.")
+        raise FedLPError(
+            f"one configuration is needed, but {len(files)} are given: {shown(files)}."
+        )
     for field, value in typed.items():
         if value is not None:
-            settings[field] = parse_value(value) if field == "cohort" else value
+            text = isinstance(value, str) and field != "name"
+            settings[field] = parse_value(value) if text else value
     return files[0], settings
 
 

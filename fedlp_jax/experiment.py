@@ -20,11 +20,12 @@ from fedlp_jax.costs import fedavg_traffic
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.datasets import Dataset, load
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.environment import environment
 from fedlp_jax.faults import Faults
 from fedlp_jax.placement import Plan
 from fedlp_jax.privacy import Privacy
 from fedlp_jax.progress import Progress
-from fedlp_jax.report import RunDirectory, environment
+from fedlp_jax.report import RunDirectory
 from fedlp_jax.result import DivergedError, Result
 from fedlp_jax.resumption import earlier, run_checkpoint
 from fedlp_jax.simulate import simulate

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from fedlp_jax.types import Array, FedLPError, PyTree, check_choice
+from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, shown
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")
@@ -67,7 +67,7 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
             raise FedLPError(
-                f"plan.{name}={value!r} must be a whole number of at least 1, or None."
+                f"plan.{name}={shown(value)} must be a whole number of at least 1, or None."
             )
     have = len(jax.devices())
     if plan.devices is not None and plan.devices > have:

@@ -82,6 +82,8 @@ class Simulation:
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         shapes = checks.initial_state(algorithm, example, root, self.population)
+        checks.check_size(shapes.variables, self.plan)
+        checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
         self.readings: dict[str, float] = {}
