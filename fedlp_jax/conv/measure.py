@@ -35,9 +35,12 @@ _FLOPS = 5e10
 
 def forms_of(convolution: Convolution) -> list[str]:
     """The forms that can compute it; only `patches` where there is nothing to choose."""
-    lhs, rhs, window = convolution
-    arrays: tuple[Any, Any] = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (lhs, rhs))
-    return [name for name in FORMS if name == PATCHES or supported(*arrays, window, WINOGRAD[name])]
+    lhs, rhs = _arrays(convolution)
+    return [
+        name
+        for name in FORMS
+        if name == PATCHES or supported(lhs, rhs, convolution.window, WINOGRAD[name])
+    ]
 
 
 def measure(
