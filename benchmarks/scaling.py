@@ -7,8 +7,9 @@ answered by medians:
 
 * population: the same 100 clients a round out of 1,000 and out of 1,000,000, with the data on the
   devices and on the host. A round must not feel the population.
-* cohort: 8 to 512 clients a round, in a loop (width 1) and vmapped all at once. The time of a round
-  must be linear in the cohort: `slope` is what a client more costs, from each size to the next.
+* cohort: 8 to 512 clients a round on one device, in a loop (width 1) and 8 at a time. The time of a
+  round must be linear in the cohort: `slope` is what a client more costs, in milliseconds, from
+  each size to the next.
 * plan: devices, width and the place of the data, for a larger model; beside the time what the
   compiled program says it takes of memory, and what a round really took.
 * uneven: clients by Dirichlet(0.1), 100 cohorts laid out: the share of steps computed for nobody,
@@ -82,12 +83,14 @@ def population(smoke: bool) -> Rows:
 
 
 def cohorts(smoke: bool) -> Rows:
-    """Seconds of a round of C clients on one device, one at a time and all vmapped."""
+    """Seconds of a round of C clients on one device, one at a time and eight."""
     sizes = (4, 8) if smoke else (8, 32, 128, 512)
     runs = {
-        (size, width): _rounds(1_000, cohort=size, plan=fl.Plan(devices=1, width=width))
+        (size, width): _rounds(
+            1_000, cohort=size, plan=fl.Plan(devices=1, width=width), examples=64
+        )
         for size in sizes
-        for width in (1, size)
+        for width in (1, sizes[0])
     }
     times = alternate(runs, _repeats(smoke))
     rows = []
@@ -100,7 +103,7 @@ def cohorts(smoke: bool) -> Rows:
         }
         if size != sizes[0]:
             smaller = sizes[sizes.index(size) - 1]
-            before = times[smaller, 1 if width == 1 else smaller]
+            before = times[smaller, width]
             # A turn of one beside the same turn of the other, as the machine drifts.
             slopes = [(b - a) / (size - smaller) for a, b in zip(before, seconds, strict=True)]
             row["slope"] = 1e3 * statistics.median(slopes)
@@ -187,11 +190,12 @@ def _rounds(
     cohort: int,
     plan: fl.Plan,
     features: int = _FEATURES,
+    examples: int = _PER_CLIENT,
     hidden: tuple[int, ...] = (128, 64),
 ) -> Rounds:
-    """A small model and few examples a client, so that nothing but the round itself is seen."""
+    """A small model and few examples a client, so that the round itself is seen."""
     data = fl.load(
-        "synthetic", examples=clients * _PER_CLIENT, shape=(features,), num_classes=10, seed=0
+        "synthetic", examples=clients * examples, shape=(features,), num_classes=10, seed=0
     )
     partition = fl.partition.iid(data.train.labels, clients=clients, seed=0)
     task = fl.classification(fl.models.MLP(hidden=hidden, num_classes=10))

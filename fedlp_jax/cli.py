@@ -168,11 +168,16 @@ def tune(
     config: ConfigFile,
     seconds: cli_tune.Seconds = 120.0,
     dry_run: cli_tune.DryRun = False,
+    convolutions: cli_tune.Convolutions = False,
 ) -> None:
-    """Measure plans (devices, width) for a configuration; write the quickest into its file."""
+    """Measure plans (devices, width, data) for a configuration; write the best into its file."""
     with _exit_codes():
         path, settings = _settings([config, *context.args], {})
-        cli_tune.tune(_load(path, settings, every_device=True), path, seconds, dry_run)
+        loaded = _load(path, settings, every_device=True)
+        if convolutions:
+            cli_tune.tune_convolutions(loaded, seconds, dry_run)
+        else:
+            cli_tune.tune(loaded, path, seconds, dry_run)
 
 
 def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> Any:

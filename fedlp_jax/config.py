@@ -61,6 +61,7 @@ class PlanSection(Section):
     width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
     # where the training split lies; null = on every device if it fits there, else on the host
     data: Annotated[str | None, Checked(optional(choice("device", "host")))] = None
+    rounds_at_once: OptionalCount = None  # the most that one call runs; null = 1
 
 
 class CheckpointSection(Section):

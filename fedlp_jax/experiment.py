@@ -246,6 +246,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
             "sha256": clients.hash,
         },
         "readings": dict(result.readings),
+        "lowerings": result.lowerings,
     } | environment()
 
 

@@ -31,7 +31,8 @@ _COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 class Plan:
     """How a round is laid on the hardware. None = chosen: by `resolve`, and `data` by the memory.
 
-    Two plans are equal if results under them are, bit for bit: where the data lies is not compared.
+    Two plans are equal if results under them are, bit for bit: where the data lies and how many
+    rounds are dispatched at once are not compared.
 
     Attributes:
       devices: D, devices on the mesh.
@@ -39,11 +40,16 @@ class Plan:
       data: "device", the whole training split on every device; or "host", from where each device is
         sent the examples of its own clients, a round ahead. Chosen, it is the device if its memory
         suffices.
+      rounds_at_once: the most rounds that one call of the compiled program runs, which is worth it
+        where a round is as short as such a call, a millisecond or less. Evaluations, checkpoints,
+        callbacks and half a second of rounds end a call sooner. 1 unless it is given, and where
+        clients keep variables of their own or the data lies on the host.
     """
 
     devices: int | None = None
     width: int | None = None
     data: str | None = dataclasses.field(default=None, compare=False)
+    rounds_at_once: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def mesh(self) -> Mesh:
@@ -61,7 +67,7 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     plan = plan or Plan()
     if plan.data is not None:
         check_choice("plan.data", plan.data, PLACES)
-    for name in ("devices", "width"):
+    for name in ("devices", "width", "rounds_at_once"):
         value = getattr(plan, name)
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -76,7 +82,8 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     devices = min(plan.devices or have, cohort)
     width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
     width = min(width, -(-cohort // devices))
-    return dataclasses.replace(plan, devices=devices, width=width)
+    at_once = plan.rounds_at_once or 1
+    return dataclasses.replace(plan, devices=devices, width=width, rounds_at_once=at_once)
 
 
 def setup(cpu_devices: int | None = None) -> None:
@@ -113,6 +120,11 @@ def replicated(plan: Plan) -> NamedSharding:
 def over_clients(plan: Plan) -> NamedSharding:
     """Sharding of arrays whose first axis is slots, `[D * P, ...]` or `[D, ...]`."""
     return NamedSharding(plan.mesh, Spec(AXIS))
+
+
+def over_clients_of_rounds(plan: Plan) -> NamedSharding:
+    """Sharding of arrays of several rounds, whose second axis is slots, `[R, D * P, ...]`."""
+    return NamedSharding(plan.mesh, Spec(None, AXIS))
 
 
 def over_columns(rows: Array, plan: Plan) -> Array:

@@ -15,7 +15,7 @@ from fedlp_jax.data.arrays import Dataset, Split
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Exposure
 from fedlp_jax.layout import Layout
-from fedlp_jax.placement import HOST, Plan, over_clients, replicated
+from fedlp_jax.placement import HOST, Plan, over_clients, over_clients_of_rounds, replicated
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, Cohort, Examples, Normalize, PyTree
@@ -40,6 +40,14 @@ class Staged(NamedTuple):
     private: tuple[PyTree, ...]  # of each level [D * P, ...], on the devices; empty if nothing is
     host: Cohort  # the same cohort, numpy
     layout: Layout
+
+
+class StagedRounds(NamedTuple):
+    """The input of several rounds in one call; all read the same examples."""
+
+    cohorts: Cohort  # on the devices, stacked [R, ...]; empty after the last
+    hosts: list[Cohort]  # the same cohorts, numpy
+    layouts: list[Layout]
 
 
 class Stage:
@@ -108,18 +116,37 @@ class Stage:
 
     def __call__(self, round: int) -> Staged:
         """What a round reads, on its way to the devices; waits for nothing."""
-        p = self._population
-        ids = members(p.rule, p.seed, round, p.clients.clients, p.size)
-        host, layout = self.builder.build(ids)
-        slots = np.asarray(host.client)
-        if p.exposure is not None:
-            host = dataclasses.replace(host, conditions=p.exposure.conditions(round, slots))
-        private = () if self.store is None else self.store.rows(slots)
+        host, layout = self._cohort(round)
+        private = () if self.store is None else self.store.rows(np.asarray(host.client))
         examples = self.train
         if self._plan.data == HOST:
             examples, host = self._sent(host)
         cohort = jax.device_put(host, over_clients(self._plan))
         return Staged(examples, cohort, private, host, layout)
+
+    def several(self, rounds: Sequence[int]) -> StagedRounds:
+        """What several rounds read, in arrays for as many as the plan's `rounds_at_once`."""
+        hosts, layouts = zip(*map(self._cohort, rounds), strict=True)
+        room = self._plan.rounds_at_once or 1
+
+        def stacked(*arrays: np.ndarray) -> np.ndarray:
+            stack = np.zeros((room, *arrays[0].shape), arrays[0].dtype)
+            np.stack(arrays, out=stack[: len(arrays)])
+            return stack
+
+        cohorts = jax.tree.map(stacked, *hosts)
+        cohorts = jax.device_put(cohorts, over_clients_of_rounds(self._plan))
+        return StagedRounds(cohorts, list(hosts), list(layouts))
+
+    def _cohort(self, round: int) -> tuple[Cohort, Layout]:
+        """The cohort of a round, in numpy."""
+        p = self._population
+        ids = members(p.rule, p.seed, round, p.clients.clients, p.size)
+        host, layout = self.builder.build(ids)
+        if p.exposure is not None:
+            slots = np.asarray(host.client)
+            host = dataclasses.replace(host, conditions=p.exposure.conditions(round, slots))
+        return host, layout
 
     def keep(self, staged: Staged, private: tuple[PyTree, ...]) -> None:
         """Stores what a round has made of the private variables."""

@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fedlp_jax.call import Pending
 from fedlp_jax.placement import DEVICE, HOST, Plan
-from fedlp_jax.simulation import Pending, Simulation
+from fedlp_jax.simulation import Simulation
 from fedlp_jax.types import FedLPError
 
 _TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
 _MOST_TURNS = 9
 _ENOUGH_SECONDS = 1.0  # of a plan's turns together, after which no more than _TURNS are made
 _TURN_SECONDS = 0.2  # as many rounds make a turn, so that the host's work overlaps with them
-_MOST_ROUNDS = 32
+_MOST_ROUNDS = 64
 _WORTH = 0.97  # a plan is taken for another if it needs less than this share of its time
 _HOPELESS = 1.6  # times as slow as the quickest: what lies beyond is not looked at
+_AT_ONCE = (4, 16)  # rounds; more has won nothing where it was measured
 _COARSE = 4  # factor between widths, before those beside the quickest are tried
 
 
@@ -53,9 +55,11 @@ class Rounds:
             rounds = (self.number,)
         pending: collections.deque[Pending] = collections.deque()
         start = time.perf_counter()
-        for number in rounds:
-            pending.append(self.run.dispatch(number))
-            if len(pending) > 1:
+        most = self.run.plan.rounds_at_once or 1
+        for first in range(0, len(rounds), most):
+            call = rounds[first : first + most]
+            pending.extend(self.run.dispatch_several(call))
+            while len(pending) > len(call):
                 self.run.read(pending.popleft())
         while pending:
             self.run.read(pending.popleft())
@@ -99,7 +103,8 @@ def tune(
 
     The default plan comes first. Then, on all devices, on half of them and so on down to one,
     widths four times as large and as small follow for as long as they are not hopeless, then the
-    widths beside the best, and at last that plan with its data on the host.
+    widths beside the best, and at last that plan with its data on the host, and with several rounds
+    at once where they are short.
 
     Args:
       arguments: of `simulate`, as from `experiment.build`; its plan counts for nothing.
@@ -163,6 +168,11 @@ class _Bench:
         self._rounds = range(1, 1 + min(max(rounds, 1), _MOST_ROUNDS))
         self._best_once = once
         self._note(self._measured(plan, once, None))
+
+    @property
+    def rounds_are_short(self) -> bool:
+        """Whether several could be one call, whose numbers are seen within a second."""
+        return len(self._rounds) > 1
 
     def ratio(self, plan: Plan) -> float:
         """The time of a plan as a share of that of the quickest before, which it may replace."""
@@ -231,6 +241,10 @@ def _search(bench: _Bench, cohort: int) -> None:
             bench.ratio(dataclasses.replace(best, width=width))
     if bench.best.data == DEVICE:  # where it is HOST, the devices have no room
         bench.ratio(dataclasses.replace(bench.best, data=HOST))
+    if bench.best.data == DEVICE and bench.rounds_are_short:
+        for rounds in _AT_ONCE:
+            if bench.ratio(dataclasses.replace(bench.best, rounds_at_once=rounds)) > _WORTH:
+                break
 
 
 def _up(width: int, widest: int) -> list[int]:

@@ -21,4 +21,6 @@ jax.config.update("jax_compilation_cache_dir", os.environ[_PLACE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Processes that tests start leave the cache of whoever runs the tests alone.
 jax.config.update("jax_enable_compilation_cache", True)
+# A table of convolutions that the user has measured changes what tests compile.
+os.environ["FEDLP_CONV_TABLE"] = ""
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -1,5 +1,6 @@
 """The search for the quickest plan, on times that are made up; and `fedlp tune`, on real ones."""
 
+import dataclasses
 import itertools
 import math
 import types
@@ -48,7 +49,7 @@ class Fake:
 def found(seconds, budget=1000.0):
     fake = Fake(seconds)
     result = tuning.tune(ARGUMENTS, budget, prepare=fake)
-    assert len({(p.devices, p.width, p.data) for p in fake.plans}) == len(fake.plans)
+    assert len(set(map(dataclasses.astuple, fake.plans))) == len(fake.plans)
     return result, fake
 
 
@@ -74,7 +75,7 @@ def test_the_plan_found_is_within_a_tenth_of_the_best_by_hand(seconds):
     assert len(fake.plans) < 0.6 * len(grid())
     assert result.trials[0].plan == Plan(4, 1)  # the default
     assert result.trials[0].plan.data == result.best.data == "device"
-    assert fake.plans[-1].data == "host"  # tried once, and no quicker here
+    assert [plan.data for plan in fake.plans].count("host") == 1  # no quicker here
     assert not result.left_out
 
 
@@ -92,9 +93,23 @@ def test_data_on_the_host_is_chosen_where_it_is_quicker():
     result, _ = found(lambda plan: 0.9 if plan.data == "host" else 1.0)
     assert result.best.data == "host"
     assert tuning.describe(result) == (
-        "The quickest plan: devices 4, width 1, data host, where the default is devices 4, width "
-        "1, data device."
+        "The quickest plan: devices 4, width 1, data host, rounds_at_once 1, where the default is "
+        "devices 4, width 1, data device, rounds_at_once 1."
     )
+
+
+def test_short_rounds_are_called_several_at_once_where_that_is_quicker():
+    def seconds(plan):
+        return 0.001 + 0.002 / plan.rounds_at_once
+
+    result, fake = found(seconds)
+    assert result.best.rounds_at_once == 16
+    assert {len(rounds) for rounds in fake.rounds} == {1, 64}
+    result, fake = found(lambda plan: seconds(plan) * 100)  # too long for several a second
+    assert {plan.rounds_at_once for plan in fake.plans} == {1}
+    result, fake = found(lambda plan: 0.001 * plan.rounds_at_once)
+    assert result.best.rounds_at_once == 1
+    assert [plan.rounds_at_once for plan in fake.plans if plan.rounds_at_once != 1] == [4]
 
 
 def test_data_that_does_not_fit_the_devices_is_left_on_the_host(monkeypatch):
@@ -156,6 +171,10 @@ def test_real_rounds_are_timed_and_run_one_behind_the_other():
     assert rounds([1, 2, 3]) > 0 and rounds() > 0
     assert rounds.run.history["round"].tolist() == [1, 2, 3, 1]
     assert rounds.compile_seconds > 0
+    arguments = {k: v for k, v in ARGUMENTS.items() if k != "rounds"}
+    several = tuning.Rounds(**arguments | {"plan": Plan(1, 2, rounds_at_once=2)})
+    assert several([1, 2, 3]) > 0 and several() > 0
+    assert several.run.history["round"].tolist() == [1, 2, 3, 1]
 
 
 CONFIG = """\
@@ -187,7 +206,7 @@ def test_the_command_writes_the_plan_it_found(command):
     assert file.read_text().startswith(CONFIG.split("  devices: 1")[0])
     assert "# as it was" in file.read_text()
     plan = fl.load_config(file).plan
-    assert plan.devices and plan.width and plan.data
+    assert plan.devices and plan.width and plan.data and plan.rounds_at_once
 
 
 def test_a_dry_run_and_other_fields_leave_the_file(command):
