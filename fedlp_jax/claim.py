@@ -39,6 +39,11 @@ class Claim:
         self._folder, self._path = folder, folder / CLAIM
         now = datetime.now().isoformat(" ")
         self._text = f"process {os.getpid()} on {platform.node()} since {now}"
+        if self._path.is_symlink() and not replace:
+            raise FedLPError(
+                f"{self._path} is a link, which no run makes; remove it, or choose another "
+                "directory with --out."
+            )
         inherit = inherit and not replace and self._path.exists()
         if inherit:
             self._refuse_other_machine()

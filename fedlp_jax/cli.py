@@ -259,7 +259,7 @@ reproduce.command(epilog=cli_reproduce.EXAMPLES)(_exit_codes()(cli_reproduce.pap
 
 def _leave(error: BaseException, what: str, code: int) -> None:
     for line in f"{what}{error}".splitlines():
-        print(f"fedlp: {line}", file=sys.stderr)
+        print(f"fedlp: {_printable(line)}", file=sys.stderr)
     if code != _BAD_INPUT:
         # Where the rounds so far are.
         for note in getattr(error, "__notes__", ()):
@@ -268,4 +268,9 @@ def _leave(error: BaseException, what: str, code: int) -> None:
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"fedlp: warning: {message}", file=sys.stderr)
+    print(f"fedlp: warning: {_printable(str(message))}", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    """A line without what could move the cursor, or no terminal can show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

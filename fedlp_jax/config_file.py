@@ -8,6 +8,7 @@ that only the old kind has are left behind.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ def _read(path: Path) -> Raw:
     try:
         text = read_plain(path).decode("utf-8-sig")
     except FileNotFoundError:
+        if path.is_symlink():
+            raise FedLPError(
+                f"{path} is a link to {os.readlink(path)}, where nothing is."
+            ) from None
         raise FedLPError(f"{_named(path)} does not exist{_nearest_file(path)}") from None
     except (OSError, ValueError) as error:
         raise FedLPError(
@@ -172,7 +177,8 @@ def _read(path: Path) -> Raw:
     if raw is None:
         raise FedLPError(f"{path} is empty; configs/quickstart.yaml is one to start from.")
     if not isinstance(raw, dict):
-        raise FedLPError(f"{path} holds a {type(raw).__name__}, but must hold fields and values.")
+        what = "a list" if isinstance(raw, list) else "a single value"
+        raise FedLPError(f"{path} holds {what}, but must hold fields and values.")
     return raw
 
 

@@ -61,7 +61,7 @@ def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
 
 def _plain(field: str) -> str:
     """A field in a sentence: as it is, unless it is long or has what cannot be printed."""
-    return field if field.isprintable() and 0 < len(field) <= 100 else shown(field)
+    return field if field.isprintable() and len(field) <= 100 else shown(field)
 
 
 def _refused(field: str, predicate: str) -> str:

@@ -116,8 +116,8 @@ class _Dumper(yaml.SafeDumper):
 # Numbers as everybody writes them. To YAML 1.1, 1e-3 is text, 010 is eight and 1:30 is ninety.
 _NUMBERS = {
     "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)",
-    "float": r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
-    r"|\.(nan|NaN|NAN)",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 for _kind in (_Loader, _Dumper):
     _kind.yaml_implicit_resolvers = {

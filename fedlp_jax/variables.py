@@ -45,6 +45,9 @@ def load_variables(path: str | Path) -> Variables:
     file = file / VARIABLES if file.is_dir() else file
     try:
         flat = read_npz(file, lambda names: names)
+        for name in flat:
+            if any("/".join(name.split("/")[:i]) in flat for i in range(1, name.count("/") + 1)):
+                raise ValueError(f"the name {shown(name)} lies within that of another array")
         variables = unflatten_dict(flat, sep="/")
     except FedLPError:
         raise

@@ -100,8 +100,8 @@ def synthetic(
     if needs > usable_memory() or max(examples, test_examples, num_classes) >= 2**31 - 1:
         raise FedLPError(
             f"synthetic: {shown(examples)} and {shown(test_examples)} examples of shape "
-            f"{shown(list(shape))} in {shown(num_classes)} classes take about {needs:.3g} bytes, "
-            f"and this machine has {usable_memory():.3g} to use for them; ask for less."
+            f"{shown(list(shape))} in {shown(num_classes)} classes take more than the "
+            f"{usable_memory():,} bytes that this machine has for them; ask for less."
         )
     rng = np.random.Generator(np.random.Philox(key=int(seed)))
     values = int(np.prod(shape))
