@@ -1,4 +1,4 @@
-"""Nothing hostile gets a traceback, a hang, a wrong number or a file; the page says what it gets."""
+"""Nothing hostile gets a traceback, a hang, a wrong number or a file; the page says which."""
 
 import contextlib
 import gc
