@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from fedlp_jax import hosts
 from fedlp_jax.placement import Plan
 from fedlp_jax.types import FedLPError
 
@@ -35,7 +36,8 @@ def compile_to_fit(
       FedLPError: with both sizes, and what to do.
     """
     program = compile(plan)
-    free, asked = free_bytes(plan), needed_bytes(program)
+    # The width must be the same on all machines.
+    free, asked = hosts.least("free memory", free_bytes(plan)), needed_bytes(program)
     if free is None or asked is None or asked <= free:
         return program, plan
     need, fitting = asked, plan

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax import checks, conv
+from fedlp_jax import checks, conv, hosts
 from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortRule, cohort_size
@@ -25,6 +25,7 @@ from fedlp_jax.layers import layer_table
 from fedlp_jax.memory import compile_to_fit
 from fedlp_jax.placement import Plan, over_clients, replicated, resolve
 from fedlp_jax.privacy import accountant
+from fedlp_jax.readout import Readout
 from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.staging import Population, Stage, on_host
 from fedlp_jax.types import (
@@ -40,8 +41,7 @@ class Pending(NamedTuple):
 
     round: int
     cohort: Cohort  # numpy
-    metrics: RoundMetrics  # on the device
-    tested: dict[str, Any] | None
+    numbers: Any  # of the clients, and of the round: on the devices, see `Readout.start`
 
 
 class Simulation:
@@ -99,9 +99,8 @@ class Simulation:
             algorithm, data, population, self.levels, costs, root, example, self.plan
         )
         # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = jax.device_put(
-            jax.tree.map(jnp.copy, state), replicated(self.plan)
-        )
+        self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
+        self.readout = Readout(self.plan)
         self.ledger, self.history = Ledger(self.layers, self.population), History()
         self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
@@ -140,7 +139,8 @@ class Simulation:
         tested = None
         if round % self.eval_every == 0 or round == self.rounds:
             tested = self.test_program(self.state.variables, self.stage.test)
-        return Pending(round, staged.host, metrics, tested)
+        numbers = self.readout.start(metrics._replace(halted=()), (metrics.halted, tested))
+        return Pending(round, staged.host, numbers)
 
     def read(self, pending: Pending, listeners: Sequence[Callable[[Row], None]] = ()) -> Row:
         """Waits for a round's numbers and books them.
@@ -148,14 +148,13 @@ class Simulation:
         Raises:
           DivergedError: no client counted, or what they add up to is not finite.
         """
-        metrics, tested = jax.device_get((pending.metrics, pending.tested))
+        metrics, (halted, tested) = self.readout.finish(pending.numbers)
         now = time.perf_counter()
         ran = np.asarray(pending.cohort.client) >= 0
         ids = np.asarray(pending.cohort.client)[ran]
         order = np.argsort(ids)
-        halted = bool(metrics.halted)
         ids = ids[order]
-        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=None))
+        metrics = jax.tree.map(lambda x: x[ran][order], metrics)
         level = np.asarray(pending.cohort.level)[ran][order]
         fate: Fate | None = metrics.fate or None
         heard = np.ones(len(ids), bool)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from fedlp_jax import hosts
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortBuilder, CohortRule, members
 from fedlp_jax.data.arrays import Dataset, Split
@@ -79,9 +79,9 @@ class Stage:
         self._population, self._level_cost = population, level_cost
         self._local_steps = algorithm.local_steps
         everywhere = replicated(plan)
-        self.key = jax.device_put(root, everywhere)
-        self.train = jax.device_put(on_host(data.train, data.normalize), everywhere)
-        self.test = jax.device_put(on_host(data.test, data.normalize), everywhere)
+        self.key = hosts.put(root, everywhere)
+        self.train = hosts.put(on_host(data.train, data.normalize), everywhere)
+        self.test = hosts.put(on_host(data.test, data.normalize), everywhere)
         self.store: PrivateStore | None = None
         if algorithm.persist:
             self.store = PrivateStore(levels, population.assigned, root, example, plan)
@@ -104,7 +104,7 @@ class Stage:
         if p.exposure is not None:
             host = dataclasses.replace(host, conditions=p.exposure.conditions(round, slots))
         private = () if self.store is None else self.store.rows(slots)
-        return Staged(jax.device_put(host, over_clients(self._plan)), private, host, layout)
+        return Staged(hosts.put(host, over_clients(self._plan)), private, host, layout)
 
     def keep(self, staged: Staged, private: tuple[PyTree, ...]) -> None:
         """Stores what a round has made of the private variables."""
