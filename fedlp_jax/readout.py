@@ -19,10 +19,14 @@ from fedlp_jax import hosts
 from fedlp_jax.placement import Plan, over_clients, replicated
 from fedlp_jax.types import Array, PyTree
 
+# Rounds the device may be ahead of the host. One is enough to hide the host's work.
+AHEAD = 1
+
 
 class _Shared(NamedTuple):
     """A round's numbers on their way to all processes."""
 
+    round: int
     words: Array  # i32[D * P, n + 1], as `pack` has them; the last column: asked to stop
     whole: PyTree  # what every device has anyway
     shapes: PyTree  # of what is in the words
@@ -31,16 +35,16 @@ class _Shared(NamedTuple):
 class Readout:
     """Reads what rounds report, and knows whether the run is to end.
 
-    pending = readout.start(split, whole)       # dispatches; waits for nothing
-    split, whole = readout.finish(pending)      # numpy
-
+    pending = readout.start(split, whole)     # dispatches; waits for nothing
+    split, whole = readout.finish(pending)    # numpy
     """
 
     def __init__(self, plan: Plan):
         """Prepares for rounds on this plan's devices."""
         self._plan, self._split = plan, over_clients(plan)
         self._several = hosts.count() > 1
-        self._asked = self._agreed = False
+        self._round, self._asked = 0, False
+        self._last: int | None = None  # the round after which the run ends
         self._pack = jax.jit(pack, out_shardings=replicated(plan))
 
     def meet(self) -> None:
@@ -55,16 +59,16 @@ class Readout:
             zeros = hosts.put(np.zeros((self._plan.devices or 1, 1), np.int32), self._split)
             jax.block_until_ready(self._pack(zeros))
 
-    def ends(self, stop: Callable[[], bool]) -> bool:
-        """Whether the run ends before the next round. Ask before each.
+    def ends(self, round: int, stop: Callable[[], bool]) -> bool:
+        """Whether the run ends before this round. Ask before each.
 
-        With several processes it is so once any of them has been asked to, in a round which all
-        have read.
+        With several processes the first round of which any of them said that it was asked to stop
+        is followed by `AHEAD` more, since others may have started them before they read of it.
         """
         if not self._several:
             return stop()
-        self._asked = stop()
-        return self._agreed
+        self._round, self._asked = round, stop()
+        return self._last is not None and round > self._last
 
     def start(self, split: PyTree, whole: PyTree) -> Any:
         """Makes a round's numbers readable here.
@@ -77,14 +81,16 @@ class Readout:
             return split, whole
         slots = jax.tree.leaves(split)[0].shape[0]
         asked = hosts.put(np.full((slots, 1), self._asked, np.int32), self._split)
-        return _Shared(self._pack((split, asked)), whole, jax.tree.map(jax.typeof, split))
+        words = self._pack((split, asked))
+        return _Shared(self._round, words, whole, jax.tree.map(jax.typeof, split))
 
     def finish(self, started: Any) -> tuple[PyTree, PyTree]:
         """The same in numpy; waits for the round."""
         if not self._several:
             return jax.device_get(started)
         words, whole = jax.device_get((started.words, started.whole))
-        self._agreed |= bool(words[:, -1].any())
+        if self._last is None and words[:, -1].any():
+            self._last = started.round + AHEAD
         return unpack(words, started.shapes), whole
 
 

@@ -15,6 +15,7 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Faults
 from fedlp_jax.placement import Plan
 from fedlp_jax.progress import Progress
+from fedlp_jax.readout import AHEAD
 from fedlp_jax.result import Result, Row
 from fedlp_jax.saver import Saver
 from fedlp_jax.simulation import Pending, Simulation
@@ -22,9 +23,6 @@ from fedlp_jax.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
-
-# Rounds the device may be ahead of the host. One is enough to hide the host's work.
-_AHEAD = 1
 
 
 def simulate(
@@ -149,10 +147,10 @@ def _run_rounds(
                 callback(row["round"], row, run.state)
 
     for round in rounds:
-        if run.readout.ends(stop or _never):
+        if run.readout.ends(round, stop or _never):
             break
         pending.append(run.dispatch(round))
-        read(ahead=0 if callbacks else _AHEAD)
+        read(ahead=0 if callbacks else AHEAD)
         if saver.due(round):
             read(ahead=0)
             saver.save(snapshot.take(run))
