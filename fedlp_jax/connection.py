@@ -23,7 +23,7 @@ from fedlp_jax.types import FedLPError
 
 CONNECT_SECONDS = 120.0
 HEARTBEAT_SECONDS = 100  # after which a process that says nothing counts as dead
-_PARTING_SECONDS = 5.0  # after a failure, in which others may need as long to see it
+_PARTING_SECONDS = 3.0  # after a failure, in which others may need as long to see it
 _LONG_PARTING_SECONDS = 3600.0  # the first may still be writing
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
