@@ -6,7 +6,7 @@ The modules in the order in which data flows through them:
     task, layers, submodel, masks   what is learnt, cut into layers, held by whom, sent by whom
     client, aggregate, server       train one client, average what was sent, step the server
     faults, robust, privacy         clients that fail or lie, and what holds against them
-    placement                       map over clients and sum, on any devices
+    hosts, placement                several processes as one; map over clients and sum, anywhere
     algorithms                      short compositions: fedavg, fedlp_homo, fedlp_hetero
     simulate, checkpoint            the host loop, and how a run goes on after a power cut
     report, config, cli             the run directory, files, the command line
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
     from fedlp_jax.checkpoint import Checkpoint as Checkpoint
     from fedlp_jax.config import load_config as load_config
+    from fedlp_jax.connection import connect as connect
     from fedlp_jax.data import partition as partition
     from fedlp_jax.data.datasets import Dataset as Dataset
     from fedlp_jax.data.datasets import from_arrays as from_arrays
@@ -69,6 +70,7 @@ _NAMES = {
     "fedlp_jax.algorithms.fedlp": "fedlp_hetero fedlp_homo",
     "fedlp_jax.checkpoint": "Checkpoint",
     "fedlp_jax.config": "load_config",
+    "fedlp_jax.connection": "connect",
     "fedlp_jax.data": "partition",
     "fedlp_jax.data.datasets": "Dataset from_arrays load",
     "fedlp_jax.data.partition": "Partition",

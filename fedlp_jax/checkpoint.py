@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 import fedlp_jax
+from fedlp_jax import hosts
 from fedlp_jax.limits import why
 from fedlp_jax.placement import Plan
 from fedlp_jax.snapshot import Snapshot, refuse_other
@@ -160,15 +161,32 @@ def _unpack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Snaps
     )
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def alone() -> Any:
+    """What tells orbax that no other process takes part: each can read, and the first writes."""
     import orbax.checkpoint as ocp  # here for its half second
+
+    this = hosts.index()
+    return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+
+
+def _reader() -> Any:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone())
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone())
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
 
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and a checkpoint has none")
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a pipe or a device, and a checkpoint has none")
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    reader = _reader()
     facts = reader.restore(folder, args=ocp.args.Composite(**{FACTS: ocp.args.JsonRestore()}))[
         FACTS
     ]
@@ -183,7 +201,7 @@ def _read_arrays(folder: Path, listed: list[tuple[str, str]]) -> dict[str, np.nd
 
     as_numpy = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(listed))}
     wanted = ocp.args.PyTreeRestore(dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    reader = _reader()
     found = reader.restore(folder, args=ocp.args.Composite(**{ARRAYS: wanted}))[ARRAYS]
     for i, (name, digest) in enumerate(listed):
         if _sum(found[str(i)]) != digest:

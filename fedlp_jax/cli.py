@@ -7,7 +7,6 @@ saved if a round was done. Help stays fast because jax is imported only by a com
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlp_jax import __version__, cli_reproduce, cli_tune
+from fedlp_jax import __version__, cli_hosts, cli_reproduce, cli_tune
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -36,6 +35,12 @@ Examples:
 Ctrl-C ends a run after the round in flight and saves it; this goes on with it:
 
   fedlp run runs/quickstart-1 --resume
+
+Two processes, here or on two hosts; both get the same configuration:
+
+  fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
+
+  fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 1
 """
 _INFO_EXAMPLES = """
 Examples:
@@ -79,12 +84,15 @@ def main() -> None:
     try:
         app(prog_name="fedlp")
     except SystemExit as ending:
+        cli_hosts.leave(int(ending.code or 0))
         if ending.code == _INTERRUPTED:
             # Without Python's own clean-up: a compilation that still runs would crash in it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(_INTERRUPTED)
+            cli_hosts.end(_INTERRUPTED)
         raise
+    except Exception:  # a bug
+        sys.excepthook(*sys.exc_info())
+        cli_hosts.leave(_FAILED)
+        sys.exit(_FAILED)
 
 
 def _version(wanted: bool) -> None:
@@ -113,31 +121,41 @@ def run(
     cohort: Cohort = None,
     seed: Seed = None,
     name: Name = None,
+    coordinator: cli_hosts.Coordinator = None,
+    num_processes: cli_hosts.NumProcesses = None,
+    process_id: cli_hosts.ProcessId = None,
+    distributed: cli_hosts.Distributed = False,
+    connect_seconds: cli_hosts.ConnectSeconds = 120.0,
 ) -> None:
     """Train as a configuration says and write a run directory."""
     typed = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     with _exit_codes():
         from absl import logging
 
+        cli_hosts.join(coordinator, num_processes, process_id, distributed, connect_seconds)
+        from fedlp_jax import hosts
         from fedlp_jax.experiment import execute
         from fedlp_jax.interruption import Interruption
         from fedlp_jax.resumption import finished, run_directory
         from fedlp_jax.tables import result_table, show
 
         logging.set_verbosity(logging.FATAL)  # orbax logs, with a traceback, what it raises too
-        path, settings = _settings([config, *context.args], typed)
-        if resume:
-            path, out = run_directory(path, out)
-        loaded = _load(path, settings)
-        done = finished(loaded, Path(out)) if resume and out else 0
-        if done:
-            typer.echo(f"{out} is finished: its {done} rounds are done.")
+        with hosts.together("read"):
+            path, settings = _settings([config, *context.args], typed)
+            if resume:
+                path, out = run_directory(path, out)
+            loaded = _load(path, settings)
+            done = finished(loaded, Path(out)) if resume and out else 0
+        if hosts.anywhere("finished", done > 0):
+            if done and hosts.is_first():
+                typer.echo(f"{out} is finished: its {done} rounds are done.")
             return
         with Interruption() as stop:
             outcome = execute(
                 loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop
             )
-        show(result_table(outcome.summary, outcome.directory))
+        if hosts.is_first():
+            show(result_table(outcome.summary, outcome.directory))
 
 
 @app.command(context_settings=_ANY_FIELD, epilog=_INFO_EXAMPLES)
@@ -182,12 +200,13 @@ def tune(
 
 def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> Any:
     """The checked configuration; then, before jax is used for the first time, its settings."""
+    from fedlp_jax import hosts
     from fedlp_jax.config import load_config
     from fedlp_jax.placement import setup
     from fedlp_jax.programs import keep_programs
 
     config = load_config(path, settings)
-    setup(cpu_devices=None if every_device else config.plan.devices)
+    setup(cpu_devices=hosts.share(None if every_device else config.plan.devices))
     keep_programs()
     return config
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +12,17 @@ from typing import Any, NamedTuple
 import optax
 
 from fedlp_jax import config_section as section
-from fedlp_jax import models, plots
+from fedlp_jax import hosts, models
 from fedlp_jax.algorithms import Algorithm, fedavg, fedlp_hetero, fedlp_homo
 from fedlp_jax.config import Config, dump_config, load_config, parse_config
 from fedlp_jax.costs import fedavg_traffic
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.datasets import Dataset, load
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.elsewhere import Elsewhere, run_directory
 from fedlp_jax.environment import environment
 from fedlp_jax.faults import Faults
+from fedlp_jax.pictures import draw
 from fedlp_jax.placement import Plan
 from fedlp_jax.privacy import Privacy
 from fedlp_jax.progress import Progress
@@ -182,16 +183,19 @@ def execute(
     if resume and (overwrite or out is None):
         raise FedLPError("a run that is resumed needs its directory, and is not overwritten.")
     config = _config(config)
-    with contextlib.closing(RunDirectory(out, config.name, overwrite, resume)) as directory:
-        start = earlier(config, directory.path) if resume else None
-        if start is not None:
-            given = {k: v for k, v in config.plan.model_dump().items() if v is not None}
-            config = _with_plan(config, dataclasses.replace(start.plan, **given))
-        arguments = build(config)
+    hosts.agree("configuration", _common(config) | {"resume": resume})
+    with contextlib.closing(run_directory(out, config.name, overwrite, resume)) as directory:
+        with hosts.together("build"):
+            start = earlier(config, directory.path) if resume else None
+            if start is not None:
+                given = {k: v for k, v in config.plan.model_dump().items() if v is not None}
+                config = _with_plan(config, dataclasses.replace(start.plan, **given))
+            arguments = build(config)
         plans: list[Plan] = [arguments["plan"]]  # as asked for, then as it runs
         rows: list[dict[str, Any]] = list(start.rows) if start is not None else []
         done = tuple(rows)
-        with Progress(config.rounds, config.name, wanted=progress, done=done) as shown:
+        wanted = progress if hosts.is_first() else False
+        with Progress(config.rounds, config.name, wanted=wanted, done=done) as shown:
 
             def log(row: dict[str, Any]) -> None:
                 if not directory.begun:
@@ -209,18 +213,21 @@ def execute(
                     stop=stop,
                     compiled=plans.append,
                 )
-                if stop is not None and len(rows) < config.rounds:
+                if stop is not None and len(result.history) < config.rounds:
                     raise KeyboardInterrupt
-                if not directory.begun:
-                    directory.begin(dump_config(_with_plan(config, result.plan)), done)
-                directory.save(result.state.variables)
+                with hosts.together("save"):
+                    if not directory.begun:
+                        directory.begin(dump_config(_with_plan(config, result.plan)), done)
+                    directory.save(result.state.variables)
             except BaseException as error:
                 _note_failure(error, directory, rows)
                 raise
         summary = summarize(config.name, arguments, result)
         summary["readings"]["total_seconds"] = time.perf_counter() - started
-        directory.summarize(summary)
-        _draw(directory, config.name, arguments["clients"], rows)
+        with hosts.together("summarize"):  # and no process leaves before all is written
+            directory.summarize(summary)
+            if hosts.is_first():
+                draw(directory, config.name, arguments["clients"], rows)
         return Outcome(result, directory.path, summary)
 
 
@@ -258,6 +265,11 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
     return load_config(config)
 
 
+def _common(config: Config) -> dict[str, Any]:
+    """What several processes must be told alike; each may have the data elsewhere."""
+    return config.model_dump(mode="json", exclude={"name": True, "data": {"data_dir"}})
+
+
 def _with_plan(config: Config, plan: Plan) -> Config:
     section = config.plan.model_copy(update=dataclasses.asdict(plan))
     return config.model_copy(update={"plan": section})
@@ -267,7 +279,9 @@ def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
     """Writes down how far a run came that did not reach its end, and tells the error so."""
-    if directory.begun:
+    if isinstance(directory, Elsewhere):
+        pass  # the first process notes it
+    elif directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
         status = statuses.get(type(error), "failed")
         summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
@@ -280,21 +294,3 @@ def _note_failure(
         directory.save(error.result.state.variables)
     elif directory.has_checkpoint:
         error.add_note(f"Go on with: fedlp run {directory.path} --resume")
-
-
-def _draw(
-    directory: RunDirectory, name: str, clients: Partition, rows: list[dict[str, Any]]
-) -> None:
-    """Draws the plots of a run that is done; what fails here costs it nothing but a warning."""
-    try:
-        clients.plot(str(directory.plot_file("partition")))
-        if any(row.get("test_accuracy") is not None for row in rows):
-            timed = ("simulated_time",) if "simulated_time" in rows[0] else ()
-            for x in ("round", "upload_megabytes", *timed):
-                file = directory.plot_file(f"accuracy_by_{x}")
-                plots.curves({name: rows}, path=str(file), x=x)
-    except Exception as error:
-        warnings.warn(
-            f"the plots of {directory.path} are not complete: {error} All else is written.",
-            stacklevel=2,
-        )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from fedlp_jax import hosts
 from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.types import FedLPError
 
@@ -28,7 +29,7 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
     Raises:
       FedLPError: what must lie on every device does not fit, with both sizes.
     """
-    free = free_bytes(plan)
+    free = hosts.least("memory for the data", free_bytes(plan))  # the place is the same everywhere
     if free is None or train_bytes + test_bytes <= free:
         return dataclasses.replace(plan, data=plan.data or DEVICE)
     here = f"each of {plan.devices} device(s), where {_size(free)} are free"
@@ -61,7 +62,8 @@ def compile_to_fit(
       FedLPError: with both sizes, and what to do.
     """
     program = compile(plan)
-    free, asked = free_bytes(plan), needed_bytes(program)
+    # The width must be the same on all machines.
+    free, asked = hosts.least("free memory", free_bytes(plan)), needed_bytes(program)
     free = None if free is None else max(free - ahead, 0)
     if free is None or asked is None or asked <= free:
         return program, plan

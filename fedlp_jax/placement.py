@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from fedlp_jax import hosts
 from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, shown
 
 AXIS = "clients"
@@ -35,7 +36,7 @@ class Plan:
     rounds are dispatched at once are not compared.
 
     Attributes:
-      devices: D, devices on the mesh.
+      devices: D, devices on the mesh, of all processes together.
       width: W, clients vmapped at once on a device; memory grows as W models.
       data: "device", the whole training split on every device; or "host", from where each device is
         sent the examples of its own clients, a round ahead. Chosen, it is the device if its memory
@@ -53,8 +54,8 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of a resolved plan: its first D devices on the axis `clients`."""
-        devices = jax.devices()[: self.devices]
+        """The mesh of a resolved plan: its D devices on the axis `clients`."""
+        devices = hosts.devices(self.devices)
         return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -75,11 +76,12 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
             raise FedLPError(
                 f"plan.{name}={shown(value)} must be a whole number of at least 1, or None."
             )
-    have = len(jax.devices())
+    have = len(hosts.devices())
     if plan.devices is not None and plan.devices > have:
         hint = "; on CPU, call fl.setup(cpu_devices=...) first" if _on_cpu() else ""
         raise FedLPError(f"plan.devices={plan.devices} but jax sees {have}{hint}.")
-    devices = min(plan.devices or have, cohort)
+    hosts.share(plan.devices)
+    devices = hosts.evenly(min(plan.devices or have, cohort))
     width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
     width = min(width, -(-cohort // devices))
     at_once = plan.rounds_at_once or 1
@@ -87,7 +89,7 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
 
 
 def setup(cpu_devices: int | None = None) -> None:
-    """Gives jax several CPU devices. Call it before the first jax operation.
+    """Gives this process several CPU devices. Call it before the first jax operation.
 
     A device per core, each with one stream of clients, is faster on CPU than one device with all
     cores. Importing fedlp_jax changes no setting of jax; this does.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.checkpoint import ARRAYS, FACTS, Checkpoint, pack
+from fedlp_jax.checkpoint import ARRAYS, FACTS, Checkpoint, alone, pack
 from fedlp_jax.snapshot import Snapshot
 from fedlp_jax.types import FedLPError
 
@@ -111,14 +111,16 @@ class Saver:
         import orbax.checkpoint as ocp
 
         assert self._checkpoint is not None
+        folder = Path(self._checkpoint.directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
+            create=False,
+            multiprocessing_options=alone(),
             preservation_policy=ocp.checkpoint_managers.LatestN(self._checkpoint.keep),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,
         )
-        manager = ocp.CheckpointManager(
-            Path(self._checkpoint.directory).absolute(), options=options
-        )
+        manager = ocp.CheckpointManager(folder, options=options)
         for round in self._checkpoint.rounds():
             if round > self._first:  # damaged, or of the run that is overwritten
                 manager.delete(round)

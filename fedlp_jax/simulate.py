@@ -6,7 +6,7 @@ import collections
 import time
 from collections.abc import Callable, Sequence
 
-from fedlp_jax import conv, snapshot
+from fedlp_jax import conv, hosts, snapshot
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.call import Pending
 from fedlp_jax.checkpoint import Checkpoint
@@ -47,6 +47,9 @@ def simulate(
 ) -> Result:
     """Runs federated training.
 
+    With several processes (`fl.connect`) each calls this with the same arguments. Callbacks run in
+    each of them; `log`, `progress` and `checkpoint` do so in the first only.
+
     Every draw is a function of (seed, round, client), so a run repeats bit for bit on one plan, and
     another plan changes parameters only by the order of a sum.
 
@@ -83,27 +86,32 @@ def simulate(
     """
     if plan is None and resume is not None:
         plan = resume.plan
-    run = Simulation(
-        algorithm,
-        data,
-        clients,
-        rounds=rounds,
-        cohort=cohort,
-        seed=seed,
-        eval_every=eval_every,
-        plan=plan,
-        variables=variables,
-        faults=faults,
-    )
-    saver = Saver(checkpoint, resume)
-    if resume is not None:
-        snapshot.check(run, resume)
+    with hosts.together("prepare"):
+        run = Simulation(
+            algorithm,
+            data,
+            clients,
+            rounds=rounds,
+            cohort=cohort,
+            seed=seed,
+            eval_every=eval_every,
+            plan=plan,
+            variables=variables,
+            faults=faults,
+        )
+        # What is saved is whole in each process, so the first alone saves it, when it sees fit.
+        saver = Saver(checkpoint if hosts.is_first() else None, resume)
+        if resume is not None:
+            snapshot.check(run, resume)
+    if hosts.count() > 1:
+        hosts.agree("run", snapshot.facts(run, data, resume))
     done = resume.rows if resume is not None else []
     left = range(len(done) + 1, rounds + 1)
-    if stop is not None and stop():
+    if stop is not None and hosts.anywhere("stop", stop()):
         left = range(0)
-    with Progress(rounds, data.name, wanted=progress, done=done) as shown, saver:
-        listeners = [shown.update] + ([log] if log is not None else [])
+    wanted = progress and hosts.is_first()
+    with Progress(rounds, data.name, wanted=wanted, done=done) as shown, saver, hosts.explained():
+        listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         if left:
             with conv.repeating(resume.lowerings if resume is not None else {}):
                 run.compile()
@@ -111,10 +119,15 @@ def simulate(
             compiled(run.plan)
         if resume is not None:
             snapshot.put_back(run, resume)
+        run.readout.meet()
         started = run.clock = time.perf_counter()
         _run_rounds(run, left, listeners, callbacks, saver, stop)
     run.readings["run_seconds"] = time.perf_counter() - started
     return run.result()
+
+
+def _never() -> bool:
+    return False
 
 
 def _run_rounds(
@@ -133,7 +146,7 @@ def _run_rounds(
             for callback in callbacks:
                 callback(row["round"], row, run.state)
 
-    while rounds and not (stop is not None and stop()):
+    while rounds and not run.readout.ends(rounds[0], stop or _never):
         # As many rounds in one call as the plan says, but none beyond one that others look at.
         count = 1 if callbacks else min(run.at_once(rounds[0]), saver.until_due(rounds[0]))
         call, rounds = rounds[:count], rounds[count:]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax import checks
+from fedlp_jax import checks, hosts
 from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.call import Pending, compiled, metrics_of, one_round, several_rounds
@@ -28,9 +28,10 @@ from fedlp_jax.layers import layer_table
 from fedlp_jax.memory import compile_to_fit, with_place
 from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
+from fedlp_jax.readout import Readout
 from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.staging import Population, Stage, on_host
-from fedlp_jax.types import ServerState, Variables
+from fedlp_jax.types import RoundMetrics, ServerState, Variables
 
 # Rounds of one call take no longer, so that a round's numbers are seen within a second.
 _CALL_SECONDS = 0.5
@@ -69,7 +70,7 @@ class Simulation:
         if self.exposure is not None:
             self.size = self.exposure.chosen
         self.plan = with_place(resolve(plan, self.size), *map(_bytes, (data.train, data.test)))
-        if algorithm.persist or self.plan.data == HOST:
+        if algorithm.persist or self.plan.data == HOST or hosts.count() > 1:
             self.plan = dataclasses.replace(self.plan, rounds_at_once=1)
         example = example_of(on_host(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
@@ -95,9 +96,8 @@ class Simulation:
             algorithm, data, population, self.levels, costs, root, example, self.plan
         )
         # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = jax.device_put(
-            jax.tree.map(jnp.copy, state), replicated(self.plan)
-        )
+        self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
+        self.readout = Readout(self.plan)
         self.ledger, self.history = Ledger(self.layers, self.population), History()
         self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
@@ -135,7 +135,7 @@ class Simulation:
             self.state, staged.private, staged.examples, staged.cohort, self.stage.key
         )
         self.stage.keep(staged, private)
-        return Pending(round, staged.host, metrics, self._tested(round))
+        return Pending(round, staged.host, self._numbers(metrics, self._tested(round)))
 
     def dispatch_several(self, rounds: Sequence[int]) -> list[Pending]:
         """Starts rounds that follow each other, up to `rounds_at_once`, in one call.
@@ -154,7 +154,7 @@ class Simulation:
         )
         tested = len(rounds[:-1]) * [None] + [self._tested(rounds[-1])]
         return [
-            Pending(round, host, metrics, test, place, len(rounds), stacked=True)
+            Pending(round, host, self._numbers(metrics, test), place, len(rounds), stacked=True)
             for place, (round, host, test) in enumerate(
                 zip(rounds, staged.hosts, tested, strict=True)
             )
@@ -175,16 +175,15 @@ class Simulation:
         Raises:
           DivergedError: no client counted, or what they add up to is not finite.
         """
-        metrics, tested = metrics_of(pending, jax.device_get)
+        metrics, halted, tested = metrics_of(pending, self.readout.finish)
         now = time.perf_counter()
         if pending.place == 0:  # the time of a call is shared by its rounds
             self._seconds, self.clock = (now - self.clock) / pending.of, now
         ran = np.asarray(pending.cohort.client) >= 0
         ids = np.asarray(pending.cohort.client)[ran]
         order = np.argsort(ids)
-        halted = bool(metrics.halted)
         ids = ids[order]
-        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=cast(Any, None)))
+        metrics = jax.tree.map(lambda x: x[ran][order], metrics)
         level = np.asarray(pending.cohort.level)[ran][order]
         fate: Fate | None = metrics.fate or None
         heard = np.ones(len(ids), bool)
@@ -247,6 +246,9 @@ class Simulation:
         cohorts = stage.several((1,)).cohorts
         several = (self.state, stage.train, cohorts, np.int32(1), stage.key)
         return self._timed(several_rounds(self.algorithm, plan), "round", several)
+
+    def _numbers(self, metrics: RoundMetrics, tested: dict[str, Any] | None) -> Any:
+        return self.readout.start(metrics._replace(halted=cast(Any, ())), (metrics.halted, tested))
 
     def _tested(self, round: int) -> dict[str, Any] | None:
         if round % self.eval_every and round != self.rounds:

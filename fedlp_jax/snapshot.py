@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +12,8 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
+from fedlp_jax import hosts
+from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.placement import Plan
 from fedlp_jax.result import Row
 from fedlp_jax.simulation import Simulation
@@ -45,6 +49,19 @@ def take(run: Simulation) -> Snapshot:
         run.plan,
         dict(run.lowerings),
     )
+
+
+def facts(run: Simulation, data: Dataset, resume: Snapshot | None) -> dict[str, Any]:
+    """What several processes must have in common for their numbers to be those of one run."""
+    arrays = {"train": data.train.inputs, "test": data.test.inputs, "labels": data.test.labels}
+    arrays |= {path: np.asarray(_raw(leaf)) for path, leaf in _leaves(run).items()}
+    return _settings(run) | {
+        "rounds": run.rounds,
+        "eval_every": run.eval_every,
+        "plan": dataclasses.asdict(run.plan),
+        "rounds done": 0 if resume is None else resume.round,
+        "arrays": {name: _check_sum(array) for name, array in arrays.items()},
+    }
 
 
 def check(run: Simulation, snapshot: Snapshot) -> None:
@@ -83,7 +100,7 @@ def put_back(run: Simulation, snapshot: Snapshot) -> None:
             return old  # it has no elements
         if _is_key(old):
             new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
-        return jax.device_put(new, old.sharding)
+        return hosts.put(new, old.sharding)
 
     trees = tree_map_with_path(filled, _trees(run))
     run.state = trees["state"]
@@ -165,6 +182,12 @@ def _raw(leaf: Array) -> Array:
 
 def _kind(leaf: Array | np.ndarray) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _check_sum(array: np.ndarray) -> str:
+    """Tells whether arrays are the same, in a second for a gigabyte."""
+    array = np.ascontiguousarray(array)
+    return f"{_kind(array)} of CRC {zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
 
 
 def _words(plan: Plan) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
+from fedlp_jax import hosts
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.cohort import CohortBuilder, CohortRule, members
 from fedlp_jax.data.arrays import Dataset, Split
@@ -89,11 +90,11 @@ class Stage:
         self._population, self._level_cost = population, level_cost
         self._local_steps = algorithm.local_steps
         everywhere = replicated(plan)
-        self.key = jax.device_put(root, everywhere)
+        self.key = hosts.put(root, everywhere)
         self.train = on_host(data.train, data.normalize)
         if plan.data != HOST:
-            self.train = jax.device_put(self.train, everywhere)
-        self.test = jax.device_put(on_host(data.test, data.normalize), everywhere)
+            self.train = hosts.put(self.train, everywhere)
+        self.test = hosts.put(on_host(data.test, data.normalize), everywhere)
         self.store: PrivateStore | None = None
         if algorithm.persist:
             self.store = PrivateStore(levels, population.assigned, root, example, plan)
@@ -121,12 +122,12 @@ class Stage:
         examples = self.train
         if self._plan.data == HOST:
             examples, host = self._sent(host)
-        cohort = jax.device_put(host, over_clients(self._plan))
+        cohort = hosts.put(host, over_clients(self._plan))
         return Staged(examples, cohort, private, host, layout)
 
     def several(self, rounds: Sequence[int]) -> StagedRounds:
         """What several rounds read, in arrays for as many as the plan's `rounds_at_once`."""
-        hosts, layouts = zip(*map(self._cohort, rounds), strict=True)
+        here, layouts = zip(*map(self._cohort, rounds), strict=True)
         room = self._plan.rounds_at_once or 1
 
         def stacked(*arrays: np.ndarray) -> np.ndarray:
@@ -134,9 +135,8 @@ class Stage:
             np.stack(arrays, out=stack[: len(arrays)])
             return stack
 
-        cohorts = jax.tree.map(stacked, *hosts)
-        cohorts = jax.device_put(cohorts, over_clients_of_rounds(self._plan))
-        return StagedRounds(cohorts, list(hosts), list(layouts))
+        cohorts = hosts.put(jax.tree.map(stacked, *here), over_clients_of_rounds(self._plan))
+        return StagedRounds(cohorts, list(here), list(layouts))
 
     def _cohort(self, round: int) -> tuple[Cohort, Layout]:
         """The cohort of a round, in numpy."""
@@ -166,9 +166,12 @@ class Stage:
             np.take(train.inputs, of_device, axis=0, out=inputs[here], mode="clip")
             np.take(train.labels, of_device, axis=0, out=labels[here], mode="clip")
         split, everywhere = over_clients(self._plan), replicated(self._plan)
-        shardings = Examples(cast(Any, split), cast(Any, split), cast(Any, everywhere))
-        arrays: Any = Examples(cast(Any, inputs), cast(Any, labels), train.normalize)
-        return jax.device_put(arrays, shardings), dataclasses.replace(cohort, rows=cast(Any, rows))
+        examples = Examples(
+            hosts.put(inputs, split),
+            hosts.put(labels, split),
+            hosts.put(train.normalize, everywhere),
+        )
+        return examples, dataclasses.replace(cohort, rows=cast(Any, rows))
 
 
 def own_rows(cohort: Cohort, devices: int, room: int) -> tuple[list[np.ndarray], np.ndarray]:

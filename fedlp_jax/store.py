@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.keys import head_key
@@ -63,7 +62,7 @@ class PrivateStore:
 
             stack = jax.jit(
                 lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
-            )(jnp.asarray(members if len(members) else [0], jnp.int32))  # a level may be empty
+            )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
             self.stacks += (stack,)
         self._gather = jax.jit(_gather, out_shardings=over_clients(plan))
         self._scatter = jax.jit(_scatter, donate_argnums=0, out_shardings=replicated(plan))

@@ -5,13 +5,13 @@ import os
 import signal
 import sys
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["fedlp_jax.experiment", "orbax.checkpoint", "scipy.stats"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["fedlp_jax.experiment", "orbax.checkpoint", "scipy.stats"])
 
 
 def start(folder, *words):
     """Starts `fedlp WORDS` in a folder; returns the process."""
-    process = _FORKS.Process(target=_live, args=(str(folder), words))
+    process = FORKS.Process(target=_live, args=(str(folder), words))
     process.start()
     return process
 
