@@ -37,15 +37,17 @@ def connect(
 ) -> None:
     """Makes this process one of several that run together. Call it before jax is used.
 
-    Each of them then calls the same functions with the same arguments: `fl.setup`, `fl.simulate`,
-    `fl.run`. A plan's devices are those of all processes together.
+    Each of them then calls the same functions with the same arguments: on CPU `fl.setup`, then
+    `fl.simulate` or `fl.run`. A plan's devices are those of all processes together. Where several
+    share the GPUs of a host, `CUDA_VISIBLE_DEVICES` deals these out.
 
     Args:
       coordinator: `HOST:PORT` of process 0, which listens there; None = found as jax does, on TPU
         pods, Slurm, Open MPI and Kubernetes.
       num_processes: how many there are.
       process_id: which this is, from 0.
-      seconds: how long to wait for the others.
+      seconds: how long to wait for the others; without a coordinator given, it is jax that waits,
+        and that ends the process when they do not come.
 
     Raises:
       FedLPError: an argument is missing or out of range, not all processes came in time, they run

@@ -59,7 +59,7 @@ def facts(run: Simulation, data: Dataset, resume: Snapshot | None) -> dict[str, 
         "rounds": run.rounds,
         "eval_every": run.eval_every,
         "plan": dataclasses.asdict(run.plan),
-        "rounds done": 0 if resume is None else resume.round,
+        "rounds in the checkpoint it reads": 0 if resume is None else resume.round,
         "arrays": {name: _check_sum(array) for name, array in arrays.items()},
     }
 

@@ -29,6 +29,17 @@ def fedlp(folder, number, *words, each=()):
     ]
 
 
+def slurm(folder, number, *words):
+    """Starts `fedlp WORDS --distributed` in a number of processes as Slurm would on this host."""
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost"}
+    processes = []
+    for i in range(number):
+        place = {"SLURM_NTASKS": str(number), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        places = job | place | {"JAX_COORDINATOR_PORT": job["SLURM_JOB_ID"]}
+        processes.append(lives.start(folder, *words, "--distributed", environment=places))
+    return processes
+
+
 def call(folder, number, function, *arguments):
     """Runs `function(*arguments)` in processes that are connected and have 4 devices in all."""
     port = free_port()

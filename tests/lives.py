@@ -9,15 +9,16 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["fedlp_jax.experiment", "orbax.checkpoint", "scipy.stats"])
 
 
-def start(folder, *words):
+def start(folder, *words, environment=()):
     """Starts `fedlp WORDS` in a folder; returns the process."""
-    process = FORKS.Process(target=_live, args=(str(folder), words))
+    process = FORKS.Process(target=_live, args=(str(folder), words, dict(environment)))
     process.start()
     return process
 
 
-def _live(folder, words):
+def _live(folder, words, environment):
     os.chdir(folder)
+    os.environ |= environment
     # A parent that ignores Ctrl-C, such as a script's background job, would hand that down.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     said = open("said.txt", "a", buffering=1)  # noqa: SIM115

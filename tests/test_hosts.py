@@ -221,11 +221,11 @@ def test_what_is_not_the_same_everywhere_is_refused_everywhere(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_first_process_refuses_all_refuse(tmp_path):
+def test_what_the_first_process_of_a_cluster_refuses_all_refuse(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    processes = crowd.fedlp(tmp_path, 2, "run", "c.yaml", "--out", "out")
+    processes = crowd.slurm(tmp_path, 2, "run", "c.yaml", "--out", "out")
     assert crowd.ended(processes) == [2, 2]
     said = (tmp_path / "said.txt").read_text()
     assert said.count("out already holds a run") == 2, said
