@@ -9,13 +9,15 @@ There is no pickle in a checkpoint, and nothing written in it or linked from it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,8 @@ class Checkpoint:
                 if facts["round"] != round:
                     raise ValueError(f"it is of round {shown(facts['round'])}")
                 refuse_other(facts["settings"], self.settings, f"{folder} is of another run")
-                return _unpack(facts, _read_arrays(folder, facts["arrays"]))
+                with _late_reads_unheard():
+                    return _unpack(facts, _read_arrays(folder, facts["arrays"]))
             except FedLPError:
                 raise
             except Exception as error:  # a damaged file can raise almost anything
@@ -207,6 +210,23 @@ def _read_arrays(folder: Path, listed: list[tuple[str, str]]) -> dict[str, np.nd
         if _sum(found[str(i)]) != digest:
             raise ValueError(f"the SHA-256 of {name} is another")
     return {name: found[str(i)] for i, (name, _) in enumerate(listed)}
+
+
+@contextlib.contextmanager
+def _late_reads_unheard() -> Iterator[None]:
+    """Where one array cannot be read, keeps the reads of others from telling so in tracebacks.
+
+    orbax leaves them running in threads, which find its loop closed when they end.
+    """
+    before = sys.unraisablehook
+
+    def unheard(told: Any) -> None:
+        if str(told.exc_value) != "Event loop is closed":
+            before(told)
+
+    sys.unraisablehook = unheard
+    yield
+    sys.unraisablehook = before  # only where all went well: nobody says when the last read ends
 
 
 def _check_version(facts: Mapping[str, Any], folder: Path) -> None:

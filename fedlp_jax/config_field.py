@@ -108,11 +108,11 @@ def choice(*known: str) -> Check:
 
 
 def text(value: Any) -> str:
-    """Text that is not empty, in one line."""
+    """Text that is not empty, in one line of at most 1,000 characters."""
     if not isinstance(value, str) or not value:
         raise refuse(f"is {shown(value)}, but must be text")
-    if not value.isprintable():
-        raise refuse(f"is {shown(value)}, but must be text of printable characters")
+    if not value.isprintable() or len(value) > 1000:
+        raise refuse(f"is {shown(value)}, but must be text of at most 1000 printable characters")
     return value
 
 

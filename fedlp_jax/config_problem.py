@@ -104,7 +104,7 @@ def _kind_of(section: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
     for part in section.split(".") if section else ():
         value = value.get(part) if isinstance(value, Mapping) else None
     name = value.get("name") if isinstance(value, Mapping) else None
-    return name if name in kinds[section] else ""
+    return name if isinstance(name, str) and name in kinds[section] else ""
 
 
 def _parts(loc: tuple[int | str, ...], kinds: Kinds) -> list[str]:

@@ -263,7 +263,7 @@ class _Local(Section):
 
 def _keep(value: Any) -> Any:
     rate = real(0, 1)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return {str(layer): rate(one) for layer, one in value.items()}
     if isinstance(value, list | tuple) and any(isinstance(row, list | tuple) for row in value):
         return several(several(rate))(value)

@@ -184,3 +184,25 @@ def test_a_directory_that_is_no_data_set_is_not_one(tmp_path):
     with pytest.raises(FedLPError, match="which holds no prepared set"):
         find("downloads", tmp_path)
     shutil.rmtree(tmp_path / "downloads")
+
+
+@pytest.mark.parametrize("template", ["../../x-{SHARD_INDEX}", "/etc/passwd", "a\0b", "a/../../b"])
+def test_a_shard_outside_its_folder_is_refused(tmp_path, template):
+    directory = write(tmp_path, SPLITS)
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["splits"][0]["filepathTemplate"] = template
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(FedLPError, match="which leads out of its folder"):
+        find("tiny", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "3", "{", "[" * 100_000, '{"splits": 3}', '{"splits": [{"name": []}, 1]}'],
+    ids=["list", "number", "broken", "deep", "splits", "names"],
+)
+def test_a_description_of_another_form_is_refused(tmp_path, content):
+    directory = write(tmp_path, SPLITS)
+    (directory / "dataset_info.json").write_text(content)
+    with pytest.raises(FedLPError, match=r"half prepared: .*dataset_info.json cannot be read"):
+        find("tiny", tmp_path)

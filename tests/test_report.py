@@ -1,10 +1,11 @@
 import json
 import os
 
+import hostile
 import numpy as np
 import pytest
 
-from fedlp_jax import environment, report
+from fedlp_jax import environment
 from fedlp_jax.report import RunDirectory, read_metrics
 from fedlp_jax.types import FedLPError
 
@@ -219,13 +220,36 @@ def test_refuses_what_cannot_be_a_directory(tmp_path):
         RunDirectory(tmp_path / "file" / "below", "r")
 
 
-def test_the_environment_can_be_written_down():
-    found = json.loads(json.dumps(report.plain(environment.environment())))
-    assert found["device"]["count"] >= 1
-    assert found["versions"]["jax"] and found["versions"]["fedlp_jax"]
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in (".claim", "config.yaml", "variables.npz"):
+        folder = tmp_path / f"out of {name}"
+        folder.mkdir()
+        (folder / name).symlink_to(tmp_path / "mine")
+        for more in ({}, {"resume": True}):
+            with pytest.raises(FedLPError, match=f"{name} is a link"):
+                RunDirectory(folder, "r", **more)
+        assert os.listdir(folder) == [name]
+    path = written(tmp_path / "out")
+    (path / ".summary.json").symlink_to(tmp_path / "mine")  # where the new one is written first
+    directory = RunDirectory(path, "r", resume=True)
+    directory.begin("seed: 1\n")
+    directory.summarize({"status": "done"})
+    directory.close()
+    assert json.loads((path / "summary.json").read_text()) == {"status": "done"}
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_the_commit_is_that_of_the_package_or_none(tmp_path, monkeypatch):
-    assert environment.commit() is None or len(environment.commit().removesuffix("-dirty")) == 40
-    monkeypatch.setenv("PATH", os.fspath(tmp_path))  # no git
-    assert environment.commit() is None
+def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):
+    path = written(tmp_path / "out")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    directory = RunDirectory(path, "r", resume=True)
+    large = {"params": {"fc": {"kernel": np.zeros((99, 99), np.float32)}}}
+    for name, write in (
+        ("variables.npz", lambda: directory.save(large)),
+        ("summary.json", lambda: directory.summarize({"x": "y" * 999})),
+    ):
+        with pytest.raises(OSError, match=f"too large: '.*{name}'"), hostile.full_disk():
+            write()
+    directory.close()
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before

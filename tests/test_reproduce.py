@@ -408,3 +408,13 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     fedavg, homo = (e["upload_megabytes"] for e in entries)
     assert 0.2 < homo / fedavg < 0.8
     assert "Written to" in said.stdout and (out / "accuracy_by_round.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", ["{", "[" * 99_999, "\0"], ids=["cut", "deep", "NUL"])
+def test_a_cell_with_broken_files_is_named(study, name, content):
+    (study.path(IID[0]) / name).write_text(content)
+    with pytest.raises(
+        FedLPError, match=f"{IID[0].name} has a .* that cannot be read: .*Remove the"
+    ):
+        survey(study)

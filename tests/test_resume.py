@@ -21,7 +21,7 @@ import yaml
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax import cli, experiment, masks, placement, snapshot
+from fedlp_jax import cli, experiment, masks, placement, resumption, snapshot
 from fedlp_jax.interruption import Interruption
 from fedlp_jax.report import read_metrics
 
@@ -310,6 +310,17 @@ def test_another_config_is_refused_with_the_fields_that_differ(inside):
     said = fedlp("run", "small.yaml", "--out", "part", "--resume", *other)
     assert said.exit_code == 2
     assert "part/checkpoints/3 is of another run: seed was 0 and is 1; alg" in said.stderr
+
+
+@pytest.mark.parametrize(
+    "summary",
+    ['{"status": "done", "rounds": "6"}', '{"status": "done", "rounds": [6]}', "[1]", "[" * 99_999],
+    ids=["text", "list", "other", "deep"],
+)
+def test_a_summary_of_another_form_ends_in_no_traceback(inside, summary):
+    Path("whole/summary.json").write_text(summary)
+    config = experiment.load_config("whole/config.yaml")
+    assert resumption.finished(config, Path("whole")) in (0, 6)
 
 
 @pytest.mark.filterwarnings("always")

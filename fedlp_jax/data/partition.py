@@ -253,8 +253,10 @@ def _generator(scheme: str, seed: Any) -> np.random.Generator:
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, _INTEGER) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise FedLPError(f"{name} must be a positive integer below 2**31, got {shown(value)}.")
+    if not isinstance(value, _INTEGER) or isinstance(value, bool) or value < 1:
+        raise FedLPError(f"{name} must be a positive integer, got {shown(value)}.")
+    if value >= 2**31:
+        raise FedLPError(f"{name} is {shown(value)}, but fewer than 2**31 can be counted.")
 
 
 def _check_clients(clients: Any, examples: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedlp_jax.config import Config, load_config
 from fedlp_jax.experiment import execute
+from fedlp_jax.limits import read_plain, why
 from fedlp_jax.progress import duration
 from fedlp_jax.report import CONFIG, METRICS, SUMMARY, read_metrics
 from fedlp_jax.reproduction.paper import ROWS, SPLITS, Cell, cell_config
@@ -139,11 +140,17 @@ def _found(study: Study, cell: Cell) -> Found:
     # Both are missing for a moment, in which a run may have been killed.
     if settings.is_file() and settings.stat().st_size:
         _check_same(load_config(settings), study.config(cell), path)
-    summary = json.loads(summary_file.read_text("utf-8")) if summary_file.is_file() else {}
-    if summary.get("status") in ("done", "diverged"):
-        rows = read_metrics(path)
-        return Found(summary["status"], len(rows), rows, summary)
-    lines = (path / METRICS).read_text("utf-8").count("\n")
+    try:
+        summary = dict(json.loads(read_plain(summary_file))) if summary_file.is_file() else {}
+        if summary.get("status") in ("done", "diverged"):
+            rows = read_metrics(path)
+            return Found(summary["status"], len(rows), rows, summary)
+    except Exception as error:  # what is no such JSON can raise almost anything
+        raise FedLPError(
+            f"{path} has a {SUMMARY} or {METRICS} that cannot be read: {why(error)}. Remove the "
+            "directory, and the same command runs that cell again."
+        ) from error
+    lines = (path / METRICS).read_text("utf-8", errors="replace").count("\n")
     return Found("unfinished", lines, [], summary)
 
 

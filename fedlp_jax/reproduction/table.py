@@ -87,7 +87,7 @@ def read_table(path: str | Path) -> Table:
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
         return Table(**raw)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FedLPError(
             f"{path} is not the table.json of `fedlp reproduce paper`: {error}."
         ) from None
