@@ -16,8 +16,8 @@ help: ## this list
 quickstart: $(VENV)/.runtime ## set up and train on real digits: FedLP, under a minute
 	$(BIN)/fedlp run configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.development ## set up and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.development ## set up and run the tests, a file at a time on each core
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.development ## check style and formatting
 	$(BIN)/ruff check .

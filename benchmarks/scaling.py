@@ -1,86 +1,204 @@
-"""What a round costs as the cohort and the population grow.
+"""What a round costs as the cohort, the population and the plan grow.
 
-    python -m benchmarks.scaling [--json FILE] [--smoke]
+    python -m benchmarks.scaling [--json FILE] [--smoke] [--only NAME]
 
-Two questions, each with its contenders alternated in one process, after a warm-up round, medians
-over repeats:
+Each question has its contenders alternated in one process, after a turn that does not count, and is
+answered by medians:
 
-* population: the same 100 clients a round out of 1,000 and out of 1,000,000. A round must not feel
-  the population.
-* cohort: 8 to 512 clients a round, in a loop (width 1) and vmapped all at once. Time a round must
-  be linear in the cohort.
+* population: the same 100 clients a round out of 1,000 and out of 1,000,000, with the data on the
+  devices and on the host. A round must not feel the population.
+* cohort: 8 to 512 clients a round on one device, in a loop (width 1) and 8 at a time. The time of a
+  round must be linear in the cohort: `slope` is what a client more costs, in milliseconds, from
+  each size to the next.
+* plan: devices, width and the place of the data, for a larger model; beside the time what the
+  compiled program says it takes of memory, and what a round really took.
+* uneven: clients by Dirichlet(0.1), 100 cohorts laid out: the share of steps computed for nobody,
+  and the work of the busiest device over the mean. Nothing is trained.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 import fedlp_jax as fl
 from benchmarks import command
+from benchmarks.memory import peak_of
 from benchmarks.timing import Rounds, alternate, spread
+from fedlp_jax.cohort import CohortBuilder, sample
+from fedlp_jax.memory import needed_bytes
+
+Rows = list[dict[str, Any]]
 
 _FEATURES = 64
 _PER_CLIENT = 8
 
 
 def main() -> None:
-    """Runs both and prints a line each."""
-    options = command.parser(__doc__).parse_args()
-    fl.setup()
-    repeats = 3 if options.smoke else 15
-    results = {
-        "population": population(1_000, 20_000 if options.smoke else 1_000_000, repeats),
-        "cohort": cohorts((8,) if options.smoke else (8, 32, 128, 512), repeats),
+    """Asks all questions, or one, and prints a line for each contender."""
+    parser = command.parser(__doc__)
+    questions: dict[str, Callable[[bool], Rows]] = {
+        "population": population,
+        "cohort": cohorts,
+        "plan": plans,
+        "uneven": uneven,
     }
-    for name, rows in results.items():
-        for row in rows:
-            print(name, json.dumps(row))
+    parser.add_argument("--only", choices=questions, help="one of the questions")
+    options = parser.parse_args()
+    fl.setup()
+    results = {}
+    for name, ask in questions.items():
+        if options.only not in (None, name):
+            continue
+        results[name] = ask(options.smoke)
+        for row in results[name]:
+            print(name, json.dumps(row), flush=True)
     command.write(options.json, results)
 
 
-def population(small: int, large: int, repeats: int) -> list[dict[str, Any]]:
+def population(smoke: bool) -> Rows:
     """Seconds of a round of 100 clients out of K."""
+    sizes = (1_000, 20_000 if smoke else 1_000_000)
     runs = {
-        clients: _rounds(clients, cohort=100, plan=fl.Plan(width=1)) for clients in (small, large)
+        (clients, data): _rounds(clients, cohort=100, plan=fl.Plan(width=1, data=data))
+        for clients in sizes
+        for data in ("device", "host")
     }
-    times = alternate(runs, repeats)
-    base = statistics.median(times[small])
-    return [
-        {"clients": k, "seconds": spread(t), "ratio_to_smallest": statistics.median(t) / base}
-        for k, t in times.items()
-    ]
-
-
-def cohorts(sizes: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
-    """Seconds of a round of C clients, one at a time and all vmapped."""
-    runs = {
-        (size, width): _rounds(1_000, cohort=size, plan=fl.Plan(devices=1, width=width))
-        for size in sizes
-        for width in (1, size)
-    }
-    times = alternate(runs, repeats)
+    times = alternate(runs, _repeats(smoke))
     return [
         {
-            "cohort": size,
-            "width": width,
-            "seconds": spread(t),
-            "ms_per_client": 1e3 * statistics.median(t) / size,
+            "clients": clients,
+            "data": data,
+            "seconds": spread(seconds),
+            "ratio_to_smallest": _ratio(seconds, times[sizes[0], data]),
         }
-        for (size, width), t in times.items()
+        for (clients, data), seconds in times.items()
     ]
 
 
-def _rounds(clients: int, cohort: int, plan: fl.Plan) -> Rounds:
-    """A small model and few examples a client, so that nothing but the round itself is seen."""
+def cohorts(smoke: bool) -> Rows:
+    """Seconds of a round of C clients on one device, one at a time and eight."""
+    sizes = (4, 8) if smoke else (8, 32, 128, 512)
+    runs = {
+        (size, width): _rounds(
+            1_000, cohort=size, plan=fl.Plan(devices=1, width=width), examples=64
+        )
+        for size in sizes
+        for width in (1, sizes[0])
+    }
+    times = alternate(runs, _repeats(smoke))
+    rows = []
+    for (size, width), seconds in times.items():
+        row = {
+            "cohort": size,
+            "width": width,
+            "seconds": spread(seconds),
+            "ms_per_client": 1e3 * statistics.median(seconds) / size,
+        }
+        if size != sizes[0]:
+            smaller = sizes[sizes.index(size) - 1]
+            before = times[smaller, width]
+            # A turn of one beside the same turn of the other, as the machine drifts.
+            slopes = [(b - a) / (size - smaller) for a, b in zip(before, seconds, strict=True)]
+            row["slope"] = 1e3 * statistics.median(slopes)
+        rows.append(row)
+    return rows
+
+
+def plans(smoke: bool) -> Rows:
+    """Seconds and memory of a round of 64 clients of a model of 400,000 parameters, by plan."""
+    cohort, hidden = (4, 8) if smoke else (64, 512)
+    most = len(jax.devices())
+    chosen = [
+        fl.Plan(devices, width, data)
+        for devices in ((most,) if smoke else sorted({1, most}))
+        for width in ((2,) if smoke else (1, 8, 32))
+        for data in ("device", "host")
+    ]
+    runs = {
+        plan_words(plan): _rounds(1_000, cohort, plan, features=784, hidden=(hidden,))
+        for plan in chosen
+    }
+    times = alternate(runs, _repeats(smoke))
+    base = next(iter(times.values()))
+    rows = []
+    for plan, (name, seconds) in zip(chosen, times.items(), strict=True):
+        run = runs[name].run
+        needed = needed_bytes(run.round_program)
+        # What a round is given is put there anew each time, where the data are on the host.
+        given = (plan.devices or 1) * run.stage.bytes_ahead
+        predicted = None if needed is None else (run.plan.devices or 1) * needed + given
+        measured = peak_of(runs[name])
+        rows.append(
+            {"devices": plan.devices, "width": run.plan.width, "data": plan.data}
+            | {"seconds": spread(seconds), "ratio_to_first": _ratio(seconds, base)}
+            | {"predicted_bytes": predicted, "measured_bytes": measured}
+        )
+    return rows
+
+
+def uneven(smoke: bool) -> Rows:
+    """Padded share and imbalance of cohorts of Dirichlet(0.1), by cohort, devices and width."""
+    labels = np.random.default_rng(0).integers(0, 10, 50_000)
+    clients = fl.partition.dirichlet(labels, clients=1_000, alpha=0.1, seed=0, min_size=1)
+    level = np.zeros(clients.clients, np.int32)
+    rows = []
+    for cohort in (10, 100, 512):
+        for devices in (1, 2, 4):
+            for width in (1, 4, 16, 64):
+                if width > -(-cohort // devices):
+                    continue
+                plan = fl.Plan(devices, width)
+                builder = CohortBuilder(clients, level, lambda n: -(-n // 10), [1.0], plan)
+                layouts = [
+                    builder.build(sample(0, round, clients.clients, cohort))[1]
+                    for round in range(1, 4 if smoke else 101)
+                ]
+                rows.append(
+                    {"cohort": cohort, "devices": devices, "width": width}
+                    | {name: _mean(name, layouts) for name in ("padded_share", "imbalance")}
+                )
+    return rows
+
+
+def plan_words(plan: fl.Plan) -> str:
+    """A name for a plan."""
+    return f"{plan.devices}x{plan.width} {plan.data}"
+
+
+def _mean(name: str, layouts: list[Any]) -> float:
+    return statistics.fmean(getattr(layout, name) for layout in layouts)
+
+
+def _repeats(smoke: bool) -> int:
+    return 3 if smoke else 15
+
+
+def _ratio(seconds: list[float], base: list[float]) -> float:
+    """The median over turns of one contender beside another."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def _rounds(
+    clients: int,
+    cohort: int,
+    plan: fl.Plan,
+    features: int = _FEATURES,
+    examples: int = _PER_CLIENT,
+    hidden: tuple[int, ...] = (128, 64),
+) -> Rounds:
+    """A small model and few examples a client, so that the round itself is seen."""
     data = fl.load(
-        "synthetic", examples=clients * _PER_CLIENT, shape=(_FEATURES,), num_classes=10, seed=0
+        "synthetic", examples=clients * examples, shape=(features,), num_classes=10, seed=0
     )
     partition = fl.partition.iid(data.train.labels, clients=clients, seed=0)
-    task = fl.classification(fl.models.MLP(hidden=(128, 64), num_classes=10))
+    task = fl.classification(fl.models.MLP(hidden=hidden, num_classes=10))
     algorithm = fl.fedlp_homo(
         task, keep=0.5, client_optimizer=optax.sgd(0.1), epochs=1, batch_size=4
     )

@@ -1,6 +1,7 @@
 """Time of a client-step: this package against a PyTorch loop and a first try in JAX.
 
-    python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N] [--smoke]
+    python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N]
+        [--against torch] [--smoke]
 
 Every contender is a process of its own; one runs at a time. They have the same images, clients and
 initial weights; before anything is timed, one client's weights after five steps are compared, in
@@ -76,15 +77,16 @@ class Contender:
         return answer
 
 
-def compare(name: str, workload: Workload, repeats: int) -> dict[str, Any]:
-    """Runs all contenders of one workload."""
+def compare(name: str, workload: Workload, repeats: int, wanted: str = "") -> dict[str, Any]:
+    """Runs the contenders of one workload, those whose name begins as wanted and `ours`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stage.write(workload, folder)
         contenders = {
             label: Contender(kind, folder, settings)
             for label, (kind, settings) in _CONTENDERS.items()
-            if kind != "torch" or importlib.util.find_spec("torch")
+            if (kind != "torch" or importlib.util.find_spec("torch"))
+            and (label == "ours" or label.startswith(wanted))
         }
         differences = _check(contenders, folder)
         for turn in range(repeats + 1):
@@ -172,6 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--json", help="write the results here")
+    parser.add_argument(
+        "--against",
+        default="",
+        help="only contenders whose name begins so, as torch",
+        metavar="NAME",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each contender")
     parser.add_argument("--smoke", action="store_true", help="a few steps on made-up images")
     options = parser.parse_args()
@@ -179,7 +187,9 @@ def main() -> None:
     results = []
     for name in names:
         workload = smoke(WORKLOADS[name]) if options.smoke else WORKLOADS[name]
-        results.append(compare(name, workload, 1 if options.smoke else options.repeats))
+        results.append(
+            compare(name, workload, 1 if options.smoke else options.repeats, options.against)
+        )
         _print(results[-1])
         if options.json:
             Path(options.json).write_text(

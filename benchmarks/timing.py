@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import fedlp_jax as fl
 from benchmarks import parts
 from benchmarks.workloads import Workload
+from fedlp_jax.tuning import Rounds as Rounds
 
 Name = TypeVar("Name")
-
-
-class Rounds:
-    """A simulation, compiled when it is made; each call runs one more round, without a test.
-
-    Attributes:
-      run: the simulation.
-      compile_seconds: tracing, lowering and compiling the round.
-    """
-
-    def __init__(self, *arguments: Any, **settings: Any):
-        """Compiles a `fl.Simulation` of these arguments."""
-        self.run = fl.Simulation(*arguments, rounds=10**6, **settings)
-        self.run.compile()
-        self.compile_seconds = sum(
-            self.run.readings[f"round_{part}_seconds"] for part in ("trace", "lowering", "compile")
-        )
-        self.number = 0
-
-    def __call__(self) -> float:
-        """Seconds of a round: laying the cohort out, running it, reading its numbers."""
-        self.number += 1
-        start = time.perf_counter()
-        self.run.read(self.run.dispatch(self.number))
-        return time.perf_counter() - start
 
 
 def rounds_of(workload: Workload, plan: fl.Plan | None = None) -> Rounds:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +24,14 @@ import numpy as np
 
 import fedlp_jax
 from fedlp_jax import hosts
+from fedlp_jax.limits import why
 from fedlp_jax.placement import Plan
 from fedlp_jax.snapshot import Snapshot, refuse_other
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, shown
 
 FORMAT = 1
 ARRAYS, FACTS = "arrays", "facts"
+_ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,9 @@ class Checkpoint:
             good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= least
             if not good and (value is not None or name == "keep"):
                 what = "a whole number" if kind is int else "a number"
-                raise FedLPError(f"checkpoint.{name}={value!r} must be {what} of at least {least}.")
+                raise FedLPError(
+                    f"checkpoint.{name}={shown(value)} must be {what} of at least {least}."
+                )
         try:
             settings = json.loads(json.dumps(self.settings))
         except (TypeError, ValueError) as error:
@@ -72,9 +78,15 @@ class Checkpoint:
 
     def rounds(self) -> list[int]:
         """The rounds after which there is a checkpoint, ascending."""
-        folder = Path(self.directory)
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            names = []
+        except (OSError, ValueError) as error:
+            raise FedLPError(
+                f"the checkpoints in {shown(str(self.directory))} cannot be read: {why(error)}."
+            ) from error
+        return sorted(int(name) for name in names if _ROUND.fullmatch(name))
 
     def latest(self) -> Snapshot | None:
         """The last checkpoint that is whole; a damaged one is passed over with a warning.
@@ -91,14 +103,16 @@ class Checkpoint:
             try:
                 facts = _read_facts(folder)
                 _check_version(facts, folder)
+                if facts["round"] != round:
+                    raise ValueError(f"it is of round {shown(facts['round'])}")
                 refuse_other(facts["settings"], self.settings, f"{folder} is of another run")
                 return _unpack(facts, _read_arrays(folder, facts["arrays"]))
             except FedLPError:
                 raise
             except Exception as error:  # a damaged file can raise almost anything
-                why = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(
-                    f"the checkpoint {folder} is damaged and passed over: {why[0]}", stacklevel=2
+                    f"the checkpoint {folder} is damaged and passed over: {why(error)}.",
+                    stacklevel=2,
                 )
         if rounds:
             raise FedLPError(
@@ -169,13 +183,15 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
-            raise ValueError(f"{path} is a link, and a checkpoint has none.")
+            raise ValueError(f"{path} is a link, and a checkpoint has none")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe or a device, and a checkpoint has none")
     reader = _reader()
     facts = reader.restore(folder, args=ocp.args.Composite(**{FACTS: ocp.args.JsonRestore()}))[
         FACTS
     ]
     if facts.pop("sha256") != _sum_of_facts(facts):
-        raise ValueError("the SHA-256 of its facts is another.")
+        raise ValueError("the SHA-256 of its facts is another")
     return facts
 
 
@@ -189,7 +205,7 @@ def _read_arrays(folder: Path, listed: list[tuple[str, str]]) -> dict[str, np.nd
     found = reader.restore(folder, args=ocp.args.Composite(**{ARRAYS: wanted}))[ARRAYS]
     for i, (name, digest) in enumerate(listed):
         if _sum(found[str(i)]) != digest:
-            raise ValueError(f"the SHA-256 of {name} is another.")
+            raise ValueError(f"the SHA-256 of {name} is another")
     return {name: found[str(i)] for i, (name, _) in enumerate(listed)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +16,11 @@ from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Faults
 from fedlp_jax.layers import LayerTable
+from fedlp_jax.limits import usable_memory
 from fedlp_jax.placement import Plan
 from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables
+from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables, shown
 
 
 def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
@@ -41,7 +42,7 @@ def check_numbers(rounds: int, seed: int, eval_every: int | None) -> None:
         if value is None and name == "eval_every":
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise FedLPError(f"{name}={value!r} must be a whole number of at least {least}.")
+            raise FedLPError(f"{name}={shown(value)} must be a whole number of at least {least}.")
     if seed >= 2**32:
         raise FedLPError(f"seed={seed} must be below 2**32.")
 
@@ -144,6 +145,35 @@ def check_stack(variables: Variables, layers: LayerTable, cohort: int, plan: Pla
     return need
 
 
+def check_size(variables: Variables, plan: Plan) -> None:
+    """Refuses a model of which the server's, a client's and an update do not fit the memory.
+
+    Raises:
+      FedLPError: with both sizes.
+    """
+    model = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    have = _usable_memory(plan)
+    if 3 * model > have:
+        raise FedLPError(
+            f"the model takes {model / 2**30:.1f} GiB, a round at least three times as much, and "
+            f"there are {have / 2**30:.1f} GiB to use; make it smaller."
+        )
+
+
+def check_steps(algorithm: Algorithm, clients: Partition) -> None:
+    """Refuses more local steps than 32 bits count.
+
+    Raises:
+      FedLPError: with the largest number of steps of a client.
+    """
+    most = int(np.max(algorithm.local_steps(clients.sizes)))
+    if most >= 2**31:
+        raise FedLPError(
+            f"a client takes {most:,} steps a round, where fewer than 2**31 are counted; lower "
+            "epochs or steps."
+        )
+
+
 def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:
     """The shapes of an algorithm's first state; what it refuses, it refuses before compiling."""
     return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
@@ -173,7 +203,7 @@ def check_variables(variables: Variables | None, wanted: Variables) -> None:
 def _usable_memory(plan: Plan) -> int:
     """Bytes a run may plan for: half of the machine's, or the sum over accelerators."""
     if jax.default_backend() == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return usable_memory()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in plan.mesh.devices.flat]
     return sum(limit if limit is not None else 2**63 for limit in limits)
 

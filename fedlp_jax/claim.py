@@ -10,6 +10,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from fedlp_jax.limits import read_plain, why
 from fedlp_jax.types import FedLPError
 
 CLAIM = ".claim"
@@ -38,6 +39,11 @@ class Claim:
         self._folder, self._path = folder, folder / CLAIM
         now = datetime.now().isoformat(" ")
         self._text = f"process {os.getpid()} on {platform.node()} since {now}"
+        if self._path.is_symlink() and not replace:
+            raise FedLPError(
+                f"{self._path} is a link, which no run makes; remove it, or choose another "
+                "directory with --out."
+            )
         inherit = inherit and not replace and self._path.exists()
         if inherit:
             self._refuse_other_machine()
@@ -101,6 +107,8 @@ class Claim:
 
     def _holder(self) -> str:
         try:
-            return self._path.read_text("utf-8", errors="replace")
-        except OSError:
+            return read_plain(self._path).decode("utf-8", errors="replace")
+        except FileNotFoundError:
             return "which has just ended"
+        except OSError as error:
+            return f"its {CLAIM} cannot be read: {why(error)}"

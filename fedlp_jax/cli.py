@@ -66,8 +66,8 @@ RunConfig = Annotated[
         metavar="CONFIG", help="A YAML file, as in configs/, or with --resume a run directory."
     ),
 ]
-Rounds = Annotated[int | None, typer.Option(help="Rounds to run.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
+Rounds = Annotated[str | None, typer.Option(help="Rounds to run.", metavar="N")]
+Seed = Annotated[str | None, typer.Option(help="Seed of the run.", metavar="N")]
 Cohort = Annotated[
     str | None, typer.Option(help="Clients of a round, or their share.", metavar="N")
 ]
@@ -186,14 +186,19 @@ def tune(
     config: ConfigFile,
     seconds: cli_tune.Seconds = 120.0,
     dry_run: cli_tune.DryRun = False,
+    convolutions: cli_tune.Convolutions = False,
 ) -> None:
-    """Measure plans (devices, width) for a configuration; write the quickest into its file."""
+    """Measure plans (devices, width, data) for a configuration; write the best into its file."""
     with _exit_codes():
         path, settings = _settings([config, *context.args], {})
-        cli_tune.tune(_load(path, settings), path, seconds, dry_run)
+        loaded = _load(path, settings, every_device=True)
+        if convolutions:
+            cli_tune.tune_convolutions(loaded, seconds, dry_run)
+        else:
+            cli_tune.tune(loaded, path, seconds, dry_run)
 
 
-def _load(path: str, settings: dict[str, Any]) -> Any:
+def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> Any:
     """The checked configuration; then, before jax is used for the first time, its settings."""
     from fedlp_jax import hosts
     from fedlp_jax.config import load_config
@@ -201,7 +206,7 @@ def _load(path: str, settings: dict[str, Any]) -> Any:
     from fedlp_jax.programs import keep_programs
 
     config = load_config(path, settings)
-    setup(cpu_devices=hosts.share(config.plan.devices))
+    setup(cpu_devices=None if every_device else hosts.share(config.plan.devices))
     keep_programs()
     return config
 
@@ -219,8 +224,8 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
     Raises:
       FedLPError: a field without a value, or not exactly one file.
     """
-    from fedlp_jax.config_file import parse_value
-    from fedlp_jax.types import FedLPError
+    from fedlp_jax.config_yaml import parse_value
+    from fedlp_jax.types import FedLPError, shown
 
     files: list[str] = []
     settings: dict[str, Any] = {}
@@ -232,13 +237,16 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
         field, given, value = word[2:].partition("=")
         value = value if given else next(rest, "--")
         if value.startswith("--"):
-            raise FedLPError(f"--{field} needs a value, as in --algorithm.keep 0.5.")
+            raise FedLPError(f"--{field[:100]} needs a value, as in --algorithm.keep 0.5.")
         settings[field] = parse_value(value)
     if len(files) != 1:
-        raise FedLPError(f"one configuration is needed, but {len(files)} are given: {files}.")
+        raise FedLPError(
+            f"one configuration is needed, but {len(files)} are given: {shown(files)}."
+        )
     for field, value in typed.items():
         if value is not None:
-            settings[field] = parse_value(value) if field == "cohort" else value
+            text = isinstance(value, str) and field != "name"
+            settings[field] = parse_value(value) if text else value
     return files[0], settings
 
 
@@ -270,7 +278,7 @@ reproduce.command(epilog=cli_reproduce.EXAMPLES)(_exit_codes()(cli_reproduce.pap
 
 def _leave(error: BaseException, what: str, code: int) -> None:
     for line in f"{what}{error}".splitlines():
-        print(f"fedlp: {line}", file=sys.stderr)
+        print(f"fedlp: {_printable(line)}", file=sys.stderr)
     if code != _BAD_INPUT:
         # Where the rounds so far are.
         for note in getattr(error, "__notes__", ()):
@@ -279,4 +287,9 @@ def _leave(error: BaseException, what: str, code: int) -> None:
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"fedlp: warning: {message}", file=sys.stderr)
+    print(f"fedlp: warning: {_printable(str(message))}", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    """A line without what could move the cursor, or no terminal can show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -13,7 +13,7 @@ import optax
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.keys import Purpose, client_key
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, FedLPError, Variables
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, FedLPError, Variables, shown
 
 
 class LocalWork(NamedTuple):
@@ -54,7 +54,7 @@ def check_work(work: LocalWork) -> LocalWork:
     for name, value in work._asdict().items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if value is not None and not (whole and value >= 1):
-            raise FedLPError(f"{name}={value!r} must be a whole number of at least 1.")
+            raise FedLPError(f"{name}={shown(value)} must be a whole number of at least 1.")
     return work
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.placement import Layout, Plan, lay_out
+from fedlp_jax.layout import Layout, lay_out, most_clients
+from fedlp_jax.placement import Plan
 from fedlp_jax.types import Cohort, FedLPError
 
 # Partitions draw from the same generator under small numbers of their own.
@@ -130,6 +131,18 @@ class CohortBuilder:
         sizes = partition.sizes
         self._widest = int(sizes.max())
         self._even = self._widest if int(sizes.min()) == self._widest else None
+
+    def most_rows(self, cohort: int) -> int:
+        """Rows that no device exceeds in any round: those of as many of the largest clients.
+
+        As many as `most_clients` says, for a cohort of C out of this population. Where clients are
+        alike that is their even share.
+        """
+        sizes = self._partition.sizes
+        work = self._local_steps(sizes) * np.asarray(self._level_cost, np.float64)[self._assigned]
+        evenness = float(work.min() / work.max()) if work.max() > 0 else 1.0
+        most = most_clients(cohort, self._plan.devices or 1, evenness)
+        return int(np.partition(sizes, len(sizes) - most)[len(sizes) - most :].sum())
 
     def build(self, ids: np.ndarray) -> tuple[Cohort, Layout]:
         """The arrays of one round, in numpy, for the clients `i64[C]` ascending."""

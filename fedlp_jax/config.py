@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fedlp_jax import config_section
@@ -24,6 +23,7 @@ from fedlp_jax.config_field import (
     Section,
     Seed,
     choice,
+    is_number,
     optional,
     real,
     refuse,
@@ -32,12 +32,13 @@ from fedlp_jax.config_field import (
 )
 from fedlp_jax.config_file import Raw, read_config
 from fedlp_jax.config_problem import section_kinds, sentences
-from fedlp_jax.types import FedLPError
+from fedlp_jax.config_yaml import to_yaml
+from fedlp_jax.types import FedLPError, shown
 
 
 def _folder_name(value: str) -> str:
-    if not value.strip(".") or any(c in value for c in "/\\\0\n") or len(value) > 100:
-        raise refuse(f"is {value!r}, but must be usable as the name of a folder")
+    if not value.strip(". ") or any(c in value for c in "/\\") or len(value.encode()) > 200:
+        raise refuse(f"is {shown(value)}, but must be usable as the name of a folder")
     return value
 
 
@@ -45,10 +46,10 @@ def _cohort(value: Any) -> int | float:
     # As in simulate: 1 is one client and 1.0 all of them.
     if isinstance(value, float) and 0 < value <= 1:
         return value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value < 1 or value % 1:
+    if not is_number(value) or not 1 <= value < 2**31 or value % 1:
         raise refuse(
-            f"is {value!r}, but must be a whole number of clients >= 1, or a share of them above 0 "
-            "and up to 1.0"
+            f"is {shown(value)}, but must be a whole number of clients >= 1, or a share of them "
+            "above 0 and up to 1.0"
         )
     return int(value)
 
@@ -58,6 +59,9 @@ class PlanSection(Section):
 
     devices: OptionalCount = None  # null = all there are
     width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
+    # where the training split lies; null = on every device if it fits there, else on the host
+    data: Annotated[str | None, Checked(optional(choice("device", "host")))] = None
+    rounds_at_once: OptionalCount = None  # the most that one call runs; null = 1
 
 
 class CheckpointSection(Section):
@@ -149,7 +153,7 @@ def parse_config(raw: Raw, source: str = "") -> Config:
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def _left_behind(section: str, old: str, new: str) -> set[str]:

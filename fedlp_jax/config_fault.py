@@ -17,6 +17,7 @@ from fedlp_jax.config_field import (
     several,
     whole,
 )
+from fedlp_jax.types import shown
 
 
 def _shares(value: Any) -> Any:
@@ -86,7 +87,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "trimmed_mean": {"trim": real(0, 0.5)},
     "krum": {"byzantine": real(0, 0.5)},
     "multi_krum": {"byzantine": real(0, 0.5)},
-    "geometric_median": {"iterations": whole(1)},
+    "geometric_median": {"iterations": whole(1, 10_000)},
 }
 
 
@@ -95,7 +96,7 @@ def _aggregator(value: Any) -> Any:
     if not isinstance(value, dict):
         return known(value)
     if "name" not in value:
-        raise refuse(f"is {value!r}, but must have a name: {', '.join(_SETTINGS)}")
+        raise refuse(f"is {shown(value)}, but must have a name: {', '.join(_SETTINGS)}")
     name = known(value["name"])
     takes = _SETTINGS[name]
     settings = {key: one for key, one in value.items() if key != "name"}

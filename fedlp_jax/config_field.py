@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from pydantic import BeforeValidator as Checked
 from pydantic_core import PydanticCustomError
 
-from fedlp_jax.types import nearest
+from fedlp_jax.types import nearest, shown
 
 Check = Callable[[Any], Any]
-_HUGE = 1e300  # what is larger is a slip, and infinite in f32 anyway
+_HUGE, _TINY = 2.0**127, 2.0**-126  # what float32 can tell from infinity and from zero
+_MANY = 2**31  # rounds, clients, steps and sizes are counted in 32 bits
 
 
 def refuse(sentence: str) -> PydanticCustomError:
@@ -36,9 +37,11 @@ def whole(low: int, high: int | None = None) -> Check:
     wanted = "a whole number " + (f"from {low} to {high}" if high is not None else f">= {low}")
 
     def check(value: Any) -> int:
-        good = _is_number(value) and value == value // 1 and value >= low
+        if high is None and is_number(value) and value >= _MANY:
+            raise refuse(f"is {shown(value)}, but must be {wanted} and below {_MANY}")
+        good = is_number(value) and value >= low and value % 1 == 0
         if not good or (high is not None and value > high):
-            raise refuse(f"is {value!r}, but must be {wanted}")
+            raise refuse(f"is {shown(value)}, but must be {wanted}")
         return int(value)
 
     return check
@@ -51,9 +54,15 @@ def real(low: float, high: float = math.inf, *, above: bool = False, below: bool
         wanted += f" and {'below' if below else '<='} {high:g}"
 
     def check(value: Any) -> float:
-        good = _is_number(value) and low <= value <= high
+        if math.isinf(high) and is_number(value) and _HUGE <= value < math.inf:
+            raise refuse(f"is {shown(value)}, but must be {wanted} and below {_HUGE:.2g}")
+        good = is_number(value) and low <= value <= high and value < _HUGE
         if not good or (above and value == low) or (below and value == high):
-            raise refuse(f"is {value!r}, but must be {wanted}")
+            raise refuse(f"is {shown(value)}, but must be {wanted}")
+        if 0 < abs(value) < _TINY:
+            raise refuse(
+                f"is {value!r}, which is 0 in float32; give 0 or a number of at least {_TINY:.2g}"
+            )
         return float(value)
 
     return check
@@ -65,11 +74,23 @@ def several(element: Check, *, alone: bool = False, minimum: int = 1) -> Check:
     def check(value: Any) -> Any:
         if isinstance(value, list | tuple):
             if len(value) < minimum:
-                raise refuse(f"is {value!r}, but must have {minimum} or more entries")
+                raise refuse(f"is {shown(value)}, but must have {minimum} or more entries")
             return tuple(_entry(element, i, v) for i, v in enumerate(value))
         if not alone:
-            raise refuse(f"is {value!r}, but must be a list")
+            raise refuse(f"is {shown(value)}, but must be a list")
         return element(value)
+
+    return check
+
+
+def without(*taken: str) -> Check:
+    """Mappings that leave some names to the section they are in."""
+
+    def check(value: Any) -> Any:
+        for name in taken if isinstance(value, dict) else ():
+            if name in value:
+                raise refuse(f"has {name}, which is a field beside it; write it one level up")
+        return value
 
     return check
 
@@ -80,23 +101,25 @@ def choice(*known: str) -> Check:
     def check(value: Any) -> str:
         if value not in known:
             hint = nearest(value, known) if isinstance(value, str) else ""
-            raise refuse(f"is {value!r}, but must be {' or '.join(known)}{hint}")
+            raise refuse(f"is {shown(value)}, but must be {' or '.join(known)}{hint}")
         return str(value)
 
     return check
 
 
 def text(value: Any) -> str:
-    """Text that is not empty."""
+    """Text that is not empty, in one line."""
     if not isinstance(value, str) or not value:
-        raise refuse(f"is {value!r}, but must be text")
+        raise refuse(f"is {shown(value)}, but must be text")
+    if not value.isprintable():
+        raise refuse(f"is {shown(value)}, but must be text of printable characters")
     return value
 
 
 def flag(value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        raise refuse(f"is {value!r}, but must be true or false")
+        raise refuse(f"is {shown(value)}, but must be true or false")
     return value
 
 
@@ -107,8 +130,9 @@ def _entry(element: Check, index: int, value: Any) -> Any:
         raise refuse(f"[{index}] {error.message()}") from error
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 Seed = Annotated[int, Checked(whole(0, 2**32 - 1))]

@@ -8,14 +8,16 @@ that only the old kind has are left behind.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from fedlp_jax.config_yaml import parse_yaml
+from fedlp_jax.limits import read_plain, why
+from fedlp_jax.types import FedLPError, nearest, shown
 
-from fedlp_jax.types import FedLPError, nearest
+_FILES = 100  # that one configuration may extend, each counted as often as it is named
 
 Raw = dict[str, Any]  # as read: nested, not yet checked
 # dropped(section, old kind, new kind) -> the fields which do not survive that change
@@ -55,7 +57,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None, dropped: 
         or extends something outside the folder of the first file.
     """
     top = Path(path)
-    raw = {"name": top.stem} | _with_parents(top, _root(top), (), dropped)
+    raw = {"name": top.stem} | _with_parents(top, _root(top), (), dropped, [])
     for field, value in (overrides or {}).items():
         raw = merge(raw, nest(field, value), dropped)
     return raw
@@ -68,23 +70,11 @@ def nest(field: str, value: Any) -> Raw:
       FedLPError: a part of the dotted field is empty.
     """
     parts = field.split(".")
-    if not all(parts):
-        raise FedLPError(f"'{field}' is not a field: write it as in --algorithm.keep 0.5.")
+    if not all(parts) or not field.isprintable() or len(parts) > 10:
+        raise FedLPError(f"{shown(field)} is not a field: write it as in --algorithm.keep 0.5.")
     for part in reversed(parts):
         value = {part: value}
     return value
-
-
-def parse_value(text: str) -> Any:
-    """One value of the command line, read as YAML: `0.5`, `[64, 32]`, `null`, `uniform`.
-
-    Raises:
-      FedLPError: the text is not YAML.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise FedLPError(f"'{text}' cannot be read as a YAML value; quote it.") from error
 
 
 def merge(base: Raw, over: Raw, dropped: Dropped, section: str = "") -> Raw:
@@ -102,58 +92,93 @@ def merge(base: Raw, over: Raw, dropped: Dropped, section: str = "") -> Raw:
     return result
 
 
-def _with_parents(path: Path, root: Path, chain: tuple[Path, ...], dropped: Dropped) -> Raw:
-    """The file at `path` over its parents; `chain` holds the files that led here."""
-    real = path.resolve()
+def _with_parents(
+    path: Path, root: Path, chain: tuple[Path, ...], dropped: Dropped, read: list[Path]
+) -> Raw:
+    """The file at `path` over its parents.
+
+    `chain` holds the files that led here, `read` all files so far.
+    """
+    real = _real(path)
     if real in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
         raise FedLPError(f"{path} extends itself: {circle}.")
+    read.append(real)
+    if len(read) > _FILES:
+        raise FedLPError(
+            f"{read[0].name} extends more than {_FILES} files, each counted as often as it is "
+            "extended; write some of them as one."
+        )
     raw = _read(path)
     extends = raw.pop("extends", None)
     parents = [extends] if isinstance(extends, str) else extends or []
-    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+    if not isinstance(parents, list) or not all(p and isinstance(p, str) for p in parents):
         raise FedLPError(
-            f"{path}: extends is {extends!r}, but must be a file name or a list of them."
+            f"{path}: extends is {shown(extends)}, but must be a file name or a list of them."
         )
     base: Raw = {}
     for name in parents:
         parent = path.parent / name
-        if not parent.resolve().is_relative_to(root):
+        if not _real(parent).is_relative_to(root):
             raise FedLPError(
-                f"{path} extends {name}, which is outside {root}; a configuration may only extend "
-                "files of its own folder or of the configs folder it is in."
+                f"{path} extends {_named(name)}, which is outside {root}; a configuration "
+                "may only extend files of its own folder or of the configs folder it is in."
             )
-        inherited = _with_parents(parent, root, (*chain, real), dropped)
+        inherited = _with_parents(parent, root, (*chain, real), dropped, read)
         inherited.pop("name", None)
         base = merge(base, inherited, dropped)
     return merge(base, raw, dropped)
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads in the end."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # no text, too long, a circle of links
+        raise FedLPError(
+            f"{_named(path)} cannot be read as a text file: {_cause(error)}."
+        ) from None
+
+
+def _cause(error: Exception) -> str:
+    return "its links lead in a circle" if isinstance(error, RuntimeError) else why(error)
+
+
+def _named(path: Path | str) -> str:
+    """A path in a sentence."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 200 else shown(text)
+
+
 def _root(top: Path) -> Path:
     """The folder no `extends` may leave: the nearest one named configs, or the file's own."""
-    folder = top.resolve().parent
+    folder = _real(top).parent
     named = (p for p in (folder, *folder.parents) if p.name == "configs")
     return next(named, folder)
 
 
 def _read(path: Path) -> Raw:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode("utf-8-sig")
     except FileNotFoundError:
-        raise FedLPError(f"{path} does not exist{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedLPError(f"{path} cannot be read as a text file: {error}.") from error
+        if path.is_symlink():
+            raise FedLPError(
+                f"{path} is a link to {os.readlink(path)}, where nothing is."
+            ) from None
+        raise FedLPError(f"{_named(path)} does not exist{_nearest_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise FedLPError(
+            f"{_named(path)} cannot be read as a text file: {_cause(error)}."
+        ) from error
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise FedLPError(f"{path}{line} is not valid YAML: {error.problem}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FedLPError(f"{path} is not valid YAML: {error}.") from error
+        raw = parse_yaml(text)
+    except ValueError as error:
+        raise FedLPError(f"{path}{error}.") from None
     if raw is None:
         raise FedLPError(f"{path} is empty; configs/quickstart.yaml is one to start from.")
     if not isinstance(raw, dict):
-        raise FedLPError(f"{path} holds a {type(raw).__name__}, but must hold fields and values.")
+        what = "a list" if isinstance(raw, list) else "a single value"
+        raise FedLPError(f"{path} holds {what}, but must hold fields and values.")
     return raw
 
 
@@ -161,34 +186,8 @@ def _nearest_file(path: Path) -> str:
     """A hint at a file of the same folder with nearly that name."""
     if not path.parent.is_dir():
         return f", nor does the folder {path.parent}."
-    names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    except OSError:  # a folder that may be passed, but not listed
+        return "."
     return nearest(path.name, names, lambda name: str(path.parent / name)) or "."
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key given twice and reads `1e-3` as a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is not text", problem_mark=key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 wants a dot and a sign in a number with an exponent; nobody writes 1.0e-3.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)

@@ -11,7 +11,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fedlp_jax.types import nearest
+from fedlp_jax.types import nearest, shown
+
+_SHOWN = 10  # problems; whoever has more has given another file
 
 # dotted section -> kind -> class; a section of one kind only has the kind ""
 Kinds = dict[str, dict[str, type[BaseModel]]]
@@ -26,13 +28,16 @@ def section_kinds(root: type[BaseModel]) -> Kinds:
 
 def sentences(error: ValidationError, raw: Mapping[str, Any], kinds: Kinds) -> list[str]:
     """One sentence for each problem, in the order of the fields."""
-    said = (_sentence(one, raw, kinds) for one in error.errors(include_url=False))
+    problems = error.errors(include_url=False)
+    said = [_sentence(one, raw, kinds) for one in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        said.append(f"there are {len(problems) - _SHOWN} more problems like these.")
     return list(dict.fromkeys(said))
 
 
 def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
     parts = _parts(problem["loc"], kinds)
-    field = ".".join(parts)
+    field = _plain(".".join(parts))
     value = problem.get("input")
     match problem["type"]:
         case "refused":
@@ -44,14 +49,19 @@ def _sentence(problem: Any, raw: Mapping[str, Any], kinds: Kinds) -> str:
         case "union_tag_not_found":
             return f"{field}.name is missing: it may be {_listed(kinds[field])}."
         case "union_tag_invalid":
-            tag = str(problem["ctx"]["tag"])
+            tag = problem["input"].get("name") if isinstance(value, dict) else problem["ctx"]["tag"]
             hint = nearest(tag, kinds[field]) or f": it may be {_listed(kinds[field])}."
-            return f"{field}.name is '{tag}', which is not known{hint}"
+            return f"{field}.name is {shown(tag)}, which is not known{hint}"
         case "model_type" | "model_attributes_type" | "dict_type":
             hint = f"; to choose a kind set {field}.name" if len(kinds.get(field, "")) > 1 else ""
-            return f"{field} is {value!r}, but must be a section with fields of its own{hint}."
+            return f"{field} is {shown(value)}, but must be a section with fields of its own{hint}."
         case _:
-            return f"{field} is {value!r}: {problem['msg']}."
+            return f"{field} is {shown(value)}: {problem['msg']}."
+
+
+def _plain(field: str) -> str:
+    """A field in a sentence: as it is, unless it is long or has what cannot be printed."""
+    return field if field.isprintable() and len(field) <= 100 else shown(field)
 
 
 def _refused(field: str, predicate: str) -> str:
@@ -61,9 +71,11 @@ def _refused(field: str, predicate: str) -> str:
 
 
 def _unknown_field(section: str, leaf: str, raw: Mapping[str, Any], kinds: Kinds) -> str:
-    field = f"{section}.{leaf}".strip(".")
+    field = _plain(f"{section}.{leaf}".strip("."))
     if "." in leaf:
-        return f"'{leaf}' is written with dots, which is for the command line; nest it in a file."
+        return (
+            f"{shown(leaf)} is written with dots, which is for the command line; nest it in a file."
+        )
     here = kinds[section]
     kind = _kind_of(section, raw, kinds)
     whole = f"'{kind}'" if kind else (f"section {section}" if section else "a configuration")
@@ -101,7 +113,7 @@ def _parts(loc: tuple[int | str, ...], kinds: Kinds) -> list[str]:
     named: set[str] = set()
     for part in map(str, loc):
         section = ".".join(parts)
-        if part in kinds.get(section, ()) and section not in named:
+        if part and part in kinds.get(section, ()) and section not in named:
             named.add(section)
         else:
             parts.append(part)

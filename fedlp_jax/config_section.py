@@ -30,7 +30,9 @@ from fedlp_jax.config_field import (
     several,
     text,
     whole,
+    without,
 )
+from fedlp_jax.types import shown
 
 _PRESET = BEHAVIOURS[DEFAULT]
 
@@ -42,9 +44,10 @@ class Data(Section):
 
     name: Annotated[str, Checked(text)]  # one of tensorflow-datasets, digits, synthetic, FILE.npz
     data_dir: Annotated[str | None, Checked(optional(text))] = None  # null = TFDS_DATA_DIR
-    options: dict[str, Any] = Field(
+    # Further arguments, as that data set takes them.
+    options: Annotated[dict[str, Any], Checked(without("name", "data_dir"))] = Field(
         default_factory=dict
-    )  # further arguments, as that data set takes them
+    )
 
 
 # PARTITION
@@ -219,16 +222,16 @@ def _depths(value: Any) -> Any:
     if value == "uniform" or (type(value) is int and 1 <= value <= 5):
         return value
     raise refuse(
-        f"is {value!r}, but must be 1 to 5 (six clients in ten have that depth, one in ten each "
-        "other), uniform, or a list of one probability for each depth"
+        f"is {shown(value)}, but must be 1 to 5 (six clients in ten have that depth, one in ten "
+        "each other), uniform, or a list of one probability for each depth"
     )
 
 
 def _layers(value: Any) -> Any:
     if not isinstance(value, dict):
         return choice("by_module", "by_tensor")(value)
-    if not value or not all(isinstance(v, str) for v in value.values()):
-        raise refuse(f"is {value!r}, but must map regular expressions to names of layers")
+    if not value or not all(isinstance(v, str) and v for v in value.values()):
+        raise refuse(f"is {shown(value)}, but must map regular expressions to names of layers")
     return value
 
 
@@ -239,7 +242,7 @@ class _Local(Section):
     client_optimizer: Optimizer
     epochs: OptionalCount = None  # 1, unless steps are given
     steps: OptionalCount = None  # instead of epochs
-    batch_size: Count = 32
+    batch_size: Annotated[int, Checked(whole(1, 1_000_000))] = 32
     weighting: Annotated[str, Checked(choice("examples", "uniform"))] = _PRESET.weighting
     layers: Annotated[str | dict[str, str], Checked(_layers)] = _PRESET.layers
     aggregator: Aggregator = "masked_mean"  # a name, or a section of a name and its settings

@@ -20,12 +20,13 @@ from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.datasets import Dataset, load
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.elsewhere import Elsewhere, run_directory
+from fedlp_jax.environment import environment
 from fedlp_jax.faults import Faults
 from fedlp_jax.pictures import draw
 from fedlp_jax.placement import Plan
 from fedlp_jax.privacy import Privacy
 from fedlp_jax.progress import Progress
-from fedlp_jax.report import RunDirectory, environment
+from fedlp_jax.report import RunDirectory
 from fedlp_jax.result import DivergedError, Result
 from fedlp_jax.resumption import earlier, run_checkpoint
 from fedlp_jax.simulate import simulate
@@ -84,7 +85,7 @@ def build(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "faults": faults,
-        "plan": Plan(config.plan.devices, config.plan.width),
+        "plan": Plan(**config.plan.model_dump()),
     }
 
 
@@ -252,6 +253,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
             "sha256": clients.hash,
         },
         "readings": dict(result.readings),
+        "lowerings": result.lowerings,
     } | environment()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from fedlp_jax.fate import KINDS, Conditions
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, Purpose, client_key
 from fedlp_jax.profile import Machines, Profile
-from fedlp_jax.types import Array, FedLPError, check_choice
+from fedlp_jax.types import Array, FedLPError, check_choice, shown
 
 _STRENGTH = {"nan": 0.0, "scale": 10.0, "sign_flip": 1.0, "gaussian": 1.0, "label_flip": 0.0}
 
@@ -206,7 +206,9 @@ def _array(name: str, value: Any) -> np.ndarray:
     try:
         return np.asarray(value, np.float64)
     except (TypeError, ValueError) as error:
-        raise FedLPError(f"{name}={value!r} is not a number or an array of numbers.") from error
+        raise FedLPError(
+            f"{name}={shown(value)} is not a number or an array of numbers."
+        ) from error
 
 
 def _in_unit(name: str, array: np.ndarray) -> np.ndarray:

@@ -11,15 +11,40 @@ from typing import Any
 import jax
 
 from fedlp_jax import hosts
-from fedlp_jax.placement import Plan
+from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.types import FedLPError
 
 _USABLE = 0.9  # of what is free: allocators need slack, and other programs breathe
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
+    """Says where the training split lies, if the plan does not: on the devices if it fits there.
+
+    Args:
+      plan: resolved.
+      train_bytes: of the training split.
+      test_bytes: of the test split, which lies on every device.
+
+    Raises:
+      FedLPError: what must lie on every device does not fit, with both sizes.
+    """
+    free = _least_free(plan)
+    if free is None or train_bytes + test_bytes <= free:
+        return dataclasses.replace(plan, data=plan.data or DEVICE)
+    here = f"each of {plan.devices} device(s), where {_size(free)} are free"
+    if test_bytes > free:
+        raise FedLPError(f"the test split takes {_size(test_bytes)} on {here}; use fewer examples.")
+    if plan.data == DEVICE:
+        raise FedLPError(
+            f"the data take {_size(train_bytes + test_bytes)} on {here}; set plan.data to host, or "
+            "leave it open."
+        )
+    return dataclasses.replace(plan, data=HOST)
+
+
 def compile_to_fit(
-    compile: Callable[[Plan], Any], plan: Plan, width_is_open: bool
+    compile: Callable[[Plan], Any], plan: Plan, width_is_open: bool, ahead: int = 0
 ) -> tuple[Any, Plan]:
     """Compiles a round, with fewer clients side by side if it needs more memory than is free.
 
@@ -28,6 +53,7 @@ def compile_to_fit(
       plan: resolved.
       width_is_open: whether the width may be lowered; if it was asked for, what does not fit is
         refused, with a width that does.
+      ahead: bytes that are put on each device while the round runs, for the next one.
 
     Returns:
       The program, and the plan it is for.
@@ -36,8 +62,8 @@ def compile_to_fit(
       FedLPError: with both sizes, and what to do.
     """
     program = compile(plan)
-    # The width must be the same on all machines.
-    free, asked = hosts.least("free memory", free_bytes(plan)), needed_bytes(program)
+    free, asked = _least_free(plan), needed_bytes(program)
+    free = None if free is None else max(free - ahead, 0)
     if free is None or asked is None or asked <= free:
         return program, plan
     need, fitting = asked, plan
@@ -54,7 +80,8 @@ def compile_to_fit(
     if need > free:
         raise FedLPError(
             f"a round {sizes}, and {_size(need)} with one client at a time; use a smaller batch or "
-            f"model{', or fewer devices' if jax.default_backend() == 'cpu' else ''}."
+            f"model{', or fewer devices' if jax.default_backend() == 'cpu' else ''}"
+            f"{'' if plan.data == HOST else ', or set plan.data to host'}."
         )
     if not width_is_open:
         raise FedLPError(
@@ -87,6 +114,11 @@ def free_bytes(plan: Plan) -> int | None:
     known = [stats for device in devices if (stats := device.memory_stats())]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in known if "bytes_limit" in s]
     return int(_USABLE * min(free)) if free else None
+
+
+def _least_free(plan: Plan) -> int | None:
+    """The least of all processes', which have to choose the same."""
+    return hosts.least("free memory", free_bytes(plan))
 
 
 def _free_host_bytes() -> int | None:

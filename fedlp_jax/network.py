@@ -1,8 +1,8 @@
 """A flax module, linen or nnx -> two pure functions on a dict of variables.
 
-Three things are done to a user's module without its author's help: convolutions take this
-package's lowering, rows that pad a batch stay out of batch normalisation, and the switch between
-training and evaluation is found by its usual names.
+Three things are done to a user's module without its author's help: convolutions and dense layers
+take this package's lowering, rows that pad a batch stay out of batch normalisation, and the switch
+between training and evaluation is found by its usual names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from fedlp_jax import conv
+from fedlp_jax import conv, dense
 from fedlp_jax.models import norm
 from fedlp_jax.types import Array, FedLPError, Variables
 
@@ -144,6 +144,7 @@ def _linen(module: nn.Module) -> Network:
             _any_promotion(),
             _rows(valid),
             nn.intercept_methods(conv.conv_interceptor),
+            nn.intercept_methods(dense.dense_interceptor),
             nn.intercept_methods(_mask_batch_norm),
         ):
             outputs, updated = module.apply(
@@ -215,6 +216,7 @@ def _nnx_factory(make: Callable[..., nnx.Module]) -> Network:
 
 def _split_nnx(module: nnx.Module) -> tuple[Any, Any, Any, Any]:
     model = conv.inject(module)
+    dense.inject(model)
     for _, part in nnx.iter_modules(model):
         if type(part) is nnx.BatchNorm:
             object.__setattr__(part, "__class__", _RowMaskedBatchNorm)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedlp_jax import checks
 from fedlp_jax.cohort import cohort_size
 from fedlp_jax.config import Config
 from fedlp_jax.costs import BYTES, Ledger, fedavg_traffic, forward_macs
@@ -18,6 +19,7 @@ from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.layers import LayerTable, layer_table
 from fedlp_jax.masks import keep_matrix
+from fedlp_jax.placement import resolve
 from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.types import Examples
 
@@ -57,6 +59,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
     root = jax.random.key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
+    shapes = checks.initial_state(algorithm, example, root, clients.clients)
+    checks.check_size(shapes.variables, resolve(arguments["plan"], 1))
     state = algorithm.init(root, example, clients.clients, None)
     table = layer_table(state.variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]

@@ -18,9 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax import hosts
-from fedlp_jax.types import Array, FedLPError, PyTree
+from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, shown
 
 AXIS = "clients"
+DEVICE, HOST = PLACES = ("device", "host")
 # A loop of plain GEMMs beats vmapped clients on CPU (measured); an accelerator wants many at once.
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 64
@@ -29,15 +30,27 @@ _COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a round is laid on the hardware. None = chosen by `resolve`.
+    """How a round is laid on the hardware. None = chosen: by `resolve`, and `data` by the memory.
+
+    Two plans are equal if results under them are, bit for bit: where the data lies and how many
+    rounds are dispatched at once are not compared.
 
     Attributes:
       devices: D, devices on the mesh, of all processes together.
       width: W, clients vmapped at once on a device; memory grows as W models.
+      data: "device", the whole training split on every device; or "host", from where each device is
+        sent the examples of its own clients, a round ahead. Chosen, it is the device if its memory
+        suffices.
+      rounds_at_once: the most rounds that one call of the compiled program runs, which is worth it
+        where a round is as short as such a call, a millisecond or less. Evaluations, checkpoints,
+        callbacks and half a second of rounds end a call sooner. 1 unless it is given, and where
+        clients keep variables of their own, the data lies on the host, or several processes run.
     """
 
     devices: int | None = None
     width: int | None = None
+    data: str | None = dataclasses.field(default=None, compare=False)
+    rounds_at_once: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def mesh(self) -> Mesh:
@@ -50,15 +63,18 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     """Fills the open fields of a plan for a cohort of C clients on the devices of this machine.
 
     Raises:
-      FedLPError: more devices than there are, or a number below 1.
+      FedLPError: more devices than there are, a number below 1, or an unknown place of the data.
     """
     plan = plan or Plan()
-    for name, value in dataclasses.asdict(plan).items():
+    if plan.data is not None:
+        check_choice("plan.data", plan.data, PLACES)
+    for name in ("devices", "width", "rounds_at_once"):
+        value = getattr(plan, name)
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
             raise FedLPError(
-                f"plan.{name}={value!r} must be a whole number of at least 1, or None."
+                f"plan.{name}={shown(value)} must be a whole number of at least 1, or None."
             )
     have = len(hosts.devices())
     if plan.devices is not None and plan.devices > have:
@@ -67,7 +83,9 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     hosts.share(plan.devices)
     devices = hosts.evenly(min(plan.devices or have, cohort))
     width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
-    return Plan(devices, min(width, -(-cohort // devices)))
+    width = min(width, -(-cohort // devices))
+    at_once = plan.rounds_at_once or 1
+    return dataclasses.replace(plan, devices=devices, width=width, rounds_at_once=at_once)
 
 
 def setup(cpu_devices: int | None = None) -> None:
@@ -106,68 +124,15 @@ def over_clients(plan: Plan) -> NamedSharding:
     return NamedSharding(plan.mesh, Spec(AXIS))
 
 
+def over_clients_of_rounds(plan: Plan) -> NamedSharding:
+    """Sharding of arrays of several rounds, whose second axis is slots, `[R, D * P, ...]`."""
+    return NamedSharding(plan.mesh, Spec(None, AXIS))
+
+
 def over_columns(rows: Array, plan: Plan) -> Array:
     """Deals the columns of `[D * P, n]` to the devices, in place of its rows; pads n to D's."""
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % (plan.devices or 1))))
     return jax.lax.with_sharding_constraint(rows, NamedSharding(plan.mesh, Spec(None, AXIS)))
-
-
-# --- host: which client in which slot ---------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Slots of a round, on the host."""
-
-    member: np.ndarray  # i32[D * P], position in the cohort; -1 = empty slot
-    segment: np.ndarray  # i32[D, G + 1], bounds of each level within a device's slots
-    padded_share: float  # steps computed for nobody / all steps computed
-    imbalance: float  # steps of the busiest device / mean over devices, by modelled work
-
-
-def slots_per_device(cohort: int, devices: int) -> int:
-    """P: room for twice the even share, so that heavy clients can have a device of their own."""
-    return min(cohort, 2 * -(-cohort // devices)) if devices > 1 else cohort
-
-
-def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: Plan) -> Layout:
-    """Gives clients to devices by modelled work, longest first, each to the least busy one.
-
-    Args:
-      steps: `i64[C]`, local steps of each client of the cohort, which is sorted by id.
-      level: `i32[C]`, submodel level.
-      cost: G numbers, modelled cost of one step of each level.
-      plan: resolved.
-
-    Returns:
-      The layout. Within a device clients stand by level, then longest first, then by id, so that
-      the clients of a chunk are alike.
-    """
-    devices, width = plan.devices or 1, plan.width or 1
-    capacity = slots_per_device(len(steps), devices)
-    work = steps * np.asarray(cost, np.float64)[level]
-    load, count = np.zeros(devices), np.zeros(devices, np.int64)
-    device = np.empty(len(steps), np.int64)
-    for i in np.argsort(-work, kind="stable"):
-        d = int(np.argmin(np.where(count < capacity, load, np.inf)))
-        device[i], load[d], count[d] = d, load[d] + work[i], count[d] + 1
-
-    levels = len(cost)
-    member = np.full((devices, capacity), -1, np.int32)
-    segment = np.zeros((devices, levels + 1), np.int32)
-    computed = 0
-    for d in range(devices):
-        mine = np.flatnonzero(device == d)
-        mine = mine[np.lexsort((mine, -steps[mine], level[mine]))]
-        member[d, : len(mine)] = mine
-        segment[d, 1:] = np.cumsum(np.bincount(level[mine], minlength=levels))
-        for a, b in zip(segment[d, :-1], segment[d, 1:], strict=True):
-            # Longest first: the first client of a chunk sets its trip count.
-            computed += width * int(steps[mine[a:b]][::width].sum())
-    padded = 1.0 - steps.sum() / computed if computed else 0.0
-    return Layout(member.ravel(), segment, float(padded), float(load.max() * devices / load.sum()))
-
-
-# --- device: the map and the sum ----------------------------------------------------------------
 
 
 class Level(NamedTuple):
@@ -180,7 +145,12 @@ class Level(NamedTuple):
 
 
 def map_sum(
-    levels: Sequence[Level], shared: PyTree, clients: PyTree, segment: Array, plan: Plan
+    levels: Sequence[Level],
+    shared: PyTree,
+    clients: PyTree,
+    segment: Array,
+    plan: Plan,
+    dealt: PyTree = False,
 ) -> tuple[PyTree, PyTree, tuple[PyTree, ...]]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
@@ -190,10 +160,12 @@ def map_sum(
 
     Args:
       levels: G levels.
-      shared: what every client reads, replicated.
+      shared: what every client reads, replicated unless `dealt`.
       clients: tree of `[D * P, ...]`.
       segment: `i32[D, G + 1]`.
       plan: resolved.
+      dealt: a prefix of the tree `shared`, True where the first axis of an array is dealt to the
+        devices, `[D * R, ...]`, so that each reads its own R entries.
 
     Returns:
       `(sum over clients, common outputs [D * P, ...], own outputs of each level [D * P, ...])`;
@@ -222,7 +194,11 @@ def map_sum(
     return jax.shard_map(
         on_device,
         mesh=plan.mesh,
-        in_specs=(Spec(), Spec(AXIS), Spec(AXIS)),
+        in_specs=(
+            jax.tree.map(lambda own: Spec(AXIS) if own else Spec(), dealt),
+            Spec(AXIS),
+            Spec(AXIS),
+        ),
         out_specs=(Spec(), Spec(AXIS), Spec(AXIS)),
         check_vma=False,
     )(shared, clients, segment)

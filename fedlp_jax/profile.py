@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, Purpose, client_key
-from fedlp_jax.types import Array, FedLPError
+from fedlp_jax.types import Array, FedLPError, shown
 
 PASSES = 3  # a step's MACs, in those of a forward pass
 
@@ -77,7 +77,9 @@ def _positive(name: str, value: object, clients: int) -> np.ndarray:
     try:
         values = np.asarray(value, np.float64)
     except (TypeError, ValueError) as error:
-        raise FedLPError(f"{name}={value!r} is not a number or an array of numbers.") from error
+        raise FedLPError(
+            f"{name}={shown(value)} is not a number or an array of numbers."
+        ) from error
     if values.shape not in ((), (clients,)):
         raise FedLPError(
             f"{name} has shape {list(values.shape)}; give one number, or one for each of the "

@@ -16,25 +16,24 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
+import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from fedlp_jax.claim import Claim
-from fedlp_jax.types import FedLPError, Variables
+from fedlp_jax.environment import versions
+from fedlp_jax.limits import replacing, why
+from fedlp_jax.types import FedLPError, Variables, shown
 from fedlp_jax.variables import VARIABLES, save_variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS = "checkpoints"
 _WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, PLOTS, CHECKPOINTS)
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class RunDirectory:
@@ -68,9 +67,12 @@ class RunDirectory:
         self._claim: Claim | None = None
         self._overwrite, self._resume = overwrite, resume
         try:
-            self.path = self._next_free(name) if out is None else self._named(Path(out))
-        except OSError as error:
-            raise FedLPError(f"the run directory cannot be made: {error}.") from error
+            self.path = self._next_free(name) if out is None else self._named(out)
+        except FedLPError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: no name that a system could use
+            where = shown(str(out or "runs"))
+            raise FedLPError(f"the run directory {where} cannot be made: {why(error)}.") from error
         try:
             self._claim = Claim(self.path, replace=overwrite, inherit=resume)
             self._refuse_other_run()
@@ -159,13 +161,17 @@ class RunDirectory:
     def _replace(self, name: str, text: str) -> None:
         """Writes a file that is whole at any time, whenever the process is killed."""
         path = self._own(name)
-        part = path.with_name(f".{name}")
-        with _naming(path):
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+        with _naming(path), replacing(path) as file:
+            file.write(text.encode())
 
     def _refuse_other_run(self) -> None:
-        found = [name for name in _WRITTEN if (self.path / name).exists()]
+        found = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
+        links = [self.path / name for name in found if (self.path / name).is_symlink()]
+        if links:
+            raise FedLPError(
+                f"{links[0]} is a link, and a run writes through none; choose another directory "
+                "with --out, or put there what it leads to."
+            )
         if found and not (self._overwrite or self._resume):
             raise FedLPError(
                 f"{self.path} already holds a run ({', '.join(found)}); choose another directory "
@@ -178,7 +184,12 @@ class RunDirectory:
                 "is not overwritten; choose another directory with --out."
             )
 
-    def _named(self, path: Path) -> Path:
+    def _named(self, out: str | Path) -> Path:
+        if not str(out):
+            raise FedLPError(
+                "the run directory has no name; give one with --out, or leave it away."
+            )
+        path = Path(out)
         if path.exists() and not path.is_dir():
             raise FedLPError(f"{path} is a file; name a directory with --out.")
         self._make(path)
@@ -239,53 +250,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return plain(np.asarray(value).tolist())
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on beside configuration and seed: versions, device, commit."""
-    import jax
-
-    devices = jax.devices()
-    return {
-        "versions": versions(),
-        "device": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "processor": processor(),
-            "count": len(devices),
-            "processes": jax.process_count(),
-        },
-        "commit": commit(),
-    }
-
-
-def processor() -> str:
-    """The name of the machine's processor, as its system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    import fedlp_jax
-
-    own = {"python": platform.python_version(), "fedlp_jax": fedlp_jax.__version__}
-    return own | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def commit() -> str | None:
-    """The git commit this package runs from, `-dirty` if files differ; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    ask = (
-        [*git, "ls-files", "--error-unmatch", Path(__file__).name],
-        [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-    )
-    try:
-        for command in ask:
-            said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.stdout.strip()

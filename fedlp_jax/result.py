@@ -69,6 +69,7 @@ class Result:
       plan: the plan that ran.
       layers: the layer table of what is exchanged.
       readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
+      lowerings: the form that each convolution took, by its shapes.
     """
 
     variables: Variables
@@ -78,6 +79,7 @@ class Result:
     plan: Plan
     layers: LayerTable
     readings: dict[str, float]
+    lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
         """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlp_jax.checkpoint import Checkpoint
 from fedlp_jax.config import Config, load_config
+from fedlp_jax.limits import read_plain
 from fedlp_jax.report import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 from fedlp_jax.snapshot import Snapshot, refuse_other
 from fedlp_jax.types import FedLPError
@@ -52,10 +53,10 @@ def finished(config: Config, directory: Path) -> int:
     """
     _refuse_other(config, directory)
     try:
-        summary = json.loads((directory / SUMMARY).read_text("utf-8"))
-        done = summary["rounds"] if summary["status"] == "done" else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0  # it ends with its summary
+        summary = json.loads(read_plain(directory / SUMMARY))
+        done = int(summary["rounds"]) if summary["status"] == "done" else 0
+    except Exception:  # what is no such JSON can raise almost anything
+        return 0  # a run ends with its summary
     return done if done >= config.rounds else 0
 
 

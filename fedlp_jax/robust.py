@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.layers import LayerTable
-from fedlp_jax.placement import Plan, over_columns, slots_per_device
+from fedlp_jax.layout import slots_per_device
+from fedlp_jax.placement import Plan, over_columns
 from fedlp_jax.types import Array, FedLPError, PyTree, Variables
 
 _SMOOTHING = 1e-6  # of distances to the geometric median, as in RFA

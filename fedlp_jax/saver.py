@@ -78,6 +78,11 @@ class Saver:
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return late or (every is not None and round % every == 0)
 
+    def until_due(self, round: int) -> int:
+        """Rounds from this one up to the next after which to save, whatever the time."""
+        every = None if self._checkpoint is None else self._checkpoint.every
+        return 2**31 if every is None else every - (round - 1) % every
+
     def due_at_end(self, round: int, interrupted: bool) -> bool:
         """Whether to save after the last round: where a run can go on, or is a long one."""
         if self._checkpoint is None or round == self._last:

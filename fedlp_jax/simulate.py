@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from fedlp_jax import conv, hosts, snapshot
 from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.call import Pending
 from fedlp_jax.checkpoint import Checkpoint
 from fedlp_jax.cohort import CohortRule
 from fedlp_jax.data.datasets import Dataset
@@ -15,10 +16,9 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Faults
 from fedlp_jax.placement import Plan
 from fedlp_jax.progress import Progress
-from fedlp_jax.readout import AHEAD
 from fedlp_jax.result import Result, Row
 from fedlp_jax.saver import Saver
-from fedlp_jax.simulation import Pending, Simulation
+from fedlp_jax.simulation import Simulation
 from fedlp_jax.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
 
@@ -132,7 +132,7 @@ def _never() -> bool:
 
 def _run_rounds(
     run: Simulation,
-    rounds: Iterable[int],
+    rounds: range,
     listeners: Sequence[Callable[[Row], None]],
     callbacks: Sequence[Callback],
     saver: Saver,
@@ -146,12 +146,14 @@ def _run_rounds(
             for callback in callbacks:
                 callback(row["round"], row, run.state)
 
-    for round in rounds:
-        if run.readout.ends(round, stop or _never):
-            break
-        pending.append(run.dispatch(round))
-        read(ahead=0 if callbacks else AHEAD)
-        if saver.due(round):
+    while rounds and not run.readout.ends(rounds[0], stop or _never):
+        # As many rounds in one call as the plan says, but none beyond one that others look at.
+        count = 1 if callbacks else min(run.at_once(rounds[0]), saver.until_due(rounds[0]))
+        call, rounds = rounds[:count], rounds[count:]
+        pending.extend(run.dispatch_several(call))
+        # The device may be ahead of the host by one call, which hides the host's work.
+        read(ahead=0 if callbacks else count)
+        if saver.due(call[-1]):
             read(ahead=0)
             saver.save(snapshot.take(run))
     read(ahead=0)

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax import checks, conv, hosts
+from fedlp_jax import checks, hosts
 from fedlp_jax import metrics as metric
 from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.call import Pending, compiled, metrics_of, one_round, several_rounds
 from fedlp_jax.cohort import CohortRule, cohort_size
 from fedlp_jax.costs import Ledger, level_macs
+from fedlp_jax.data.arrays import Split
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.fate import Fate, Outcome, fate_metrics
 from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
-from fedlp_jax.memory import compile_to_fit
-from fedlp_jax.placement import Plan, over_clients, replicated, resolve
+from fedlp_jax.memory import compile_to_fit, with_place
+from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.readout import Readout
 from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.staging import Population, Stage, on_host
-from fedlp_jax.types import (
-    Cohort,
-    RoundMetrics,
-    ServerState,
-    Variables,
-)
+from fedlp_jax.types import ServerState, Variables
 
-
-class Pending(NamedTuple):
-    """A dispatched round whose numbers the host has not read."""
-
-    round: int
-    cohort: Cohort  # numpy
-    numbers: Any  # of the clients, and of the round: on the devices, see `Readout.start`
+# Rounds of one call take no longer, so that a round's numbers are seen within a second.
+_CALL_SECONDS = 0.5
 
 
 class Simulation:
@@ -76,11 +69,15 @@ class Simulation:
         self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
-        self.plan = resolve(plan, self.size)
+        self.plan = with_place(resolve(plan, self.size), *map(_bytes, (data.train, data.test)))
+        if algorithm.persist or self.plan.data == HOST or hosts.count() > 1:
+            self.plan = dataclasses.replace(self.plan, rounds_at_once=1)
         example = example_of(on_host(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         shapes = checks.initial_state(algorithm, example, root, self.population)
+        checks.check_size(shapes.variables, self.plan)
+        checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
         self.readings: dict[str, float] = {}
@@ -104,7 +101,7 @@ class Simulation:
         self.ledger, self.history = Ledger(self.layers, self.population), History()
         self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
-        self.clock = 0.0
+        self.clock = self._seconds = 0.0
 
     def compile(self) -> None:
         """Traces, lowers and compiles the round and the evaluation, and times each.
@@ -117,7 +114,7 @@ class Simulation:
         if self.rounds == 0:
             return
         self.round_program, plan = compile_to_fit(
-            self._compiled_round, self.plan, self._width_is_open
+            self._compiled_round, self.plan, self._width_is_open, self.stage.bytes_ahead
         )
         if plan != self.plan:
             self.plan = plan
@@ -129,18 +126,48 @@ class Simulation:
 
     def dispatch(self, round: int) -> Pending:
         """Starts a round and, where due, its evaluation; waits for nothing."""
+        if self.plan.rounds_at_once != 1:
+            return self.dispatch_several((round,))[0]
         staged = self.stage(round)
         self.padded_share += staged.layout.padded_share
         self.imbalance += staged.layout.imbalance
         self.state, private, metrics = self.round_program(
-            self.state, staged.private, self.stage.train, staged.cohort, self.stage.key
+            self.state, staged.private, staged.examples, staged.cohort, self.stage.key
         )
         self.stage.keep(staged, private)
-        tested = None
-        if round % self.eval_every == 0 or round == self.rounds:
-            tested = self.test_program(self.state.variables, self.stage.test)
-        numbers = self.readout.start(metrics._replace(halted=()), (metrics.halted, tested))
-        return Pending(round, staged.host, numbers)
+        return Pending(round, staged.host, self.readout.start(metrics), self._tested(round))
+
+    def dispatch_several(self, rounds: Sequence[int]) -> list[Pending]:
+        """Starts rounds that follow each other, up to `rounds_at_once`, in one call.
+
+        Only the last of them is evaluated, where due; see `at_once`.
+        """
+        if self.plan.rounds_at_once == 1:
+            return [self.dispatch(round) for round in rounds]
+        staged = self.stage.several(rounds)
+        for layout in staged.layouts:
+            self.padded_share += layout.padded_share
+            self.imbalance += layout.imbalance
+        count, key = np.int32(len(rounds)), self.stage.key
+        self.state, metrics = self.round_program(
+            self.state, self.stage.train, staged.cohorts, count, key
+        )
+        tested = len(rounds[:-1]) * [None] + [self._tested(rounds[-1])]
+        return [
+            Pending(round, host, metrics, test, place, len(rounds), stacked=True)
+            for place, (round, host, test) in enumerate(
+                zip(rounds, staged.hosts, tested, strict=True)
+            )
+        ]
+
+    def at_once(self, round: int) -> int:
+        """How many rounds from this one on may be one call: up to the next that is evaluated."""
+        most = self.plan.rounds_at_once or 1
+        if most == 1 or not len(self.history):
+            return 1  # until it is known how long a round takes
+        quick = int(_CALL_SECONDS / max(self.history.rows[-1]["seconds"], 1e-9))
+        until_test = self.eval_every - (round - 1) % self.eval_every
+        return max(min(most, quick, until_test, self.rounds - round + 1), 1)
 
     def read(self, pending: Pending, listeners: Sequence[Callable[[Row], None]] = ()) -> Row:
         """Waits for a round's numbers and books them.
@@ -148,13 +175,16 @@ class Simulation:
         Raises:
           DivergedError: no client counted, or what they add up to is not finite.
         """
-        metrics, (halted, tested) = self.readout.finish(pending.numbers)
+        metrics, tested = metrics_of(pending, self.readout.read)
+        halted = bool(metrics.halted)
         now = time.perf_counter()
+        if pending.place == 0:  # the time of a call is shared by its rounds
+            self._seconds, self.clock = (now - self.clock) / pending.of, now
         ran = np.asarray(pending.cohort.client) >= 0
         ids = np.asarray(pending.cohort.client)[ran]
         order = np.argsort(ids)
         ids = ids[order]
-        metrics = jax.tree.map(lambda x: x[ran][order], metrics)
+        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=cast(Any, None)))
         level = np.asarray(pending.cohort.level)[ran][order]
         fate: Fate | None = metrics.fate or None
         heard = np.ones(len(ids), bool)
@@ -174,7 +204,7 @@ class Simulation:
         if tested is not None:
             row |= metric.test_metrics(tested)
         row |= self.ledger.add(ids, metrics.upload, metrics.download, heard)
-        row["seconds"], self.clock = now - self.clock, now
+        row["seconds"] = self._seconds
         self.history.rows.append(row)
         for listener in listeners:
             listener(row)
@@ -205,39 +235,30 @@ class Simulation:
             self.plan,
             self.layers,
             self.readings,
+            dict(self.lowerings),
         )
 
     def _compiled_round(self, plan: Plan) -> Any:
-        staged = self.stage(1)
-        everywhere, split = replicated(plan), over_clients(plan)
-        algorithm = self.algorithm
-        per_slot: Any = split
-        shardings = RoundMetrics(per_slot, per_slot, per_slot, cast(Any, everywhere), per_slot)
-        round_program = jax.jit(
-            lambda state, private, examples, cohort, key: algorithm.round(
-                state, private, examples, cohort, key, plan
-            ),
-            donate_argnums=(0, 1),
-            out_shardings=(everywhere, split, shardings),
-        )
         stage = self.stage
-        arguments = (self.state, staged.private, stage.train, staged.cohort, stage.key)
-        return self._timed(round_program, "round", arguments)
+        if plan.rounds_at_once == 1:
+            staged = stage(1)
+            arguments = (self.state, staged.private, staged.examples, staged.cohort, stage.key)
+            return self._timed(one_round(self.algorithm, plan), "round", arguments)
+        cohorts = stage.several((1,)).cohorts
+        several = (self.state, stage.train, cohorts, np.int32(1), stage.key)
+        return self._timed(several_rounds(self.algorithm, plan), "round", several)
+
+    def _tested(self, round: int) -> dict[str, Any] | None:
+        if round % self.eval_every and round != self.rounds:
+            return None
+        return cast("dict[str, Any]", self.test_program(self.state.variables, self.stage.test))
 
     def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
-        start = time.perf_counter()
-        with conv.recording() as lowerings:
-            traced = program.trace(*arguments)
-        self.lowerings |= lowerings
-        lowering = time.perf_counter()
-        lowered = traced.lower()
-        compiling = time.perf_counter()
-        compiled = lowered.compile()
-        end = time.perf_counter()
-        self.readings[f"{name}_trace_seconds"] = lowering - start
-        self.readings[f"{name}_lowering_seconds"] = compiling - lowering
-        self.readings[f"{name}_compile_seconds"] = end - compiling
-        return compiled
+        made = compiled(program, arguments)
+        self.lowerings |= made.lowerings
+        for part, seconds in made.seconds.items():
+            self.readings[f"{name}_{part}_seconds"] = seconds
+        return made.program
 
     def _expose(
         self, faults: Faults | None, rule: CohortRule, root: jax.Array, classes: int
@@ -263,6 +284,10 @@ class Simulation:
             "or the server's learning rate, or look for NaN in the data.",
             self.result(),
         )
+
+
+def _bytes(split: Split) -> int:
+    return split.inputs.nbytes + split.labels.nbytes
 
 
 def _names(clients: np.ndarray) -> str:

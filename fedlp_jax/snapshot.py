@@ -17,7 +17,7 @@ from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.placement import Plan
 from fedlp_jax.result import Row
 from fedlp_jax.simulation import Simulation
-from fedlp_jax.types import Array, FedLPError, PyTree
+from fedlp_jax.types import Array, FedLPError, PyTree, shown
 
 
 class Snapshot(NamedTuple):
@@ -124,7 +124,8 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> N
     """
     before, now = dict(_dotted(old)), dict(_dotted(new))
     differing = [
-        f"{field} was {before.get(field, 'not set')} and is {now.get(field, 'not set')}"
+        f"{_word(field)} was {_word(before.get(field, 'not set'))} and is "
+        f"{_word(now.get(field, 'not set'))}"
         for field in dict.fromkeys([*before, *now])
         if (field in before, before.get(field)) != (field in now, now.get(field))
     ]
@@ -133,6 +134,12 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> N
             f"{what}: {'; '.join(differing)}. Go on with the settings it was begun with, or start "
             "a new run in another directory."
         )
+
+
+def _word(value: Any) -> str:
+    """A setting in a sentence: text without quotes, unless it is long or cannot be printed."""
+    plain = isinstance(value, str) and value.isprintable() and len(value) <= 100
+    return value if plain else shown(value)
 
 
 def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:

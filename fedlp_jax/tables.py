@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlp_jax.config import Config, dump_config
+from fedlp_jax.environment import environment
 from fedlp_jax.overview import Overview, macs_by_layer
 from fedlp_jax.progress import duration
-from fedlp_jax.report import environment
 
 
 def show(*parts: RenderableType) -> None:

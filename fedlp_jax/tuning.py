@@ -1,29 +1,33 @@
-"""The quickest plan for a run, found by measuring whole rounds; and written into its file."""
+"""The quickest plan for a run, found by measuring whole rounds."""
 
 from __future__ import annotations
 
-import contextlib
+import collections
+import dataclasses
 import math
-import os
-import re
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedlp_jax.config import Config, load_config
-from fedlp_jax.placement import Plan, resolve
+from fedlp_jax.call import Pending
+from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.simulation import Simulation
 from fedlp_jax.types import FedLPError
 
-_TURNS = 3  # rounds of a plan that count, each beside one of the quickest so far
+_TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
+_MOST_TURNS = 9
+_ENOUGH_SECONDS = 1.0  # of a plan's turns together, after which no more than _TURNS are made
+_TURN_SECONDS = 0.2  # as many rounds make a turn, so that the host's work overlaps with them
+_MOST_ROUNDS = 64
 _WORTH = 0.97  # a plan is taken for another if it needs less than this share of its time
+_HOPELESS = 1.6  # times as slow as the quickest: what lies beyond is not looked at
+_AT_ONCE = (4, 16)  # rounds; more has won nothing where it was measured
+_COARSE = 4  # factor between widths, before those beside the quickest are tried
 
 
 class Rounds:
-    """A simulation, compiled when it is made; each call runs one more round, without a test.
+    """A simulation, compiled when it is made; calls run rounds of it, without a test.
 
     Attributes:
       run: the simulation.
@@ -39,31 +43,46 @@ class Rounds:
         )
         self.number = 0
 
-    def __call__(self) -> float:
-        """Seconds of a round: laying the cohort out, running it, reading its numbers."""
-        self.number += 1
+    def __call__(self, rounds: Sequence[int] | None = None) -> float:
+        """Seconds of some rounds: laying cohorts out, running them, reading their numbers.
+
+        Args:
+          rounds: whose cohorts to take, one after the other and one ahead of what was read, as in
+            `simulate`; None = that of the next round alone.
+        """
+        if rounds is None:
+            self.number += 1
+            rounds = (self.number,)
+        pending: collections.deque[Pending] = collections.deque()
         start = time.perf_counter()
-        self.run.read(self.run.dispatch(self.number))
+        most = self.run.plan.rounds_at_once or 1
+        for first in range(0, len(rounds), most):
+            call = rounds[first : first + most]
+            pending.extend(self.run.dispatch_several(call))
+            while len(pending) > len(call):
+                self.run.read(pending.popleft())
+        while pending:
+            self.run.read(pending.popleft())
         return time.perf_counter() - start
 
 
 class Trial(NamedTuple):
     """One measured plan.
 
-    `seconds` and `best_so_far` are medians of rounds that took turns, so the ratio of the two is
+    `seconds` and `best_so_far` are medians over turns that alternated, so the ratio of the two is
     known better than either.
     """
 
     plan: Plan
-    seconds: float
+    seconds: float  # of a round
     best_so_far: float  # of the quickest plan before, in the same turns
     compile_seconds: float
     error: str = ""  # why it was not measured
 
     @property
-    def is_better(self) -> bool:
-        """Whether it beats the quickest before by more than chance would."""
-        return not self.error and self.seconds < _WORTH * self.best_so_far
+    def ratio(self) -> float:
+        """Its time as a share of that of the quickest before; infinite if it cannot run."""
+        return math.inf if self.error else self.seconds / self.best_so_far
 
 
 class Tuning(NamedTuple):
@@ -78,158 +97,170 @@ def tune(
     arguments: Mapping[str, Any],
     seconds: float = 120.0,
     say: Callable[[Trial], None] = lambda trial: None,
-    prepare: Callable[..., Callable[[], float]] = Rounds,
+    prepare: Callable[..., Callable[[Sequence[int]], float]] = Rounds,
 ) -> Tuning:
     """Measures whole rounds under several plans, each beside the quickest before.
 
-    The default plan comes first. Then, for all devices, half of them and so on down to one, the
-    width is doubled, and then halved, for as long as that makes a round quicker.
+    The default plan comes first. Then, on all devices, on half of them and so on down to one,
+    widths four times as large and as small follow for as long as they are not hopeless, then the
+    widths beside the best, and at last that plan with its data on the host, and with several rounds
+    at once where they are short.
 
     Args:
       arguments: of `simulate`, as from `experiment.build`; its plan counts for nothing.
       seconds: no plan is begun after so long; the default and one other always are.
       say: called after each plan.
-      prepare: `(**arguments of Simulation) -> once`, where `once()` is the seconds of a round.
+      prepare: `(**arguments of Simulation) -> once`, where `once(rounds)` is the seconds that the
+        rounds of these numbers take. All plans are given the same ones.
 
     Returns:
-      The quickest plan, and all that were measured. A plan replaces a quicker-to-explain one only
-      if its rounds take less than 0.97 of the time, so that chance does not choose.
+      The quickest plan, and all that were measured. A plan replaces an earlier one only if its
+      rounds take less than 0.97 of the time, so that chance does not choose.
 
     Raises:
       FedLPError: `seconds` is not a positive number, or the default plan cannot run.
     """
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (number and math.isfinite(seconds) and seconds > 0):
         raise FedLPError(f"seconds={seconds!r} must be a positive number.")
     ignored = ("rounds", "eval_every", "plan")
     fixed = {key: value for key, value in arguments.items() if key not in ignored}
-    end = time.monotonic() + seconds
-    cohort = Simulation(**fixed, rounds=0).size
-    best = resolve(None, cohort)
-    best_round, trial = _measure(prepare, fixed, best, None)
-    trials: list[Trial] = [trial]
-    left_out: list[Plan] = []
-    say(trial)
-    search = _plans(best, cohort)
-    better: bool | None = None
-    while True:
-        try:
-            plan = search.send(better)
-        except StopIteration:
-            return Tuning(best, trials, left_out)
-        better = False
-        if time.monotonic() > end and len(trials) > 1:
-            left_out.append(plan)
-            continue
-        once = best_round
-        try:
-            once, trial = _measure(prepare, fixed, plan, best_round)
-        except FedLPError as error:  # as where the memory does not suffice
-            trial = Trial(plan, math.nan, math.nan, math.nan, str(error))
-        trials.append(trial)
-        say(trial)
-        better = trial.is_better
-        if better:
-            best, best_round = plan, once
-
-
-def _plans(first: Plan, cohort: int) -> Generator[Plan, bool | None, None]:
-    """Plans to try after the default; is sent whether the one before was better."""
-    devices = first.devices or 1
-    width = first.width or 1
-    while devices:
-        if devices != first.devices:
-            yield Plan(devices, min(width, -(-cohort // devices)))
-        for factor in (2.0, 0.5):
-            step = width
-            while True:
-                step = int(step * factor)
-                if not 1 <= step <= -(-cohort // devices):
-                    break
-                if not (yield Plan(devices, step)):
-                    break
-        devices //= 2
-
-
-def _measure(
-    prepare: Callable[..., Callable[[], float]],
-    arguments: Mapping[str, Any],
-    plan: Plan,
-    rival: Callable[[], float] | None,
-) -> tuple[Callable[[], float], Trial]:
-    once = prepare(**arguments, plan=plan)
-    once()  # what is slow for the first time only
-    own, other = [], []
-    for _ in range(_TURNS):
-        if rival is not None:
-            other.append(rival())
-        own.append(once())
-    median = statistics.median(own)
-    against = statistics.median(other) if other else median
-    return once, Trial(plan, median, against, getattr(once, "compile_seconds", 0.0))
-
-
-def write_plan(path: str | Path, plan: Plan) -> None:
-    """Puts a plan into a configuration file and leaves every other line of it as it is.
-
-    Args:
-      path: a YAML file.
-      plan: devices and width.
-
-    Raises:
-      FedLPError: the file is written in a way that this cannot change safely, or not at all; it is
-        then as before.
-    """
-    path = Path(path)
-    before = load_config(path)
-    block = f"plan:\n  devices: {plan.devices}\n  width: {plan.width}\n"
-    try:
-        text = path.read_text()
-        found = re.search(r"^plan\s*:[^\n]*\n?(?:[ \t]+[^\n]*(?:\n|\Z))*", text, re.MULTILINE)
-        if found:
-            changed = text[: found.start()] + block + text[found.end() :]
-        else:
-            changed = text + ("" if text.endswith("\n") else "\n") + "\n" + block
-        with _beside(path, changed) as candidate:
-            if _reads_otherwise(candidate, before, plan):
-                raise FedLPError(
-                    f"{path}: its plan cannot be replaced without touching other lines; write it "
-                    f"yourself as\n{block}"
-                )
-            os.replace(candidate, path)
-    except OSError as error:
-        raise FedLPError(f"{path}: cannot be written ({error}); the plan is\n{block}") from error
-
-
-@contextlib.contextmanager
-def _beside(path: Path, text: str) -> Iterator[Path]:
-    """A file with this text in the same folder, which is gone at the end unless it was moved."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        os.chmod(name, path.stat().st_mode & 0o7777)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _reads_otherwise(candidate: Path, before: Config, plan: Plan) -> bool:
-    """Whether a changed file means anything but the one before with this plan."""
-    try:
-        after = load_config(candidate)
-    except FedLPError:
-        return True
-    section = before.plan.model_copy(update={"devices": plan.devices, "width": plan.width})
-    name = {"name": before.name}  # that of the file, where none is given
-    wanted = before.model_copy(update={"plan": section} | name)
-    return after.model_copy(update=name) != wanted
+    bench = _Bench(prepare, fixed, time.monotonic() + seconds, say)
+    default = Simulation(**fixed, rounds=0)
+    bench.begin(default.plan)
+    _search(bench, default.size)
+    return Tuning(bench.best, bench.trials, bench.left_out)
 
 
 def describe(tuning: Tuning) -> str:
     """The plan found, in a sentence."""
-    first, best = tuning.trials[0], tuning.best
-    words = f"devices {best.devices}, width {best.width}"
-    if best == first.plan:
-        return f"The default plan is the quickest: {words}."
-    default = f"devices {first.plan.devices}, width {first.plan.width}"
-    return f"The quickest plan: {words}, where the default is {default}."
+    first = tuning.trials[0].plan
+    if _same(tuning.best, first):
+        return f"The default plan is the quickest: {words(first)}."
+    return f"The quickest plan: {words(tuning.best)}, where the default is {words(first)}."
+
+
+def words(plan: Plan) -> str:
+    """`"devices 2, width 8"`."""
+    return ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items())
+
+
+class _Bench:
+    """Measures plans one by one and keeps the quickest ready, to be measured beside the next."""
+
+    def __init__(
+        self,
+        prepare: Callable[..., Callable[[Sequence[int]], float]],
+        arguments: Mapping[str, Any],
+        end: float,
+        say: Callable[[Trial], None],
+    ):
+        self._prepare, self._arguments, self._end, self._say = prepare, arguments, end, say
+        self.trials: list[Trial] = []
+        self.left_out: list[Plan] = []
+
+    def begin(self, plan: Plan) -> None:
+        """Measures the default plan, and by it how many rounds a turn has."""
+        self.best = plan
+        once = self._prepare(**self._arguments, plan=plan)
+        once([1])  # what is slow for the first time only
+        rounds = int(_TURN_SECONDS / max(once([1]), 1e-9))
+        self._rounds = range(1, 1 + min(max(rounds, 1), _MOST_ROUNDS))
+        self._best_once = once
+        self._note(self._measured(plan, once, None))
+
+    @property
+    def rounds_are_short(self) -> bool:
+        """Whether several could be one call, whose numbers are seen within a second."""
+        return len(self._rounds) > 1
+
+    def ratio(self, plan: Plan) -> float:
+        """The time of a plan as a share of that of the quickest before, which it may replace."""
+        if any(_same(plan, trial.plan) for trial in self.trials):
+            return 1.0
+        if time.monotonic() > self._end and len(self.trials) > 1:
+            self.left_out.append(plan)
+            return math.inf
+        try:
+            once = self._prepare(**self._arguments, plan=plan)
+            trial = self._measured(plan, once, self._best_once)
+        except FedLPError as error:  # as where the memory does not suffice
+            self._note(Trial(plan, math.nan, math.nan, math.nan, str(error)))
+            return math.inf
+        self._note(trial)
+        if trial.ratio < _WORTH:
+            self.best, self._best_once = plan, once
+        return trial.ratio
+
+    def _measured(
+        self,
+        plan: Plan,
+        once: Callable[[Sequence[int]], float],
+        rival: Callable[[Sequence[int]], float] | None,
+    ) -> Trial:
+        once(self._rounds)
+        own: list[float] = []
+        other: list[float] = []
+        while len(own) < _TURNS or (len(own) < _MOST_TURNS and sum(own) < _ENOUGH_SECONDS):
+            if rival is not None:
+                other.append(rival(self._rounds) / len(self._rounds))
+            own.append(once(self._rounds) / len(self._rounds))
+        median = statistics.median(own)
+        against = statistics.median(other) if other else median
+        return Trial(plan, median, against, getattr(once, "compile_seconds", 0.0))
+
+    def _note(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        self._say(trial)
+
+
+def _search(bench: _Bench, cohort: int) -> None:
+    """Tries plans around the default, coarsely and then finely."""
+    devices = bench.best.devices or 1
+    while devices:
+        widest = -(-cohort // devices)
+        start = min(bench.best.width or 1, widest)
+        fewer = dataclasses.replace(bench.best, devices=devices, width=start)
+        if bench.ratio(fewer) < _HOPELESS:
+            for widths in (_up(start, widest), _down(start)):
+                for width in widths:
+                    if bench.ratio(dataclasses.replace(fewer, width=width)) > _HOPELESS:
+                        break
+        devices //= 2
+    for factor in (2.0, 0.5):
+        best = bench.best
+        width = int((best.width or 1) * factor)
+        while 1 <= width <= -(-cohort // (best.devices or 1)):
+            if bench.ratio(dataclasses.replace(best, width=width)) > _WORTH:
+                break
+            width = int(width * factor)
+    best = bench.best
+    for factor in (1.5, 0.75):
+        width = int((best.width or 1) * factor)
+        if 1 <= width <= -(-cohort // (best.devices or 1)):
+            bench.ratio(dataclasses.replace(best, width=width))
+    if bench.best.data == DEVICE:  # where it is HOST, the devices have no room
+        bench.ratio(dataclasses.replace(bench.best, data=HOST))
+    if bench.best.data == DEVICE and bench.rounds_are_short:
+        for rounds in _AT_ONCE:
+            if bench.ratio(dataclasses.replace(bench.best, rounds_at_once=rounds)) > _WORTH:
+                break
+
+
+def _up(width: int, widest: int) -> list[int]:
+    widths = []
+    while (width := _COARSE * width) < widest:
+        widths.append(width)
+    return [*widths, widest]
+
+
+def _down(width: int) -> list[int]:
+    widths = []
+    while width > 1:
+        width = max(width // _COARSE, 1)
+        widths.append(width)
+    return widths
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    return dataclasses.astuple(one) == dataclasses.astuple(other)

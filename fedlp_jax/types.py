@@ -17,6 +17,7 @@ dropped. *variables* are all that is exchanged: parameters and batch statistics.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,27 @@ class FedLPError(ValueError):
     """Bad input: the message says what is wrong, with the numbers, and the way out."""
 
 
+class _Short(reprlib.Repr):
+    """`repr` of what may be huge, nested without end, or have more digits than are allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 6, 6, 6
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 100 else f"about {'-' * (x < 0)}2**{x.bit_length() - 1}"
+
+
+_SHORT = _Short()
+
+
+def shown(value: object) -> str:
+    """A value as a sentence shows it: as `repr` does, on one line, and never long."""
+    words = _SHORT.repr(value).replace("\n", " ")
+    return words if len(words) <= 200 else f"{words[:200]}..."
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuses a value that is not among `choices`, naming the nearest that is.
 
@@ -42,7 +64,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value in choices:
         return
     hint = nearest(value, choices) or "."
-    raise FedLPError(f"{name} '{value}' is unknown{hint} Known: {', '.join(choices)}.")
+    raise FedLPError(f"{name} {shown(value)} is unknown{hint} Known: {', '.join(choices)}.")
 
 
 def nearest(word: object, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
@@ -79,7 +101,7 @@ class Batch(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A whole split on the device."""
+    """A whole split on the device; or what each device is sent for its own clients, end to end."""
 
     inputs: Array  # uint8|f32[N, ...]
     labels: Array  # i32[N]
@@ -97,7 +119,7 @@ class Cohort:
     client: Array  # i32[D * P], client id; -1 = empty slot
     size: Array  # i32[D * P], examples; 0 = empty slot
     level: Array  # i32[D * P], submodel level, 0 to G - 1
-    rows: Array  # i32[D * P, M], rows of the training split, padded with 0
+    rows: Array  # i32[D * P, M], rows of the examples that a round is given, padded with 0
     segment: Array  # i32[D, G + 1]
     conditions: PyTree = None  # a `fedlp_jax.fate.Conditions`, where a run has faults
     # The size of every client of the population, if it is the same for all: it lets a round drop

@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedlp_jax.types import FedLPError, Variables
+from fedlp_jax.data.archive import read_npz
+from fedlp_jax.limits import replacing, why
+from fedlp_jax.types import FedLPError, Variables, shown
 
 VARIABLES = "variables.npz"  # its name in a run directory
+_FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # in this machine's byte order
 
 
 def save_variables(path: Path, variables: Variables) -> None:
-    """Writes a nested dictionary of arrays under flat names such as `params/fc1/kernel`."""
+    """Writes a nested dictionary of arrays under flat names such as `params/fc1/kernel`.
+
+    The file is whole at any time: where it cannot be written, the one before stays.
+    """
     arrays: dict[str, Any] = {
         name: np.asarray(array) for name, array in flatten_dict(variables, sep="/").items()
     }
-    np.savez(path, allow_pickle=False, **arrays)
+    with replacing(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_variables(path: str | Path) -> Variables:
@@ -37,19 +44,24 @@ def load_variables(path: str | Path) -> Variables:
     file = Path(path)
     file = file / VARIABLES if file.is_dir() else file
     try:
-        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as stored:
-            flat = {name: stored[name] for name in stored.files}
+        flat = read_npz(file, lambda names: names)
+        for name in flat:
+            if any("/".join(name.split("/")[:i]) in flat for i in range(1, name.count("/") + 1)):
+                raise ValueError(f"the name {shown(name)} lies within that of another array")
         variables = unflatten_dict(flat, sep="/")
+    except FedLPError:
+        raise
     except FileNotFoundError:
         raise FedLPError(
             f"{file} does not exist; a run writes it when it ends or diverges."
         ) from None
     except Exception as error:  # a damaged archive can raise almost anything
-        raise FedLPError(f"{file} cannot be read as the model of a run: {error}.") from error
-    floats = all(np.issubdtype(array.dtype, np.floating) for array in flat.values())
+        raise FedLPError(f"{file} cannot be read as the model of a run: {why(error)}.") from error
+    floats = all(array.dtype in _FLOATS for array in flat.values())
     if not isinstance(variables.get("params"), dict) or not floats:
+        held = ", ".join(f"{shown(name)} of {a.dtype}" for name, a in list(flat.items())[:3])
         raise FedLPError(
-            f"{file} holds {', '.join(list(flat)[:3]) or 'nothing'}; the model of a run has arrays "
-            "of floats with names such as params/fc1/kernel."
+            f"{file} holds {held or 'nothing'}; the model of a run has arrays of floats with names "
+            "such as params/fc1/kernel."
         )
     return variables

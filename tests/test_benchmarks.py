@@ -17,6 +17,7 @@ from benchmarks import (
     compile,
     convolutions,
     hetero,
+    memory,
     parts,
     roofline,
     scaling,
@@ -146,11 +147,27 @@ def test_aggregate_times_nothing_that_is_wrong(monkeypatch):
 
 def test_scaling(run):
     result = run(scaling)
-    assert [row["clients"] for row in result["population"]] == [1_000, 20_000]
-    assert [(row["cohort"], row["width"]) for row in result["cohort"]] == [(8, 1), (8, 8)]
-    assert all(
-        is_spread(row["seconds"]) for rows in ("population", "cohort") for row in result[rows]
-    )
+    assert [row["clients"] for row in result["population"]] == [1_000, 1_000, 20_000, 20_000]
+    assert [row["data"] for row in result["population"]] == 2 * ["device", "host"]
+    sizes = [(4, 1), (4, 4), (8, 1), (8, 4)]
+    assert [(row["cohort"], row["width"]) for row in result["cohort"]] == sizes
+    assert ["slope" in row for row in result["cohort"]] == [False, False, True, True]
+    assert [row["data"] for row in result["plan"]] == ["device", "host"]
+    assert all(row["predicted_bytes"] > 0 for row in result["plan"])
+    assert all((row["measured_bytes"] or 0) >= 0 for row in result["plan"])
+    timed = [row for name in ("population", "cohort", "plan") for row in result[name]]
+    assert all(is_spread(row["seconds"]) for row in timed)
+    for row in result["uneven"]:
+        assert 0 <= row["padded_share"] < 1 <= row["imbalance"] < 1.1
+        assert row["padded_share"] == 0 or row["width"] > 1
+
+
+def test_the_memory_of_a_call_is_what_it_holds_at_most():
+    def call():
+        return np.ones(2**25).sum()  # 256 MiB, let go at the end
+
+    peak = memory.peak_of(call)
+    assert peak is None or 2**27 < peak < 2**30
 
 
 def test_convolutions(run, monkeypatch):

@@ -46,10 +46,13 @@ def test_every_client_and_every_pair_is_as_likely():
 
 def test_sampling_costs_what_the_cohort_costs():
     def seconds(clients):
-        start = time.perf_counter()
-        for r in range(1, 51):
-            sample(0, r, clients, 100)
-        return time.perf_counter() - start
+        readings = []
+        for _ in range(5):  # of this process alone, whatever else the machine does
+            start = time.process_time()
+            for r in range(1, 51):
+                sample(0, r, clients, 100)
+            readings.append(time.process_time() - start)
+        return min(readings)
 
     seconds(1000)
     assert seconds(10**9) < 5 * seconds(1000)  # a permutation would need minutes and 8 GB

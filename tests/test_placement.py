@@ -10,7 +10,8 @@ import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
-from fedlp_jax.placement import Level, Plan, lay_out, map_sum, resolve, slots_per_device
+from fedlp_jax.layout import lay_out, slots_per_device
+from fedlp_jax.placement import Level, Plan, map_sum, resolve
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from fedlp_jax import report
+from fedlp_jax import environment, report
 from fedlp_jax.report import RunDirectory, read_metrics
 from fedlp_jax.types import FedLPError
 
@@ -40,7 +40,7 @@ def test_writes_all_parts_and_gives_up_its_claim(tmp_path):
     assert [row["round"] for row in read_metrics(path)] == [1, 2, 3]
     config = (path / "config.yaml").read_text()
     assert config.endswith("\nseed: 1\n")
-    assert f"# jax {report.versions()['jax']}\n" in config
+    assert f"# jax {environment.versions()['jax']}\n" in config
 
 
 def test_a_round_is_on_the_disk_at_once(tmp_path):
@@ -220,12 +220,12 @@ def test_refuses_what_cannot_be_a_directory(tmp_path):
 
 
 def test_the_environment_can_be_written_down():
-    found = json.loads(json.dumps(report.plain(report.environment())))
+    found = json.loads(json.dumps(report.plain(environment.environment())))
     assert found["device"]["count"] >= 1
     assert found["versions"]["jax"] and found["versions"]["fedlp_jax"]
 
 
 def test_the_commit_is_that_of_the_package_or_none(tmp_path, monkeypatch):
-    assert report.commit() is None or len(report.commit().removesuffix("-dirty")) == 40
+    assert environment.commit() is None or len(environment.commit().removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", os.fspath(tmp_path))  # no git
-    assert report.commit() is None
+    assert environment.commit() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from fedlp_jax.fate import Fate, Lot, Outcome, came_true, corrupted, judge, with
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
 from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.masks import MaskPolicy
-from fedlp_jax.placement import Level, Plan, map_sum
+from fedlp_jax.placement import HOST, Level, Plan, map_sum
 from fedlp_jax.server import server_step
 from fedlp_jax.submodel import Submodel, Submodels
 from fedlp_jax.task import Task
@@ -115,6 +115,8 @@ class Composition:
         example, fate = example_of(examples), None
         if cohort.conditions is not None:
             fate = judge(key, number, cohort, masks, table, levels, self.work, example)
+        # With data on the host, each device has the examples of its own clients only.
+        dealt, whole = cast(Any, plan.data == HOST), cast(Any, False)
         weight = cohort.size.astype(jnp.float32)
         sent = Sent(weight if self.by_examples else jnp.ones_like(weight), masks.upload, masks.keep)
         total, (metrics, stack), trained = map_sum(
@@ -130,9 +132,10 @@ class Composition:
                 self._scale(state, number),
                 self.combination.bound(state.aggregator),
             ),
-            self._lanes(cohort, sent, private, fate, plan),
+            self._lanes(cohort, sent, private, fate, plan, examples),
             cohort.segment,
             plan,
+            dealt=Shared(whole, Examples(dealt, dealt, whole), *4 * (whole,)),
         )
 
         # Combine, and step the server.
@@ -189,14 +192,17 @@ class Composition:
         private: tuple[PyTree, ...],
         fate: Fate | None,
         plan: Plan,
+        examples: Examples,
     ) -> Lane:
-        size, lot = cohort.size, None
+        size, rows, lot = cohort.size, cohort.rows, None
+        if plan.data == HOST:  # rows of all devices' examples -> rows of the device's own
+            rows = rows % (examples.labels.shape[0] // (plan.devices or 1))
         if fate is not None:
             arrives = fate.outcome == Outcome.ARRIVED
             lot = Lot(arrives, fate.corrupt, cohort.conditions.strength)
             if plan.width == 1:  # vmapped clients take the same steps, whatever becomes of them
                 size = jnp.where(arrives, size, 0)
-        return Lane(Client(cohort.client, size, cohort.rows), sent, private, lot)
+        return Lane(Client(cohort.client, size, rows), sent, private, lot)
 
     def _scale(self, state: ServerState, number: Array) -> Array | None:
         if self.client_schedule is None:

@@ -7,6 +7,7 @@ either. So convolutions are lowered here to dots, which `vmap` makes batched dot
 """
 
 from fedlp_jax.conv.choice import LOWERINGS as LOWERINGS
+from fedlp_jax.conv.choice import meeting as meeting
 from fedlp_jax.conv.choice import recording as recording
 from fedlp_jax.conv.choice import repeating as repeating
 from fedlp_jax.conv.choice import using as using

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError, Normalize
+from fedlp_jax.limits import why
+from fedlp_jax.types import FedLPError, Normalize, shown
 
 
 class Split(NamedTuple):
@@ -79,8 +80,17 @@ def from_arrays(
     largest = int(max(train.labels.max(), test.labels.max()))
     if num_classes is None:
         num_classes = largest + 1
-    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
-        raise FedLPError(f"{name}: num_classes must be a positive integer, got {num_classes!r}.")
+        examples = len(train.labels) + len(test.labels)
+        if num_classes > max(examples, 1000):
+            raise FedLPError(
+                f"{name}: label {largest} would make {num_classes:,} classes of {examples:,} "
+                "examples; number the classes from 0, or give num_classes if that is meant."
+            )
+    whole = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
+    if not whole or not 1 <= num_classes < 2**31:
+        raise FedLPError(
+            f"{name}: num_classes must be a positive integer, got {shown(num_classes)}."
+        )
     if largest >= num_classes:
         raise FedLPError(
             f"{name}: label {largest} is out of range for num_classes={num_classes}; labels count "
@@ -120,8 +130,8 @@ IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
 
 def _split(name: str, which: str, inputs: Any, labels: Any) -> Split:
     """Checks one split and brings it to the types of `Split`."""
-    inputs, labels = np.asarray(inputs), np.asarray(labels)
     where = f"{name}: {which}"
+    inputs, labels = as_array(f"{where}_inputs", inputs), as_array(f"{where}_labels", labels)
     if inputs.ndim < 2 or 0 in inputs.shape:
         raise FedLPError(
             f"{where}_inputs have shape {list(inputs.shape)}; expected [N, ...] with at least one "
@@ -161,6 +171,18 @@ def _split(name: str, which: str, inputs: Any, labels: Any) -> Split:
     return Split(inputs[..., None] if inputs.ndim == 3 else inputs, labels.astype(np.int32))
 
 
+def as_array(what: str, values: Any) -> np.ndarray:
+    """`numpy.asarray`, which says of rows of several lengths whose they are.
+
+    Raises:
+      FedLPError: the values are not an array.
+    """
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FedLPError(f"{what} cannot be made an array: {why(error)}.") from None
+
+
 def _affine(name: str, normalize: Normalize, shape: tuple[int, ...]) -> Normalize:
     """Checks that gain and shift are finite numbers, one or one per channel."""
     try:
@@ -170,8 +192,8 @@ def _affine(name: str, normalize: Normalize, shape: tuple[int, ...]) -> Normaliz
             gain, shift = (np.asarray(part, np.float32) for part in normalize)
     except (TypeError, ValueError, OverflowError):
         raise FedLPError(
-            f"{name}: normalize is {normalize!r}; expected a pair (gain, shift), each one number "
-            "or one per channel, for x * gain + shift."
+            f"{name}: normalize is {shown(normalize)}; expected a pair (gain, shift), each one "
+            "number or one per channel, for x * gain + shift."
         ) from None
     for word, part in (("gain", gain), ("shift", shift)):
         if part.shape not in ((), shape[-1:]) or not np.isfinite(part).all():
@@ -195,7 +217,7 @@ def client_ids(values: Any, examples: int) -> np.ndarray:
     Raises:
       FedLPError: there is not one integer or string for each example.
     """
-    ids = np.asarray(values)
+    ids = as_array("Client ids", values)
     text = ids.dtype.kind in "US" or (
         ids.dtype.kind == "O" and all(isinstance(one, str) for one in ids.ravel())
     )

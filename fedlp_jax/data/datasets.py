@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlp_jax.data import cache, decoding, embedded, prepared
+from fedlp_jax.data.archive import read_npz
 from fedlp_jax.data.arrays import Dataset as Dataset
 from fedlp_jax.data.arrays import Split as Split
 from fedlp_jax.data.arrays import from_arrays as from_arrays
 from fedlp_jax.data.arrays import pixels
-from fedlp_jax.types import FedLPError, Normalize, nearest
+from fedlp_jax.limits import why
+from fedlp_jax.types import FedLPError, Normalize, nearest, shown
 
 # What the literature uses; any other set of images gets .5 and .5.
 _NORMALIZE = {
@@ -83,7 +82,7 @@ def _from_tfds(
     words = {"train_split": train_split, "test_split": test_split, "image": image, "label": label}
     for word, value in words.items():
         if not isinstance(value, str) and (value is not None or word == "train_split"):
-            raise FedLPError(f"{name}: {word} must be text, got {value!r}.")
+            raise FedLPError(f"{name}: {word} must be text, got {shown(value)}.")
     found = prepared.find(
         name, data_dir, train_split=train_split, test_split=test_split, own_names=tuple(_OWN)
     )
@@ -107,27 +106,35 @@ def _from_npz(
     del data_dir
     ours = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     keras = ("x_train", "y_train", "x_test", "y_test")
+
+    def choose(held: list[str]) -> list[str]:
+        keys = next((keys for keys in (ours, keras) if set(keys) <= set(held)), None)
+        if keys is None:
+            names = ", ".join(map(str, held[:8])) + (", ..." if len(held) > 8 else "")
+            raise FedLPError(
+                f"{path} holds the arrays {names or '(none)'}; expected {', '.join(ours)}, or "
+                f"{', '.join(keras)}."
+            )
+        return [*keys, *(["client"] if "client" in held else [])]
+
     try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = next((keys for keys in (ours, keras) if set(keys) <= set(file.files)), None)
-            if keys is None:
-                raise FedLPError(
-                    f"{path} holds the arrays {', '.join(file.files) or '(none)'}; expected "
-                    f"{', '.join(ours)}, or {', '.join(keras)}."
-                )
-            arrays = [file[key] for key in keys]
-            client = file["client"] if "client" in file.files else None
+        arrays = read_npz(path, choose)
     except FedLPError:
         raise
     except FileNotFoundError:
         raise FedLPError(f"There is no file {path}.") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise almost anything
         raise FedLPError(
-            f"{path} cannot be read as an .npz of plain arrays ({error}); write it with "
+            f"{path} cannot be read as an .npz of plain arrays ({why(error)}); write it with "
             "numpy.savez(path, train_inputs=..., ...) from arrays of numbers."
         ) from None
+    client = arrays.pop("client", None)
     return from_arrays(
-        *arrays, num_classes=num_classes, normalize=normalize, client=client, name=Path(path).stem
+        *arrays.values(),
+        num_classes=num_classes,
+        normalize=normalize,
+        client=client,
+        name=Path(path).stem,
     )
 
 
@@ -149,7 +156,8 @@ def _synthetic(
     del data_dir
     if isinstance(shape, str) or not isinstance(shape, Iterable):
         raise FedLPError(
-            f"{name}: shape must be a list of positive integers such as (8, 8, 1), got {shape!r}."
+            f"{name}: shape must be a list of positive integers such as (8, 8, 1), got "
+            f"{shown(shape)}."
         )
     arrays = embedded.synthetic(examples, test_examples, tuple(shape), num_classes, seed)
     return from_arrays(*arrays, num_classes=num_classes, name=name)

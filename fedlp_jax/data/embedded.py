@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.limits import usable_memory
+from fedlp_jax.types import FedLPError, shown
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # train and test, inputs and labels
 
@@ -86,11 +88,20 @@ def synthetic(
     }
     for word, count in counts.items():
         if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-            raise FedLPError(f"synthetic: {word} must be a positive integer, got {count!r}.")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64 or not shape:
+            raise FedLPError(f"synthetic: {word} must be a positive integer, got {shown(count)}.")
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**64 or not shape:
         raise FedLPError(
             f"synthetic: expected a seed in 0 .. 2**64 - 1 and a shape with at least one axis, got "
-            f"{seed=} and {shape=}."
+            f"seed={shown(seed)} and shape={shown(shape)}."
+        )
+    # A byte and a label an example, and the means in float32.
+    needs = (examples + test_examples) * (math.prod(shape) + 4) + 4 * num_classes * math.prod(shape)
+    if needs > usable_memory() or max(examples, test_examples, num_classes) >= 2**31 - 1:
+        raise FedLPError(
+            f"synthetic: {shown(examples)} and {shown(test_examples)} examples of shape "
+            f"{shown(list(shape))} in {shown(num_classes)} classes take more than the "
+            f"{usable_memory():,} bytes that this machine has for them; ask for less."
         )
     rng = np.random.Generator(np.random.Philox(key=int(seed)))
     values = int(np.prod(shape))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.data.arrays import as_array
+from fedlp_jax.types import FedLPError, shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,15 +32,14 @@ class Partition:
 
     def __post_init__(self) -> None:
         labels = class_labels(self.labels)
-        order = _frozen(_integers("order", self.order), np.int32)
-        offset = _frozen(_integers("offset", self.offset), np.int64)
+        order, offset = _integers("order", self.order), _integers("offset", self.offset)
         if len(offset) < 2 or offset[0] != 0 or offset[-1] != len(order):
             raise FedLPError(
                 f"offset must go from 0 to the {len(order):,} rows of order over at least one "
                 f"client; got {len(offset)} entries, {offset[:1].tolist()} to "
                 f"{offset[-1:].tolist()}."
             )
-        sizes = np.diff(offset)
+        sizes = np.diff(offset.astype(np.int64))  # of unsigned numbers, no step is below 0
         if sizes.min() < 1:
             raise FedLPError(
                 f"Client {sizes.argmin()} holds {sizes.min()} examples ({(sizes < 1).sum():,} of "
@@ -50,10 +50,14 @@ class Partition:
                 f"order holds rows {order.min()} to {order.max()}, outside the {len(labels):,} "
                 "labelled examples."
             )
-        if labels.max() >= self.num_classes:
+        classes = self.num_classes
+        if not isinstance(classes, int | np.integer) or isinstance(classes, bool):
+            raise FedLPError(f"num_classes must be a whole number, got {shown(classes)}.")
+        if labels.max() >= classes:
             raise FedLPError(
                 f"label {labels.max()} is out of range for num_classes={self.num_classes}."
             )
+        order, offset = _frozen(order, np.int32), _frozen(offset, np.int64)
         for name, value in (("order", order), ("offset", offset), ("labels", labels)):
             object.__setattr__(self, name, value)
 
@@ -69,9 +73,10 @@ class Partition:
 
     def rows(self, client: int) -> np.ndarray:
         """Rows of the training split that a client holds, `i32[n_k]`."""
-        if not 0 <= client < self.clients:
+        whole = isinstance(client, int | np.integer) and not isinstance(client, bool)
+        if not whole or not 0 <= client < self.clients:
             raise FedLPError(
-                f"There is no client {client}: they count from 0 to {self.clients - 1}."
+                f"There is no client {shown(client)}: they count from 0 to {self.clients - 1}."
             )
         return self.order[self.offset[client] : self.offset[client + 1]]
 
@@ -156,7 +161,7 @@ def class_labels(labels: Any) -> np.ndarray:
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
-    values = np.asarray(values)
+    values = as_array(name, values)
     if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
         raise FedLPError(
             f"{name} must be a one-dimensional array of integers, got {values.dtype}"

@@ -15,7 +15,7 @@ from fedlp_jax.data import sizes as sizes_of
 from fedlp_jax.data.arrays import client_ids
 from fedlp_jax.data.holdings import Partition as Partition
 from fedlp_jax.data.holdings import by_owner, by_size, class_labels
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, shown
 
 # The second word of the Philox key: with one seed, no two schemes share their draws.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}
@@ -169,7 +169,7 @@ def mixed(
     count = len(labels)
     _check_clients(clients, count)
     if not isinstance(ratio, _NUMBER) or not 0 <= ratio <= 1:
-        raise FedLPError(f"ratio is a share of the examples, between 0 and 1; got {ratio!r}.")
+        raise FedLPError(f"ratio is a share of the examples, between 0 and 1; got {shown(ratio)}.")
     rng = _generator("mixed", seed)
     if reference:
         return _official_mixed(rng, labels, clients, float(ratio))
@@ -246,15 +246,15 @@ def _official_mixed(
 
 def _generator(scheme: str, seed: Any) -> np.random.Generator:
     if not isinstance(seed, _INTEGER) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise FedLPError(f"seed must be an integer in 0 .. 2**64 - 1, got {seed!r}.")
+        raise FedLPError(f"seed must be an integer in 0 .. 2**64 - 1, got {shown(seed)}.")
     return np.random.Generator(
         np.random.Philox(key=np.asarray([seed, _STREAM[scheme]], dtype=np.uint64))
     )
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, _INTEGER) or isinstance(value, bool) or value < 1:
-        raise FedLPError(f"{name} must be a positive integer, got {value!r}.")
+    if not isinstance(value, _INTEGER) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise FedLPError(f"{name} must be a positive integer below 2**31, got {shown(value)}.")
 
 
 def _check_clients(clients: Any, examples: int) -> None:
@@ -269,8 +269,8 @@ def _check_clients(clients: Any, examples: int) -> None:
 def _check_alpha(alpha: Any) -> None:
     if not isinstance(alpha, _NUMBER) or isinstance(alpha, bool) or not 0 < alpha < 1e300:
         raise FedLPError(
-            f"alpha must be a positive finite number, got {alpha!r}; about 0.1 is very uneven, "
-            "and beyond 100 a partition is close to iid."
+            f"alpha must be a positive finite number, got {shown(alpha)}; about 0.1 is very "
+            "uneven, and beyond 100 a partition is close to iid."
         )
 
 

@@ -13,9 +13,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedlp_jax.types import FedLPError, nearest
+from fedlp_jax.limits import read_plain
+from fedlp_jax.types import FedLPError, nearest, shown
 
 _NAME = re.compile(r"(?P<set>\w[\w-]*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<version>\d+\.\d+\.\d+))?")
+_JSON_BYTES = 100_000_000  # some sets list a million file names
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SHARD = (
     "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # file names, unless the set says otherwise
@@ -63,18 +65,22 @@ def find(
             f"{name!r} is not the name of a data set; expected a name such as 'cifar10', "
             "'emnist/balanced' or 'mnist:3.0.1', or the path of an .npz file."
         )
-    base = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    base = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    try:
+        base = base.expanduser()
+    except RuntimeError:  # there is no such user, so no such directory
+        base = base.absolute()
     home = base / parts["set"]
     if not _holds_versions(home) and not _incomplete(home):
         raise FedLPError(_not_there(name, base, own_names))
     directory = _version(name, base, _configuration(name, home, parts["config"]), parts["version"])
     info = _information(name, base, directory)
 
-    splits = {split["name"]: split for split in info.get("splits", [])}
+    splits = info["splits"]
     if test_split is None:
         test_split = "test" if "test" in splits else "validation"
     used = _named_splits(name, splits, f"{train_split}+{test_split}")
-    formats = {info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])}
+    formats = info["formats"]
     if "array_record" not in formats:
         raise FedLPError(
             f"{name!r} is prepared under {directory} as {' and '.join(sorted(formats))}, which "
@@ -149,15 +155,20 @@ def _version(name: str, base: Path, home: Path, version: str | None) -> Path:
 
 
 def _information(name: str, base: Path, directory: Path) -> dict[str, Any]:
-    """The set's dataset_info.json; features.json only has to be readable too."""
-    read = {}
+    """The splits and formats of dataset_info.json; features.json only has to be readable too."""
     for file in ("features.json", "dataset_info.json"):
         try:
-            read[file] = json.loads((directory / file).read_text())
-        except (OSError, ValueError) as error:
+            read = json.loads(read_plain(directory / file, _JSON_BYTES))
+            if file == "features.json":
+                continue
+            splits = {str(split["name"]): dict(split) for split in read.get("splits", [])}
+            for split in splits.values():
+                split["shardLengths"] = [int(n) for n in split.get("shardLengths", [])]
+            formats = [read.get("fileFormat", "tfrecord"), *read.get("alternativeFileFormats", [])]
+        except Exception as error:  # what is no such JSON can raise almost anything
             lack = f"{directory / file} cannot be read ({type(error).__name__})"
             raise FedLPError(_half_prepared(name, base, lack)) from None
-    return read["dataset_info.json"]
+    return {"splits": splits, "formats": set(map(str, formats))}
 
 
 def _named_splits(name: str, splits: dict[str, Any], expression: str) -> list[str]:
@@ -175,10 +186,10 @@ def _named_splits(name: str, splits: dict[str, Any], expression: str) -> list[st
 
 def _shards(dataset: str, split: dict[str, Any]) -> list[str]:
     """File names of a split's shards that hold anything, in array_record."""
-    lengths = [int(length) for length in split.get("shardLengths", [])]
+    lengths = split["shardLengths"]
     shards = []
     for i, length in enumerate(lengths):
-        file = split.get("filepathTemplate") or _SHARD
+        file = str(split.get("filepathTemplate") or _SHARD)
         for word, value in {
             "DATASET": dataset,
             "SPLIT": split["name"],
@@ -188,6 +199,11 @@ def _shards(dataset: str, split: dict[str, Any]) -> list[str]:
             "SHARD_X_OF_Y": f"{i:05d}-of-{len(lengths):05d}",
         }.items():
             file = file.replace(f"{{{word}}}", value)
+        if file.startswith("/") or ".." in file.split("/") or not file.isprintable():
+            raise FedLPError(
+                f"The split {shown(split['name'])} of {dataset!r} says that its files are named "
+                f"{shown(file)}, which leads out of its folder; prepare the set again."
+            )
         if length:
             shards.append(file)
     return shards

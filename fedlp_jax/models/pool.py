@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -31,24 +32,27 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
 
 @jax.custom_jvp
 def _largest(x: Array) -> Array:
-    """`[B, h, kh, w, kw, channels] -> [B, h, w, channels]`."""
-    return _winner(x)[0]
+    """`[B, h, kh, w, kw, channels] -> [B, h, w, channels]`; NaN counts as the largest."""
+    _, _, kh, _, kw, _ = x.shape
+    # Maxima alone, which vectorize; which element it was is worked out on the way back.
+    rows = [functools.reduce(jnp.maximum, [x[:, :, i, :, j] for j in range(kw)]) for i in range(kh)]
+    return functools.reduce(jnp.maximum, rows)
 
 
 @_largest.defjvp
 def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    largest, index = _winner(x)
+    index = _winner(x)
     # One element of a window is selected by its place, never by a comparison with the maximum: XLA
     # may compute the two in separate fusions that differ in the last bit, and then none is equal.
     place = jnp.arange(x.shape[2] * x.shape[4], dtype=index.dtype)
     place = place.reshape(1, 1, x.shape[2], 1, x.shape[4], 1)
     won = jnp.expand_dims(index, (2, 4)) == place
-    return largest, jnp.where(won, tangent, jnp.zeros((), tangent.dtype)).sum((2, 4))
+    return _largest(x), jnp.where(won, tangent, jnp.zeros((), tangent.dtype)).sum((2, 4))
 
 
-def _winner(x: Array) -> tuple[Array, Array]:
-    """The largest element of each window and its place, row-major; NaN counts as the largest."""
+def _winner(x: Array) -> Array:
+    """The place of the largest element of each window, row-major; NaN counts as the largest."""
     kh, kw = x.shape[2], x.shape[4]
     places = jnp.int8 if kh * kw < 128 else jnp.int32
     best = x[:, :, 0, :, 0]
@@ -58,4 +62,4 @@ def _winner(x: Array) -> tuple[Array, Array]:
         better = ~(best >= other) & (best == best)
         best = jnp.where(better, other, best)
         index = jnp.where(better, jnp.asarray(place, places), index)
-    return best, index
+    return index

@@ -1,0 +1,113 @@
+"""Calls of the compiled round: of one round, or of several that follow each other in one program.
+
+Several rounds are a loop with a traced trip count around the same round, so that every number of
+them, up to that of the plan, is one program, and their bits do not depend on how many are called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from fedlp_jax import conv
+from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.placement import Plan, over_clients, over_clients_of_rounds, replicated
+from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState
+
+
+class Pending(NamedTuple):
+    """A dispatched round whose numbers the host has not read."""
+
+    round: int
+    cohort: Cohort  # numpy
+    metrics: RoundMetrics  # on the device
+    tested: dict[str, Any] | None
+    place: int = 0  # among the rounds of its call
+    of: int = 1  # rounds of its call
+    stacked: bool = False  # the metrics are those of all rounds of the call, [R, ...]
+
+
+def one_round(algorithm: Algorithm, plan: Plan) -> Any:
+    """`(state, private, examples, cohort, key) -> (state, private, metrics)`, to be compiled."""
+    everywhere, split = replicated(plan), over_clients(plan)
+    return jax.jit(
+        lambda state, private, examples, cohort, key: algorithm.round(
+            state, private, examples, cohort, key, plan
+        ),
+        donate_argnums=(0, 1),
+        out_shardings=(everywhere, split, _shardings(split, everywhere)),
+    )
+
+
+def several_rounds(algorithm: Algorithm, plan: Plan) -> Any:
+    """`(state, examples, cohorts, count, key) -> (state, metrics)`, to be compiled.
+
+    Cohorts and metrics are stacked, `[R, ...]`; the first `count` rounds are run.
+    """
+    everywhere, split = replicated(plan), over_clients_of_rounds(plan)
+    shardings = _shardings(split, everywhere)
+
+    def run(
+        state: ServerState, examples: Examples, cohorts: Cohort, count: Array, key: Array
+    ) -> tuple[ServerState, RoundMetrics]:
+        def round_of(state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundMetrics]:
+            state, _, metrics = algorithm.round(state, (), examples, cohort, key, plan)
+            return state, metrics
+
+        def body(i: Array, carry: Any) -> Any:
+            state, stack = carry
+            state, metrics = round_of(state, _of_round(cohorts, i))
+            return state, jax.tree.map(
+                lambda s, m: jax.lax.dynamic_update_index_in_dim(s, m, i, 0), stack, metrics
+            )
+
+        shapes = jax.eval_shape(round_of, state, _of_round(cohorts, 0))[1]
+        rounds = cohorts.client.shape[0]
+        stack = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, stack))
+
+    return jax.jit(run, donate_argnums=0, out_shardings=(everywhere, shardings))
+
+
+class Compiled(NamedTuple):
+    """A program, and what it took to make it."""
+
+    program: Any
+    seconds: dict[str, float]  # of "trace", "lowering" and "compile"
+    lowerings: dict[str, str]  # of its convolutions, see `conv.recording`
+
+
+def compiled(program: Any, arguments: tuple[Any, ...]) -> Compiled:
+    """Traces, lowers and compiles what `jax.jit` made."""
+    start = time.perf_counter()
+    with conv.recording() as lowerings:
+        traced = program.trace(*arguments)
+    lowering = time.perf_counter()
+    lowered = traced.lower()
+    compiling = time.perf_counter()
+    executable = lowered.compile()
+    seconds = (lowering - start, compiling - lowering, time.perf_counter() - compiling)
+    names = ("trace", "lowering", "compile")
+    return Compiled(executable, dict(zip(names, seconds, strict=True)), lowerings)
+
+
+def metrics_of(pending: Pending, read: Callable[[Any], Any]) -> tuple[RoundMetrics, Any]:
+    """A round's own numbers and its test, read from the device."""
+    metrics, tested = read((pending.metrics, pending.tested))
+    if pending.stacked:
+        metrics = jax.tree.map(lambda x: x[pending.place], metrics)
+    return metrics, tested
+
+
+def _of_round(cohorts: Cohort, index: Any) -> Cohort:
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), cohorts
+    )
+
+
+def _shardings(split: Any, everywhere: Any) -> RoundMetrics:
+    return RoundMetrics(split, split, split, cast(Any, everywhere), split)

@@ -1,0 +1,79 @@
+"""What comes from outside, within limits: plain files only, and no more than memory holds.
+
+A configuration, a model or a checkpoint may have been written by anybody. Opening a pipe would wait
+for ever, a device has no end, and an archive of a kilobyte may unpack to a terabyte. Our own files
+are written beside their place and moved there, so that they are whole at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object in memory, other in every process
+TEXT_BYTES = 1_000_000  # the most that a text file of settings or results may have
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """Opens a plain file for reading, and waits for nothing.
+
+    Raises:
+      OSError: it is not there, may not be read, or is a directory, a pipe or a device.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    kind = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(kind):
+        file.close()
+        code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        what = "it is a directory" if stat.S_ISDIR(kind) else "it is a pipe or a device, not a file"
+        raise OSError(code, what, str(path))
+    return file
+
+
+def read_plain(path: str | Path, limit: int = TEXT_BYTES) -> bytes:
+    """The bytes of a plain file that has at most `limit` of them.
+
+    Raises:
+      OSError: as `open_plain` does, or the file is larger.
+    """
+    with open_plain(path) as file:
+        content = file.read(limit + 1)  # some files of the system give no size
+        if len(content) > limit:
+            size = max(os.fstat(file.fileno()).st_size, len(content))
+            what = f"it has {size:,} bytes, where {limit:,} are the most that is read"
+            raise OSError(errno.EFBIG, what, str(path))
+    return content
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` once all is written; else that stays as it was."""
+    part = path.with_name(f".{path.name}")
+    part.unlink(missing_ok=True)  # of a run that was killed; a link there would lead elsewhere
+    try:
+        with part.open("xb") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def usable_memory() -> int:
+    """Bytes that one thing may take of this machine: half of its memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def why(error: BaseException) -> str:
+    """What an error says, as a part of a sentence: short, in one line, and without its path."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError) and error.args:  # as which a mapping says that it lacks a name
+        said = str(error.args[0]) if " " in str(error.args[0]) else f"it has no {error}"
+    words = _ADDRESS.sub("", " ".join(said.split())) or type(error).__name__
+    return (words if len(words) <= 200 else f"{words[:200]}...").rstrip(".")

@@ -1,0 +1,118 @@
+"""Dense layers: the gradient as outer products is the gradient, for whoever's module it is."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+
+import fedlp_jax as fl
+from fedlp_jax import dense
+
+NUMBERS = (((1,), (0,)), ((), ()))
+
+
+def arrays(rows, dtype=jnp.float64):
+    rng = np.random.default_rng(0)
+    shapes = ((rows, 7), (7, 5), (rows, 5))
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def gradients(product, x, kernel, dy):
+    y, back = jax.vjp(lambda x, k: product(x, k, NUMBERS), x, kernel)
+    return y, *back(dy)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 16])
+def test_value_and_gradients_are_those_of_lax(rows):
+    with jax.enable_x64(True):
+        x, kernel, dy = arrays(rows)
+        ours = gradients(dense.dot_general, x, kernel, dy)
+        theirs = gradients(lax.dot_general, x, kernel, dy)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def products(rows):
+    """dot_generals of a forward and a backward pass."""
+    x, kernel, dy = arrays(rows, jnp.float32)
+    traced = jax.make_jaxpr(lambda *a: gradients(dense.dot_general, *a))(x, kernel, dy)
+    return str(traced).count("dot_general[")
+
+
+def test_only_few_rows_have_outer_products(monkeypatch):
+    assert products(16) == 2  # forward, and the gradient of x
+    assert products(17) == 3
+    monkeypatch.setattr(dense, "_ROWS", {})  # as on an accelerator
+    assert products(10) == 3
+
+
+def test_what_is_no_plain_layer_is_laxs():
+    x = jnp.ones((2, 3, 4), jnp.float32)
+    kernel = jnp.ones((2, 4, 5), jnp.float32)
+    batched = (((2,), (1,)), ((0,), (0,)))
+    assert dense.dot_general(x, kernel, batched).shape == (2, 3, 5)
+    short = dense.dot_general(
+        x[0], kernel[0], NUMBERS, preferred_element_type=jnp.dtype(jnp.bfloat16)
+    )
+    assert short.dtype == jnp.bfloat16
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(9)(x.reshape(x.shape[0], -1))))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, *, rngs):
+        self.one, self.two = nnx.Linear(64, 9, rngs=rngs), nnx.Linear(9, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(nnx.relu(self.one(x.reshape(x.shape[0], -1))))
+
+
+@pytest.mark.parametrize("module", [Linen(), Nnx], ids=["linen", "nnx"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_users_module_takes_it_and_learns_the_same(module, width, monkeypatch):
+    data = fl.load("synthetic", examples=80, shape=(8, 8, 1), num_classes=10, seed=0)
+    clients = fl.partition.iid(data.train.labels, clients=4, seed=0)
+
+    def trained():
+        algorithm = fl.fedavg(
+            fl.classification(module), client_optimizer=optax.sgd(0.1, 0.9), batch_size=10
+        )
+        with jax.enable_x64(True):
+            variables = jax.tree.map(
+                lambda x: jnp.asarray(np.asarray(x), jnp.float64),
+                algorithm.task.init(
+                    jax.random.key(0),
+                    fl.types.Batch(
+                        jnp.asarray(data.train.inputs[:1]),
+                        jnp.zeros(1, jnp.int32),
+                        None,
+                        data.normalize,
+                    ),
+                ),
+            )
+            result = fl.simulate(
+                algorithm,
+                data,
+                clients,
+                rounds=1,
+                cohort=4,
+                variables=variables,
+                plan=fl.Plan(devices=1, width=width),
+            )
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(result.variables)])
+
+    calls = []
+    plain = dense.outer
+    monkeypatch.setattr(dense, "outer", lambda *a: calls.append(1) or plain(*a))
+    ours = trained()
+    assert len(calls) >= 2
+    monkeypatch.setattr(dense, "_ROWS", {})
+    np.testing.assert_allclose(ours, trained(), rtol=1e-9, atol=1e-12)
