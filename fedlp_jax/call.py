@@ -24,10 +24,11 @@ class Pending(NamedTuple):
 
     round: int
     cohort: Cohort  # numpy
-    numbers: Any  # of the clients, and of the round: on the devices, see `Readout.start`
+    metrics: RoundMetrics  # on the device
+    tested: dict[str, Any] | None
     place: int = 0  # among the rounds of its call
     of: int = 1  # rounds of its call
-    stacked: bool = False  # the numbers are those of all rounds of the call, [R, ...]
+    stacked: bool = False  # the metrics are those of all rounds of the call, [R, ...]
 
 
 def one_round(algorithm: Algorithm, plan: Plan) -> Any:
@@ -94,14 +95,12 @@ def compiled(program: Any, arguments: tuple[Any, ...]) -> Compiled:
     return Compiled(executable, dict(zip(names, seconds, strict=True)), lowerings)
 
 
-def metrics_of(
-    pending: Pending, read: Callable[[Any], Any]
-) -> tuple[RoundMetrics, Array, dict[str, Any] | None]:
-    """A round's own numbers, whether it halted, and its test, in numpy; `read` waits for them."""
-    metrics, (halted, tested) = read(pending.numbers)
+def metrics_of(pending: Pending, read: Callable[[Any], Any]) -> tuple[RoundMetrics, Any]:
+    """A round's own numbers and its test, read from the device."""
+    metrics, tested = read((pending.metrics, pending.tested))
     if pending.stacked:
-        metrics, halted = jax.tree.map(lambda x: x[pending.place], (metrics, halted))
-    return metrics, halted, tested
+        metrics = jax.tree.map(lambda x: x[pending.place], metrics)
+    return metrics, tested
 
 
 def _of_round(cohorts: Cohort, index: Any) -> Cohort:

@@ -206,7 +206,7 @@ def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> An
     from fedlp_jax.programs import keep_programs
 
     config = load_config(path, settings)
-    setup(cpu_devices=hosts.share(None if every_device else config.plan.devices))
+    setup(cpu_devices=None if every_device else hosts.share(config.plan.devices))
     keep_programs()
     return config
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from jax.sharding import Sharding
 from fedlp_jax.types import FedLPError, PyTree
 
 _PATIENCE_SECONDS = 3600  # how much later another process may come to the same step
+_LOOK_UP_MILLISECONDS = 500  # how often a process that waits asks whether another has failed
+_STEPS, _FAILURES, _NOTED = (f"fedlp_jax/{name}" for name in ("step", "failed", "noted"))
 _turns = itertools.count()  # every process takes the same steps in the same order
 
 
@@ -53,20 +56,33 @@ def exchange(what: str, word: str) -> list[str]:
       word: what this one says.
 
     Raises:
-      RuntimeError: one has ended, or does not come to this step.
+      FedLPError: another process has refused something on its way here, see `together`.
+      RuntimeError: another has failed at something, or ended, or does not come.
     """
     client = distributed.global_state.client
     if client is None:
         return [word]
-    step = f"fedlp_jax/{next(_turns)}/{what}"
+    step = f"{_STEPS}/{next(_turns)}/{what}"
     client.key_value_set(f"{step}/{index()}", word)
-    said = []
-    for i in range(count()):
+    return [
+        _heard(client, f"{step}/{i}", f"process {i} did not come to '{what}'")
+        for i in range(count())
+    ]
+
+
+def _heard(client: Any, key: str, otherwise: str) -> str:
+    """Waits for a word; what another process has failed at meanwhile is raised here."""
+    late = time.monotonic() + _PATIENCE_SECONDS
+    while True:
         try:
-            said.append(client.blocking_key_value_get(f"{step}/{i}", 1000 * _PATIENCE_SECONDS))
+            return client.blocking_key_value_get(key, _LOOK_UP_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(f"process {i} did not come to '{what}': {error}") from error
-    return said
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > late:
+                raise RuntimeError(f"{otherwise}: {error}") from error
+        failures = client.key_value_dir_get(f"{_FAILURES}/")
+        for i, kind, text in sorted(json.loads(word) for _, word in failures):
+            client.key_value_set(f"{_NOTED}/{index()}", "", allow_overwrite=True)
+            raise (FedLPError if kind == "refused" else RuntimeError)(f"process {i}: {text}")
 
 
 def agree(what: str, facts: Mapping[str, Any]) -> None:
@@ -97,14 +113,24 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "refused" if isinstance(error, FedLPError) else "failed"
-        with contextlib.suppress(RuntimeError):  # the error at hand is the one to tell
-            exchange(what, json.dumps([kind, str(error)]))
+        _tell(error)
         raise
-    for i, word in enumerate(exchange(what, "")):
-        if word:
-            kind, text = json.loads(word)
-            raise (FedLPError if kind == "refused" else RuntimeError)(f"process {i}: {text}")
+    exchange(what, "")
+
+
+def _tell(error: Exception) -> None:
+    """Lets the others know of an error, unless it is theirs, and waits until they do."""
+    client = distributed.global_state.client
+    if client is None:
+        return
+    client.key_value_set(f"{_NOTED}/{index()}", "", allow_overwrite=True)
+    if client.key_value_dir_get(f"{_FAILURES}/"):
+        return
+    kind = "refused" if isinstance(error, FedLPError) else "failed"
+    client.key_value_set(f"{_FAILURES}/{index()}", json.dumps([index(), kind, str(error)]))
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error at hand is the one to tell
+        for i in range(count()):
+            client.blocking_key_value_get(f"{_NOTED}/{i}", 1000 * _PATIENCE_SECONDS)
 
 
 def from_first(what: str, word: str) -> str:

@@ -29,7 +29,7 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
     Raises:
       FedLPError: what must lie on every device does not fit, with both sizes.
     """
-    free = hosts.least("memory for the data", free_bytes(plan))  # the place is the same everywhere
+    free = _least_free(plan)
     if free is None or train_bytes + test_bytes <= free:
         return dataclasses.replace(plan, data=plan.data or DEVICE)
     here = f"each of {plan.devices} device(s), where {_size(free)} are free"
@@ -62,8 +62,7 @@ def compile_to_fit(
       FedLPError: with both sizes, and what to do.
     """
     program = compile(plan)
-    # The width must be the same on all machines.
-    free, asked = hosts.least("free memory", free_bytes(plan)), needed_bytes(program)
+    free, asked = _least_free(plan), needed_bytes(program)
     free = None if free is None else max(free - ahead, 0)
     if free is None or asked is None or asked <= free:
         return program, plan
@@ -115,6 +114,11 @@ def free_bytes(plan: Plan) -> int | None:
     known = [stats for device in devices if (stats := device.memory_stats())]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in known if "bytes_limit" in s]
     return int(_USABLE * min(free)) if free else None
+
+
+def _least_free(plan: Plan) -> int | None:
+    """The least of all processes', which have to choose the same."""
+    return hosts.least("free memory", free_bytes(plan))
 
 
 def _free_host_bytes() -> int | None:

@@ -44,7 +44,7 @@ class Plan:
       rounds_at_once: the most rounds that one call of the compiled program runs, which is worth it
         where a round is as short as such a call, a millisecond or less. Evaluations, checkpoints,
         callbacks and half a second of rounds end a call sooner. 1 unless it is given, and where
-        clients keep variables of their own or the data lies on the host.
+        clients keep variables of their own, the data lies on the host, or several processes run.
     """
 
     devices: int | None = None

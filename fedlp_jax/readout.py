@@ -9,7 +9,7 @@ same round, whichever of them got the signal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,9 @@ import numpy as np
 
 from fedlp_jax import hosts
 from fedlp_jax.placement import Plan, over_clients, replicated
-from fedlp_jax.types import Array, PyTree
+from fedlp_jax.types import Array, PyTree, RoundMetrics
 
-# Rounds the device may be ahead of the host. One is enough to hide the host's work.
-AHEAD = 1
+_AHEAD = 1  # rounds that a process may have started before it reads of one
 
 
 class _Shared(NamedTuple):
@@ -28,15 +27,15 @@ class _Shared(NamedTuple):
 
     round: int
     words: Array  # i32[D * P, n + 1], as `pack` has them; the last column: asked to stop
-    whole: PyTree  # what every device has anyway
+    halted: Array  # which every device has anyway
     shapes: PyTree  # of what is in the words
 
 
 class Readout:
     """Reads what rounds report, and knows whether the run is to end.
 
-    pending = readout.start(split, whole)     # dispatches; waits for nothing
-    split, whole = readout.finish(pending)    # numpy
+    started = readout.start(metrics)                    # dispatches; waits for nothing
+    metrics, tested = readout.read((started, tested))   # numpy
     """
 
     def __init__(self, plan: Plan):
@@ -63,35 +62,32 @@ class Readout:
         """Whether the run ends before this round. Ask before each.
 
         With several processes the first round of which any of them said that it was asked to stop
-        is followed by `AHEAD` more, since others may have started them before they read of it.
+        is followed by one more, since others may have started that before they read of it.
         """
         if not self._several:
             return stop()
         self._round, self._asked = round, stop()
         return self._last is not None and round > self._last
 
-    def start(self, split: PyTree, whole: PyTree) -> Any:
-        """Makes a round's numbers readable here.
-
-        Args:
-          split: tree of `[D * P, ...]`, split over the devices.
-          whole: what every device has.
-        """
+    def start(self, metrics: RoundMetrics) -> Any:
+        """Makes a round's numbers readable here; waits for nothing."""
         if not self._several:
-            return split, whole
-        slots = jax.tree.leaves(split)[0].shape[0]
+            return metrics
+        split = metrics._replace(halted=cast(Any, ()))
+        slots = metrics.upload.shape[0]
         asked = hosts.put(np.full((slots, 1), self._asked, np.int32), self._split)
         words = self._pack((split, asked))
-        return _Shared(self._round, words, whole, jax.tree.map(jax.typeof, split))
+        return _Shared(self._round, words, metrics.halted, jax.tree.map(jax.typeof, split))
 
-    def finish(self, started: Any) -> tuple[PyTree, PyTree]:
-        """The same in numpy; waits for the round."""
-        if not self._several:
-            return jax.device_get(started)
-        words, whole = jax.device_get((started.words, started.whole))
+    def read(self, numbers: tuple[Any, Any]) -> tuple[RoundMetrics, Any]:
+        """A round's numbers as `start` gave them, and its test, in numpy; waits for them."""
+        started, tested = numbers
+        if not isinstance(started, _Shared):
+            return jax.device_get(numbers)
+        words, halted, tested = jax.device_get((started.words, started.halted, tested))
         if self._last is None and words[:, -1].any():
-            self._last = started.round + AHEAD
-        return unpack(words, started.shapes), whole
+            self._last = started.round + _AHEAD
+        return unpack(words, started.shapes)._replace(halted=halted), tested
 
 
 def pack(tree: PyTree) -> Array:

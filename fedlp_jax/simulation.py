@@ -31,7 +31,7 @@ from fedlp_jax.privacy import accountant
 from fedlp_jax.readout import Readout
 from fedlp_jax.result import DivergedError, History, Result, Row
 from fedlp_jax.staging import Population, Stage, on_host
-from fedlp_jax.types import RoundMetrics, ServerState, Variables
+from fedlp_jax.types import ServerState, Variables
 
 # Rounds of one call take no longer, so that a round's numbers are seen within a second.
 _CALL_SECONDS = 0.5
@@ -135,7 +135,7 @@ class Simulation:
             self.state, staged.private, staged.examples, staged.cohort, self.stage.key
         )
         self.stage.keep(staged, private)
-        return Pending(round, staged.host, self._numbers(metrics, self._tested(round)))
+        return Pending(round, staged.host, self.readout.start(metrics), self._tested(round))
 
     def dispatch_several(self, rounds: Sequence[int]) -> list[Pending]:
         """Starts rounds that follow each other, up to `rounds_at_once`, in one call.
@@ -154,7 +154,7 @@ class Simulation:
         )
         tested = len(rounds[:-1]) * [None] + [self._tested(rounds[-1])]
         return [
-            Pending(round, host, self._numbers(metrics, test), place, len(rounds), stacked=True)
+            Pending(round, host, metrics, test, place, len(rounds), stacked=True)
             for place, (round, host, test) in enumerate(
                 zip(rounds, staged.hosts, tested, strict=True)
             )
@@ -175,7 +175,8 @@ class Simulation:
         Raises:
           DivergedError: no client counted, or what they add up to is not finite.
         """
-        metrics, halted, tested = metrics_of(pending, self.readout.finish)
+        metrics, tested = metrics_of(pending, self.readout.read)
+        halted = bool(metrics.halted)
         now = time.perf_counter()
         if pending.place == 0:  # the time of a call is shared by its rounds
             self._seconds, self.clock = (now - self.clock) / pending.of, now
@@ -183,7 +184,7 @@ class Simulation:
         ids = np.asarray(pending.cohort.client)[ran]
         order = np.argsort(ids)
         ids = ids[order]
-        metrics = jax.tree.map(lambda x: x[ran][order], metrics)
+        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=cast(Any, None)))
         level = np.asarray(pending.cohort.level)[ran][order]
         fate: Fate | None = metrics.fate or None
         heard = np.ones(len(ids), bool)
@@ -246,9 +247,6 @@ class Simulation:
         cohorts = stage.several((1,)).cohorts
         several = (self.state, stage.train, cohorts, np.int32(1), stage.key)
         return self._timed(several_rounds(self.algorithm, plan), "round", several)
-
-    def _numbers(self, metrics: RoundMetrics, tested: dict[str, Any] | None) -> Any:
-        return self.readout.start(metrics._replace(halted=cast(Any, ())), (metrics.halted, tested))
 
     def _tested(self, round: int) -> dict[str, Any] | None:
         if round % self.eval_every and round != self.rounds:

@@ -127,7 +127,7 @@ class Stage:
 
     def several(self, rounds: Sequence[int]) -> StagedRounds:
         """What several rounds read, in arrays for as many as the plan's `rounds_at_once`."""
-        here, layouts = zip(*map(self._cohort, rounds), strict=True)
+        cohorts, layouts = zip(*map(self._cohort, rounds), strict=True)
         room = self._plan.rounds_at_once or 1
 
         def stacked(*arrays: np.ndarray) -> np.ndarray:
@@ -135,8 +135,9 @@ class Stage:
             np.stack(arrays, out=stack[: len(arrays)])
             return stack
 
-        cohorts = hosts.put(jax.tree.map(stacked, *here), over_clients_of_rounds(self._plan))
-        return StagedRounds(cohorts, list(here), list(layouts))
+        stack = jax.tree.map(stacked, *cohorts)
+        stack = jax.device_put(stack, over_clients_of_rounds(self._plan))
+        return StagedRounds(stack, list(cohorts), list(layouts))
 
     def _cohort(self, round: int) -> tuple[Cohort, Layout]:
         """The cohort of a round, in numpy."""
@@ -166,12 +167,10 @@ class Stage:
             np.take(train.inputs, of_device, axis=0, out=inputs[here], mode="clip")
             np.take(train.labels, of_device, axis=0, out=labels[here], mode="clip")
         split, everywhere = over_clients(self._plan), replicated(self._plan)
-        examples = Examples(
-            hosts.put(inputs, split),
-            hosts.put(labels, split),
-            hosts.put(train.normalize, everywhere),
-        )
-        return examples, dataclasses.replace(cohort, rows=cast(Any, rows))
+        shardings = Examples(cast(Any, split), cast(Any, split), cast(Any, everywhere))
+        arrays: Any = Examples(cast(Any, inputs), cast(Any, labels), train.normalize)
+        sent: Any = jax.tree.map(lambda where, x: hosts.put(x, where), shardings, arrays)
+        return sent, dataclasses.replace(cohort, rows=cast(Any, rows))
 
 
 def own_rows(cohort: Cohort, devices: int, room: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -1,6 +1,7 @@
 """Several processes are one machine: the same numbers, the same end, the same refusals."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from fedlp_jax.readout import Readout, pack, unpack
 from fedlp_jax.report import read_metrics
 from fedlp_jax.staging import on_host
 
-PLAN = fl.Plan(devices=4, width=2)
+PLAN = fl.Plan(devices=4, width=2, rounds_at_once=3)
 
 
 # the same numbers
@@ -47,7 +48,7 @@ def exact():
 
 
 def private():
-    """Heads of clients' own, a sum that is over columns instead of clients, and lost clients."""
+    """Heads of clients' own, sums over columns instead of clients, lost clients, data sent."""
     task = fl.classification(Steps(depth=2, width=4))
     algorithm = fl.fedlp_hetero(
         task,
@@ -57,13 +58,14 @@ def private():
         client_optimizer=optax.sgd(0.1),
         batch_size=2,
     )
-    return simulated(algorithm, rounds=2, faults=fl.Faults(dropout=0.3))
+    plan = dataclasses.replace(PLAN, data="host")
+    return simulated(algorithm, rounds=2, faults=fl.Faults(dropout=0.3), plan=plan)
 
 
-def simulated(algorithm, **settings):
+def simulated(algorithm, plan=PLAN, **settings):
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=12)
-    return fl.simulate(algorithm, data, clients, cohort=8, plan=PLAN, **settings)
+    return fl.simulate(algorithm, data, clients, cohort=8, plan=plan, **settings)
 
 
 RUNS = {"exact": exact, "private": private}
