@@ -126,9 +126,9 @@ def tune(
     ignored = ("rounds", "eval_every", "plan")
     fixed = {key: value for key, value in arguments.items() if key not in ignored}
     bench = _Bench(prepare, fixed, time.monotonic() + seconds, say)
-    default = Simulation(**fixed, rounds=0)
-    bench.begin(default.plan)
-    _search(bench, default.size)
+    plan, cohort = _default(fixed)
+    bench.begin(plan)
+    _search(bench, cohort, one_by_one=arguments["algorithm"].persist)
     return Tuning(bench.best, bench.trials, bench.left_out)
 
 
@@ -214,7 +214,13 @@ class _Bench:
         self._say(trial)
 
 
-def _search(bench: _Bench, cohort: int) -> None:
+def _default(arguments: Mapping[str, Any]) -> tuple[Plan, int]:
+    """The plan of a run that names none, and C; what it puts on the devices is let go."""
+    run = Simulation(**arguments, rounds=0)
+    return run.plan, run.size
+
+
+def _search(bench: _Bench, cohort: int, one_by_one: bool) -> None:
     """Tries plans around the default, coarsely and then finely."""
     devices = bench.best.devices or 1
     while devices:
@@ -241,7 +247,7 @@ def _search(bench: _Bench, cohort: int) -> None:
             bench.ratio(dataclasses.replace(best, width=width))
     if bench.best.data == DEVICE:  # where it is HOST, the devices have no room
         bench.ratio(dataclasses.replace(bench.best, data=HOST))
-    if bench.best.data == DEVICE and bench.rounds_are_short:
+    if bench.best.data == DEVICE and bench.rounds_are_short and not one_by_one:
         for rounds in _AT_ONCE:
             if bench.ratio(dataclasses.replace(bench.best, rounds_at_once=rounds)) > _WORTH:
                 break
