@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -83,16 +84,48 @@ def several(element: Check, *, alone: bool = False, minimum: int = 1) -> Check:
     return check
 
 
-def without(*taken: str) -> Check:
-    """Mappings that leave some names to the section they are in."""
+def mapping(entry: Check) -> Check:
+    """Mappings from names to values."""
 
-    def check(value: Any) -> Any:
-        for name in taken if isinstance(value, dict) else ():
-            if name in value:
-                raise refuse(f"has {name}, which is a field beside it; write it one level up")
-        return value
+    def check(value: dict[Any, Any]) -> dict[str, Any]:
+        for name in value:
+            if not isinstance(name, str) or not name or not name.isprintable():
+                raise refuse(f"has an entry for {shown(name)}, which is no name")
+        return {name: entry(one) for name, one in value.items()}
 
     return check
+
+
+def without(*taken: str) -> Check:
+    """Mappings to plain values, that leave some names to the section they are in."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in taken:
+            if name in value:
+                raise refuse(f"has {name}, which is a field beside it; write it one level up")
+        return mapping(_plain)(value)
+
+    return check
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What is written into a file and read back as it was; dates too, which no option takes."""
+    if depth > 5:
+        raise refuse("is nested more than 5 levels deep")
+    if isinstance(value, dict):
+        return mapping(lambda one: _plain(one, depth + 1))(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one, depth + 1) for one in value]
+    if isinstance(value, str) and not value.isprintable():
+        raise refuse(f"has {shown(value)}, but must have text of printable characters")
+    huge = isinstance(value, int) and abs(value) >= 2**64
+    if huge or not isinstance(value, str | int | float | date | None):
+        raise refuse(
+            f"has {shown(value)}, but may have numbers below 2**64, text, lists and sections"
+        )
+    return value
 
 
 def choice(*known: str) -> Check:

@@ -24,6 +24,7 @@ from fedlp_jax.config_field import (
     Section,
     Share,
     choice,
+    mapping,
     optional,
     real,
     refuse,
@@ -232,7 +233,7 @@ def _layers(value: Any) -> Any:
         return choice("by_module", "by_tensor")(value)
     if not value or not all(isinstance(v, str) and v for v in value.values()):
         raise refuse(f"is {shown(value)}, but must map regular expressions to names of layers")
-    return value
+    return mapping(text)(value)
 
 
 class _Local(Section):
@@ -264,7 +265,7 @@ class _Local(Section):
 def _keep(value: Any) -> Any:
     rate = real(0, 1)
     if isinstance(value, dict) and value:
-        return {str(layer): rate(one) for layer, one in value.items()}
+        return mapping(rate)(value)
     if isinstance(value, list | tuple) and any(isinstance(row, list | tuple) for row in value):
         return several(several(rate))(value)
     return several(rate, alone=True)(value)
