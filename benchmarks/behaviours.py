@@ -30,6 +30,7 @@ from fedlp_jax.models.cnn import ConvLayer
 from fedlp_jax.models.init import Model, dense
 
 SEEDS, ROUNDS, LAST = 8, 20, 5
+NOTHING, EVERYTHING = "nothing", "everything"  # no setting is called so
 REFERENCE, LAYERWISE = BEHAVIOURS["reference"], BEHAVIOURS["layerwise"]
 
 # run -> (what it is, its partition, the settings it toggles)
@@ -93,9 +94,9 @@ def measure(seeds: int, rounds: int) -> dict[str, Any]:
 
 
 def variants(toggled: tuple[str, ...]) -> dict[str, Behaviour]:
-    """`reference`, one for each setting that is as in `layerwise`, and `layerwise`."""
+    """What is as in `layerwise`: nothing, one setting, another, ..., everything."""
     single = {name: REFERENCE._replace(**{name: getattr(LAYERWISE, name)}) for name in toggled}
-    return {"reference": REFERENCE, **single, "layerwise": LAYERWISE}
+    return {NOTHING: REFERENCE, **single, EVERYTHING: LAYERWISE}
 
 
 def train(run: str, behaviour: Behaviour, seed: int, rounds: int) -> dict[str, float]:
@@ -145,9 +146,9 @@ def table(results: dict[str, Any]) -> str:
         for name, ours in rows.items():
             accuracy = [100 * row["accuracy"] for row in ours]
             loss = statistics.fmean(row["train_loss"] for row in ours)
-            what = {"reference": "nothing", "layerwise": "everything"}.get(name, f"`{name}`")
+            what = name if name in (NOTHING, EVERYTHING) else f"`{name}`"
             spread = f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}"
-            change = "" if name == "reference" else _change(rows["reference"], ours)
+            change = "" if name == NOTHING else _change(rows[NOTHING], ours)
             lines.append(f"| {title} | {what} | {spread} | {change} | {loss:.3f} |")
     return "\n".join(lines)
 
