@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from fedlp_jax import conv
+from fedlp_jax import conv, dense
 from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.task import Task
 from fedlp_jax.types import Array, Batch, Variables
@@ -222,7 +222,7 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
 
         return jax.grad(loss)(variables["params"])
 
-    with conv.using("direct"):  # as in forward_macs
+    with conv.using("direct"), dense.as_written():  # each product counts
         forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
         both = jax.make_jaxpr(gradient)(shapes)
     counts = [sum(_macs(e) for e, _ in _equations(p.jaxpr, "")) for p in (both, forward)]

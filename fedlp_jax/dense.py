@@ -9,9 +9,11 @@ have the bandwidth, and few kernels are better there, so they keep the GEMM.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +25,18 @@ from fedlp_jax.types import Array
 
 # Rows of a batch up to which outer products win, by backend (measured: `benchmarks.dense`).
 _ROWS = {"cpu": 16}
+
+_as_written: contextvars.ContextVar[bool] = contextvars.ContextVar("as_written", default=False)
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Makes every product that is traced within, and its gradients, that of lax: to be counted."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
 
 
 def dot_general(
@@ -49,7 +63,7 @@ def dot_general(
     plain = preferred_element_type is None and not any(v is not None for v in rest.values())
     last = (((lhs.ndim - 1,), (0,)), ((), ()))
     numbers = tuple(tuple(tuple(axes) for axes in pair) for pair in dimension_numbers)
-    few = math.prod(lhs.shape[:-1]) <= _ROWS.get(jax.default_backend(), 0)
+    few = not _as_written.get() and math.prod(lhs.shape[:-1]) <= _ROWS.get(jax.default_backend(), 0)
     if not (plain and few and rhs.ndim == 2 and lhs.ndim >= 2 and numbers == last):
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **rest

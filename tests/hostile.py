@@ -985,6 +985,7 @@ def attempt(case: Case, good: Path, around: Path) -> Outcome:
 def _command(words: tuple[str, ...]) -> tuple[int, str]:
     runner = typer.testing.CliRunner()
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # as in a process of its own
         done = runner.invoke(cli.app, list(words), prog_name="fedlp", catch_exceptions=False)
     lines = [line.removeprefix("fedlp: ") for line in done.stderr.splitlines()]
     lines = [line for line in lines if ": compiling " not in line]
