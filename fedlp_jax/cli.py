@@ -130,16 +130,15 @@ def run(
     """Train as a configuration says and write a run directory."""
     typed = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     with _exit_codes():
-        from absl import logging
-
         cli_hosts.join(coordinator, num_processes, process_id, distributed, connect_seconds)
         from fedlp_jax import hosts
+        from fedlp_jax.checkpoint import hush
         from fedlp_jax.experiment import execute
         from fedlp_jax.interruption import Interruption
         from fedlp_jax.resumption import finished, run_directory
         from fedlp_jax.tables import result_table, show
 
-        logging.set_verbosity(logging.FATAL)  # orbax logs, with a traceback, what it raises too
+        hush()
         with hosts.together("read"):
             path, settings = _settings([config, *context.args], typed)
             if resume:

@@ -83,14 +83,13 @@ def paper(
 
 
 def _run(study: Study, cells: Sequence[Cell]) -> None:
-    from absl import logging
-
+    from fedlp_jax.checkpoint import hush
     from fedlp_jax.interruption import Interruption
     from fedlp_jax.reproduction.run import run_study
     from fedlp_jax.reproduction.view import result_tables
     from fedlp_jax.tables import show
 
-    logging.set_verbosity(logging.FATAL)  # orbax logs, with a traceback, what it raises too
+    hush()
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
