@@ -167,17 +167,14 @@ def _unpack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Snaps
 def hush() -> None:
     """Keeps off stderr what orbax and its event loop log, with a traceback, of what they raise.
 
-    A command tells it in a sentence. What is logged depends on which of several reads fails first,
-    and what is said while the others are cleared away cannot be caught at all.
+    A command tells it in a sentence. What is logged depends on which of several reads fails first.
     """
     import logging
-    import sys
 
     from absl import logging as of_orbax
 
     of_orbax.set_verbosity(of_orbax.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda unraisable: None
 
 
 def alone() -> Any:

@@ -81,6 +81,8 @@ Resume = Annotated[
 
 def main() -> None:
     """Entry point of the command `fedlp`."""
+    # What goes wrong while a library clears away cannot be caught, and is no sentence.
+    sys.unraisablehook = lambda unraisable: None
     try:
         app(prog_name="fedlp")
     except SystemExit as ending:
