@@ -105,7 +105,11 @@ class Axis:
             return [y]
         y = _pad(y, self.axis, 0, self.tiles * self.tile)
         phases = [_every(y, self.axis, i, self.tiles, self.tile) for i in range(self.tile)]
-        return _mix(self.matrices.inverse.T, phases)
+        return self.join_phases(phases)
+
+    def join_phases(self, phases: list[Array]) -> list[Array]:
+        """`join_transposed` of results that are apart already: the i-th of every tile is one."""
+        return phases if self.tile == 1 else _mix(self.matrices.inverse.T, phases)
 
 
 def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
@@ -147,8 +151,7 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
     """The convolution of these axes, with its transpose."""
     dot = functools.partial(lax.dot_general, precision=precision)
     depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
-    pixels = (((1, 2, 3), (0, 1, 2)), ((), ()))
-    outer_last, inner_last = (dataclasses.replace(a, axis=a.axis + 1) for a in (outer, inner))
+    pixels = (((1,), (0,)), ((), ()))
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
         tiles = [inner.split(row) for row in outer.split(x)]
@@ -161,9 +164,9 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
         tiles, filters = saved
         # The gradient of a filter as [out, depth], which XLA's CPU backend computes twice as fast
         # as its transpose, if it need not turn every product: so dy is turned, once.
-        turned = _in_memory(jnp.transpose(dy, (3, 0, 1, 2)))
-        grid = [inner_last.join_transposed(row) for row in outer_last.join_transposed(turned)]
-        d_filters = _each(lambda d, i, j: dot(d, tiles[i][j], pixels), grid)
+        turned = _turned(outer, inner, dy)
+        grid = [inner.join_phases(list(row)) for row in outer.join_phases(list(turned))]
+        d_filters = _each(lambda d, i, j: dot(d, tiles[i][j].reshape(d.shape[1], -1), pixels), grid)
         grid = [inner.join_transposed(row) for row in outer.join_transposed(inner.widened(dy))]
         d_tiles = _each(lambda d, i, j: dot(d, filters[i][j], features), grid)
         dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
@@ -175,6 +178,21 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
 
     convolution.defvjp(forward, backward)
     return convolution
+
+
+def _turned(outer: Axis, inner: Axis, y: Array) -> Array:
+    """`[B, H, W, out] -> [m of outer, m of inner, out, B * tiles of H * tiles of W]`.
+
+    In this order of memory a phase is one piece, and whatever combines phases runs straight through
+    them; slices of tiles turned would be read number by number.
+    """
+    low, high = (outer, inner) if outer.axis < inner.axis else (inner, outer)
+    for axis in (low, high):
+        y = _pad(y, axis.axis, 0, axis.tiles * axis.tile)
+    y = y.reshape(y.shape[0], low.tiles, low.tile, high.tiles, high.tile, y.shape[-1])
+    phases = (2, 4) if outer is low else (4, 2)
+    y = _in_memory(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
+    return y.reshape(*y.shape[:3], -1)
 
 
 def _filters(outer: Axis, inner: Axis, kernel: Array) -> Grid:
