@@ -153,8 +153,12 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
     depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
     pixels = (((1,), (0,)), ((), ()))
 
+    def kept(row: Array) -> Array:
+        # What two axes of tiles combine in turn would be combined anew for each product.
+        return _in_memory(row) if inner.tile > 1 else row
+
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-        tiles = [inner.split(row) for row in outer.split(x)]
+        tiles = [inner.split(kept(row)) for row in outer.split(x)]
         filters = _filters(outer, inner, kernel)
         grid = _each(lambda tile, i, j: dot(tile, filters[i][j], depth), tiles)
         y = outer.join([inner.join(row) for row in grid])
@@ -165,9 +169,11 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
         # The gradient of a filter as [out, depth], which XLA's CPU backend computes twice as fast
         # as its transpose, if it need not turn every product: so dy is turned, once.
         turned = _turned(outer, inner, dy)
-        grid = [inner.join_phases(list(row)) for row in outer.join_phases(list(turned))]
+        grid = [inner.join_phases(list(kept(row))) for row in outer.join_phases(list(turned))]
         d_filters = _each(lambda d, i, j: dot(d, tiles[i][j].reshape(d.shape[1], -1), pixels), grid)
-        grid = [inner.join_transposed(row) for row in outer.join_transposed(inner.widened(dy))]
+        grid = [
+            inner.join_transposed(kept(row)) for row in outer.join_transposed(inner.widened(dy))
+        ]
         d_tiles = _each(lambda d, i, j: dot(d, filters[i][j], features), grid)
         dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
         return dx, _filters_transposed(outer, inner, d_filters)
