@@ -18,6 +18,10 @@ from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.placement import Plan, over_clients, over_clients_of_rounds, replicated
 from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState
 
+# A device runs one operation after the other, so an order for the least memory is the quicker one:
+# what was just written is still in the cache (3 to 5% of a round of convolutions).
+_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
 
 class Pending(NamedTuple):
     """A dispatched round whose numbers the host has not read."""
@@ -89,10 +93,21 @@ def compiled(program: Any, arguments: tuple[Any, ...]) -> Compiled:
     lowering = time.perf_counter()
     lowered = traced.lower()
     compiling = time.perf_counter()
-    executable = lowered.compile()
+    executable = _executable(lowered)
     seconds = (lowering - start, compiling - lowering, time.perf_counter() - compiling)
     names = ("trace", "lowering", "compile")
     return Compiled(executable, dict(zip(names, seconds, strict=True)), lowerings)
+
+
+def _executable(lowered: Any) -> Any:
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    try:
+        return lowered.compile(compiler_options=_CPU_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return lowered.compile()  # another version of XLA
 
 
 def metrics_of(pending: Pending, read: Callable[[Any], Any]) -> tuple[RoundMetrics, Any]:
