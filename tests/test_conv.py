@@ -174,7 +174,7 @@ def test_what_is_chosen_can_be_seen_and_changed():
             jax.eval_shape(run, jnp.zeros(shape), jnp.zeros((3, 3, shape[-1], 32)))
     assert chosen == {
         "10x32x32x3 * 3x3x3x32": "patches",
-        "10x32x32x32 * 3x3x32x32": "winograd_1x4",
+        "10x32x32x32 * 3x3x32x32": "winograd_4x4",
     }
     with using("direct"), recording() as chosen:
         # Another function, as jax remembers what it has traced.

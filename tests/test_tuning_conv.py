@@ -16,7 +16,7 @@ from fedlp_jax.conv.choice import FORMS, Convolution
 from fedlp_jax.conv.window import Window
 
 SHAPES = "10x32x32x32 * 3x3x32x32"
-ENTRY = {SHAPES: {"patches": 2.0, "winograd_4x4": 1.0}}
+ENTRY = {SHAPES: {"patches": 2.0, "winograd_1x4": 1.0}}
 SAME = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
 
 
@@ -42,31 +42,31 @@ def chosen(lhs=(10, 32, 32, 32), rhs=(3, 3, 32, 32), dtype=jnp.float32):
 
 def test_a_table_of_ones_own_goes_before_the_packages(file):
     with pytest.warns(UserWarning, match=r"names .*mine.json, which does not exist"):
-        assert chosen() == "winograd_1x4"
+        assert chosen() == "winograd_4x4"
     table.write(file, ENTRY, FORMS)
-    assert chosen() == "winograd_4x4"
+    assert chosen() == "winograd_1x4"
     assert chosen(dtype=jnp.bfloat16) == "patches"  # which was not measured
     assert chosen((10, 32, 32, 64), (3, 3, 64, 64)) != "patches"  # another shape: as committed
-    table.write(file, {"10x32x32x32 * 5x5x32x32": {"patches": 1.0, "winograd_4x4": 0.5}}, FORMS)
-    assert chosen(rhs=(5, 5, 32, 32)) == "winograd_4x4"  # kernels that the package did not measure
-    assert chosen() == "winograd_4x4"  # and what was there stays
-    table.write(file, {SHAPES: {"patches": 1.0, "winograd_4x4": 0.95}}, FORMS)
+    table.write(file, {"10x32x32x32 * 5x5x32x32": {"patches": 1.0, "winograd_1x4": 0.5}}, FORMS)
+    assert chosen(rhs=(5, 5, 32, 32)) == "winograd_1x4"  # kernels that the package did not measure
+    assert chosen() == "winograd_1x4"  # and what was there stays
+    table.write(file, {SHAPES: {"patches": 1.0, "winograd_1x4": 0.95}}, FORMS)
     assert chosen() == "patches"  # nearly as quick, and compiles sooner
 
 
 def test_none_is_looked_for_where_the_variable_is_empty(file, monkeypatch):
     table.write(file, ENTRY, FORMS)
     monkeypatch.setenv(table.VARIABLE, "")
-    assert table.path() is None and chosen() == "winograd_1x4"
+    assert table.path() is None and chosen() == "winograd_4x4"
 
 
 def test_it_is_in_the_cache_directory(file, monkeypatch, tmp_path):
     monkeypatch.delenv(table.VARIABLE)
     monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
     assert table.path() == tmp_path / "cache" / "convolutions.json"
-    assert chosen() == "winograd_1x4"  # and none there is no news
+    assert chosen() == "winograd_4x4"  # and none there is no news
     table.write(table.path(), ENTRY, FORMS)
-    assert chosen() == "winograd_4x4"
+    assert chosen() == "winograd_1x4"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_no_table_is_left_out_with_a_warning(file, text, reason):
         text = json.dumps({"format": "fedlp_jax convolutions 1", "devices": devices})
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(UserWarning, match="is left out") as said:
-        assert chosen() == "winograd_1x4"
+        assert chosen() == "winograd_4x4"
     (warning,) = said
     assert reason in str(warning.message) and "measure again" in str(warning.message)
     with warnings.catch_warnings():
@@ -100,7 +100,7 @@ def test_what_is_no_table_is_left_out_with_a_warning(file, text, reason):
         chosen()  # it is said once
     with pytest.warns(UserWarning, match="is left out"):
         table.write(file, ENTRY, FORMS)
-    assert chosen() == "winograd_4x4"
+    assert chosen() == "winograd_1x4"
 
 
 def test_times_of_another_processor_are_not_taken(file, monkeypatch):
@@ -110,9 +110,9 @@ def test_times_of_another_processor_are_not_taken(file, monkeypatch):
     assert table.device().startswith("cpu ") and table.device() != "cpu Another"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(table.VARIABLE, str(file))
-        assert chosen() == "winograd_1x4"
-        table.write(file, ENTRY, FORMS)
         assert chosen() == "winograd_4x4"
+        table.write(file, ENTRY, FORMS)
+        assert chosen() == "winograd_1x4"
     assert len(json.loads(file.read_text())["devices"]) == 2
 
 
