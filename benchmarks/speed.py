@@ -29,7 +29,7 @@ from benchmarks.workloads import WORKLOADS, Workload, smoke
 
 _CONTENDERS: dict[str, tuple[str, dict[str, int]]] = {
     "ours": ("ours", {}),
-    "ours, 1 device": ("ours", {"devices": 1}),
+    "ours, 1 device of 1 thread": ("ours", {"devices": 1, "cores": 1}),
     "torch, 2 processes x 1 thread": ("torch", {"processes": 2, "threads": 1}),
     "torch, 1 process x 2 threads": ("torch", {"processes": 1, "threads": 2}),
     "naive JAX": ("naive", {}),
@@ -149,11 +149,13 @@ def _report(
     torch = [row for label, row in rows.items() if label.startswith("torch")]
     best = min((r["ms_per_client_step"]["median"] for r in torch), default=None)
     ours = rows["ours"]["ms_per_client_step"]["median"]
+    one = rows.get("ours, 1 device of 1 thread", {}).get("ms_per_client_step", {}).get("median")
     return {
         "workload": name,
         "client_steps_a_round": workload.client_steps,
         "contenders": rows,
         "ratio_to_best_torch": None if best is None else best / ours,
+        "ratio_to_one_thread": None if one is None else one / ours,
     }
 
 
@@ -167,6 +169,8 @@ def _print(result: dict[str, Any]) -> None:
         )
     if result["ratio_to_best_torch"] is not None:
         print(f"  {result['ratio_to_best_torch']:.2f} times as fast as the faster torch loop")
+    if result["ratio_to_one_thread"] is not None:
+        print(f"  {result['ratio_to_one_thread']:.2f} times as fast as one device of one thread")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """Convolutions with fewer multiplications: Winograd's filters, one axis at a time.
 
 Each spatial axis is either cut into tiles of m results, which n = m + r - 1 products compute
-instead of m r, or, at m = 1, unfolded into the channels as `patches` does. Tiles on both axes save
-most multiplications, but move most data; on one axis, with the other unfolded, they halve both
-(m = 4, r = 3), which wins where images are large and channels few.
+instead of m r, or, at m = 1, unfolded into the channels as `patches` does. With m = 4 and r = 3
+tiles on both axes take a quarter of the multiplications of `patches` and write a quarter of its
+unfolded inputs; tiles on one axis, with the other unfolded, half of both, in 6 products and not 36,
+which may win where images are small.
 
 Every product is a dot of its own, `[pixels, channels] @ [channels, features]`, and stays one under
 `vmap`: stacked into one batched dot they would be written twice. Reverse mode is written by hand,
