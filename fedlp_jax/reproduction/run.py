@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from fedlp_jax import conv
 from fedlp_jax.data import cache
 from fedlp_jax.reproduction.cells import Study, run_cells
 from fedlp_jax.reproduction.figures import draw_figures
@@ -54,7 +55,8 @@ def run_study(
 def _compiled_once(tiny: bool) -> Iterator[None]:
     """Keeps compiled programs on disk, since many cells share one, and so do runs of a cell.
 
-    Where a program runs for seconds, it is also compiled without most optimisations.
+    Where a program runs for seconds, it is also compiled without most optimisations, and its
+    convolutions take the form of the fewest operations.
     """
     wanted: dict[str, Any] = {"jax_disable_most_optimizations": True} if tiny else {}
     if jax.config.values["jax_compilation_cache_dir"] is None:  # else the user has chosen a place
@@ -63,7 +65,8 @@ def _compiled_once(tiny: bool) -> Iterator[None]:
     for name, value in wanted.items():
         jax.config.update(name, value)
     try:
-        yield
+        with conv.using("patches" if tiny else "auto"):
+            yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
