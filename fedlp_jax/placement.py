@@ -172,6 +172,8 @@ def map_sum(
       slots that did not run hold zeros.
     """
     width = plan.width or 1
+    # Traced once, for the shapes of what it returns and for the loop; then no call remains.
+    levels = [level._replace(run=jax.jit(level.run, inline=True)) for level in levels]
 
     def on_device(shared: PyTree, clients: PyTree, segment: Array) -> Any:
         slots = jax.tree.leaves(clients)[0].shape[0]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 
 from fedlp_jax import conv
-from fedlp_jax.data import cache
+from fedlp_jax.programs import keep_programs
 from fedlp_jax.reproduction.cells import Study, run_cells
 from fedlp_jax.reproduction.figures import draw_figures
 from fedlp_jax.reproduction.paper import Cell
 from fedlp_jax.reproduction.table import Table, make_table, write_table
+
+_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_disable_most_optimizations",
+)
 
 
 def run_study(
@@ -58,12 +63,10 @@ def _compiled_once(tiny: bool) -> Iterator[None]:
     Where a program runs for seconds, it is also compiled without most optimisations, and its
     convolutions take the form of the fewest operations.
     """
-    wanted: dict[str, Any] = {"jax_disable_most_optimizations": True} if tiny else {}
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # else the user has chosen a place
-        wanted["jax_compilation_cache_dir"] = str(cache.root() / "xla")
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
+    before = {name: jax.config.values[name] for name in _SETTINGS}
+    keep_programs()
+    if tiny:
+        jax.config.update("jax_disable_most_optimizations", True)
     try:
         with conv.using("patches") if tiny else contextlib.nullcontext():
             yield
