@@ -152,12 +152,12 @@ def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort:
     def lift(shared: Any, client: Any, active: Array, bounds: Any) -> Any:
         update, sent = client
         one = jnp.ones((), jnp.float32)
-        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}, {}
+        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}
 
     level = Level(lift, bounds=lambda clients: (), embed=lambda shared, total: total)
     devices = plan.devices or 1
     segment = jnp.array([[0, cohort // devices]] * devices, jnp.int32)
-    total, _, _ = map_sum([level], (), (stack, mask), segment, plan)
+    total, _ = map_sum([level], (), (stack, mask), segment, plan)
     return aggregator.lower(total, (), layers)[0]
 
 

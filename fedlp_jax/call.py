@@ -59,7 +59,7 @@ def several_rounds(algorithm: Algorithm, plan: Plan) -> Any:
         state: ServerState, examples: Examples, cohorts: Cohort, count: Array, key: Array
     ) -> tuple[ServerState, RoundMetrics]:
         def round_of(state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundMetrics]:
-            state, _, metrics = algorithm.round(state, (), examples, cohort, key, plan)
+            state, _, metrics = algorithm.round(state, {}, examples, cohort, key, plan)
             return state, metrics
 
         def body(i: Array, carry: Any) -> Any:

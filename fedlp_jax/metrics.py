@@ -51,11 +51,11 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples
         def test(level: Submodel) -> Sums:
             def run(shared: PyTree, first: Array, active: Array, bounds: Any) -> Any:
                 own, examples = shared
-                return level.task.evaluate(own, slice_batch(examples, first, batch_size)), (), ()
+                return level.task.evaluate(own, slice_batch(examples, first, batch_size)), ()
 
             own = level.extract(variables)
             work = Level(run, bounds=lambda first: (), embed=lambda shared, total: total)
-            total, _, _ = map_sum(
+            total, _ = map_sum(
                 [work], (own, examples), jnp.asarray(first), jnp.asarray(segment), Plan(devices, 1)
             )
             return total

@@ -138,8 +138,8 @@ def over_columns(rows: Array, plan: Plan) -> Array:
 class Level(NamedTuple):
     """The work of one submodel level, for one client. Only `run` is vmapped."""
 
-    # (shared, client, active bool[], bounds) -> (summable, common output, own output)
-    run: Callable[[PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
+    # (shared, client, active bool[], bounds) -> (summable, output); all levels' outputs are alike
+    run: Callable[[PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
 
@@ -151,7 +151,7 @@ def map_sum(
     segment: Array,
     plan: Plan,
     dealt: PyTree = False,
-) -> tuple[PyTree, PyTree, tuple[PyTree, ...]]:
+) -> tuple[PyTree, PyTree]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
     Memory is O(W x model) on each device: a sum is carried, never a stack of models. A level's loop
@@ -168,8 +168,7 @@ def map_sum(
         devices, `[D * R, ...]`, so that each reads its own R entries.
 
     Returns:
-      `(sum over clients, common outputs [D * P, ...], own outputs of each level [D * P, ...])`;
-      slots that did not run hold zeros.
+      `(sum over clients, outputs [D * P, ...])`; slots that did not run hold zeros.
     """
     width = plan.width or 1
     # Traced once, for the shapes of what it returns and for the loop; then no call remains.
@@ -177,19 +176,18 @@ def map_sum(
 
     def on_device(shared: PyTree, clients: PyTree, segment: Array) -> Any:
         slots = jax.tree.leaves(clients)[0].shape[0]
-        total, common, own = None, None, []
+        total, outputs = None, None
         for g, level in enumerate(levels):
             one = jax.tree.map(lambda x: jax.typeof(x[0]), clients)
             shapes = jax.eval_shape(_alone(level), shared, one, jnp.ones((), bool))
-            common = _zeros(shapes[1], slots) if common is None else common
-            carry = (_zeros(shapes[0]), common, _zeros(shapes[2], slots))
-            part, common, mine = _chunks(
+            outputs = _zeros(shapes[1], slots) if outputs is None else outputs
+            carry = (_zeros(shapes[0]), outputs)
+            part, outputs = _chunks(
                 level, shared, clients, segment[0, g], segment[0, g + 1], width, carry
             )
             part = level.embed(shared, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-            own.append(mine)
-        return _sum_over_devices(total), common, tuple(own)
+        return _sum_over_devices(total), outputs
 
     # Loop carries start as constants, equal on all devices, and become different ones: the check of
     # varying axes would ask for a cast of each.
@@ -201,7 +199,7 @@ def map_sum(
             Spec(AXIS),
             Spec(AXIS),
         ),
-        out_specs=(Spec(), Spec(AXIS), Spec(AXIS)),
+        out_specs=(Spec(), Spec(AXIS)),
         check_vma=False,
     )(shared, clients, segment)
 
@@ -232,30 +230,30 @@ def _chunks(
     if width == 1:
 
         def body(slot: Array, carry: Any) -> Any:
-            total, *stacks = carry
+            total, stack = carry
             client = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), clients
             )
-            part, *outputs = _alone(level)(shared, client, jnp.ones((), bool))
-            stacks = jax.tree.map(
-                lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, slot, 0), stacks, outputs
+            part, output = _alone(level)(shared, client, jnp.ones((), bool))
+            stack = jax.tree.map(
+                lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, slot, 0), stack, output
             )
-            return jax.tree.map(jnp.add, total, part), *stacks
+            return jax.tree.map(jnp.add, total, part), stack
 
         return jax.lax.fori_loop(start, stop, body, carry)
 
     def chunk(i: Array, carry: Any) -> Any:
-        total, *stacks = carry
+        total, stack = carry
         lanes = start + i * width + jnp.arange(width, dtype=jnp.int32)
         active = lanes < stop
         # Idle lanes repeat the last client, so that the chunk's loop bounds stay those of its own.
         chosen = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], clients)
         bounds = level.bounds(chosen)
-        part, *outputs = jax.vmap(level.run, (None, 0, 0, None))(shared, chosen, active, bounds)
+        part, output = jax.vmap(level.run, (None, 0, 0, None))(shared, chosen, active, bounds)
         lanes = jnp.where(active, lanes, slots)  # idle lanes write nowhere
-        stacks = jax.tree.map(lambda s, x: s.at[lanes].set(x, mode="drop"), stacks, outputs)
+        stack = jax.tree.map(lambda s, x: s.at[lanes].set(x, mode="drop"), stack, output)
         part = jax.tree.map(lambda x: x.sum(axis=0), part)
-        return jax.tree.map(jnp.add, total, part), *stacks
+        return jax.tree.map(jnp.add, total, part), stack
 
     return jax.lax.fori_loop(0, -(-(stop - start) // width), chunk, carry)
 

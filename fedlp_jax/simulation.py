@@ -134,7 +134,7 @@ class Simulation:
         self.state, private, metrics = self.round_program(
             self.state, staged.private, staged.examples, staged.cohort, self.stage.key
         )
-        self.stage.keep(staged, private)
+        self.stage.keep(staged, private, metrics.halted)
         return Pending(round, staged.host, self.readout.start(metrics), self._tested(round))
 
     def dispatch_several(self, rounds: Sequence[int]) -> list[Pending]:

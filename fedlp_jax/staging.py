@@ -16,10 +16,11 @@ from fedlp_jax.data.arrays import Dataset, Split
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Exposure
 from fedlp_jax.layout import Layout
+from fedlp_jax.packing import Packed
 from fedlp_jax.placement import HOST, Plan, over_clients, over_clients_of_rounds, replicated
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.submodel import Submodel
-from fedlp_jax.types import Array, Batch, Cohort, Examples, Normalize, PyTree
+from fedlp_jax.types import Array, Batch, Cohort, Examples, Normalize
 
 
 class Population(NamedTuple):
@@ -38,7 +39,7 @@ class Staged(NamedTuple):
 
     examples: Examples  # on the devices: the training split, or each device's own part of it
     cohort: Cohort  # on the devices
-    private: tuple[PyTree, ...]  # of each level [D * P, ...], on the devices; empty if nothing is
+    private: Packed  # `[D * P, n]`, on the devices; empty if nothing is stored
     host: Cohort  # the same cohort, numpy
     layout: Layout
 
@@ -118,7 +119,9 @@ class Stage:
     def __call__(self, round: int) -> Staged:
         """What a round reads, on its way to the devices; waits for nothing."""
         host, layout = self._cohort(round)
-        private = () if self.store is None else self.store.rows(np.asarray(host.client))
+        private: Packed = {}
+        if self.store is not None:
+            private = self.store.rows(np.asarray(host.client), np.asarray(host.segment))
         examples = self.train
         if self._plan.data == HOST:
             examples, host = self._sent(host)
@@ -149,10 +152,11 @@ class Stage:
             host = dataclasses.replace(host, conditions=p.exposure.conditions(round, slots))
         return host, layout
 
-    def keep(self, staged: Staged, private: tuple[PyTree, ...]) -> None:
-        """Stores what a round has made of the private variables."""
+    def keep(self, staged: Staged, private: Packed, halted: Array) -> None:
+        """Stores what a round has made of the private variables, unless the run has halted."""
         if self.store is not None:
-            self.store.put(np.asarray(staged.host.client), private)
+            client, segment = np.asarray(staged.host.client), np.asarray(staged.host.segment)
+            self.store.put(client, segment, private, halted)
 
     def _sent(self, cohort: Cohort) -> tuple[Examples, Cohort]:
         """To each device the examples of its own clients, and where the cohort finds them there."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.keys import head_key
-from fedlp_jax.placement import Plan, over_clients, replicated
+from fedlp_jax.packing import Packed, pack, room, unpack
+from fedlp_jax.placement import AXIS, Plan, replicated
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, FedLPError, PyTree
-
-_NO_ROW = np.iinfo(np.int32).max
 
 
 class PrivateStore:
@@ -47,7 +50,7 @@ class PrivateStore:
         Raises:
           FedLPError: the store would not fit this machine's memory.
         """
-        shapes = [jax.eval_shape(level.private, root, example) for level in levels]
+        shapes = [level.private_shapes for level in levels]
         counts = np.bincount(assigned, minlength=len(levels))
         self._check_fits(shapes, counts, plan)
         self._level = assigned
@@ -64,23 +67,28 @@ class PrivateStore:
                 lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
             )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
             self.stacks += (stack,)
-        self._gather = jax.jit(_gather, out_shardings=over_clients(plan))
-        self._scatter = jax.jit(_scatter, donate_argnums=0, out_shardings=replicated(plan))
+        wanted = room(shapes)
+        self._gather = jax.jit(partial(_gather, wanted=wanted, plan=plan))
+        self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=0)
 
-    def rows(self, client: np.ndarray) -> tuple[PyTree, ...]:
-        """The private variables of the clients in slots `i32[D * P]`, per level `[D * P, ...]`."""
-        return self._gather(self.stacks, self._indices(client))
+    def rows(self, client: np.ndarray, segment: np.ndarray) -> Packed:
+        """The private variables of a cohort.
 
-    def put(self, client: np.ndarray, rows: tuple[PyTree, ...]) -> None:
-        """Stores rows back; empty slots and other levels' rows are dropped."""
-        self.stacks = self._scatter(self.stacks, self._indices(client), rows)
+        Args:
+          client: `i32[D * P]`, of each slot.
+          segment: `i32[D, G + 1]`, the slots of each level.
 
-    def _indices(self, client: np.ndarray) -> tuple[np.ndarray, ...]:
-        here = np.maximum(client, 0)
-        return tuple(
-            np.where((client >= 0) & (self._level[here] == g), self._row[here], _NO_ROW)
-            for g in range(len(self.stacks))
-        )
+        Returns:
+          `[D * P, n]` for each dtype; zeros in empty slots.
+        """
+        return self._gather(self.stacks, self._row_of(client), segment)
+
+    def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
+        """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is."""
+        self.stacks = self._scatter(self.stacks, self._row_of(client), segment, rows, halted)
+
+    def _row_of(self, client: np.ndarray) -> np.ndarray:
+        return self._row[np.maximum(client, 0)]
 
     @staticmethod
     def _check_fits(shapes: Sequence[PyTree], counts: np.ndarray, plan: Plan) -> None:
@@ -98,17 +106,74 @@ class PrivateStore:
             )
 
 
-def _gather(stacks: tuple[PyTree, ...], indices: tuple[Array, ...]) -> tuple[PyTree, ...]:
-    return tuple(
-        jax.tree.map(lambda x, i=i: x.at[i].get(mode="clip"), stack)
-        for stack, i in zip(stacks, indices, strict=True)
+def _gather(
+    stacks: tuple[PyTree, ...], row: Array, segment: Array, wanted: dict[str, int], plan: Plan
+) -> Packed:
+    """Copies each slot's head once, level by level; a `gather` would read one of every level."""
+
+    def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array) -> Packed:
+        rows = {dtype: jnp.zeros((len(row), n), dtype) for dtype, n in wanted.items()}
+        for g, stack in enumerate(stacks):
+
+            def copy(slot: Array, rows: Packed, stack: PyTree = stack) -> Packed:
+                return _set(rows, pack(_at(stack, row[slot]), wanted), slot)
+
+            if jax.tree.leaves(stack):
+                rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
+        return rows
+
+    specs = (Spec(), Spec(AXIS), Spec(AXIS))
+    mapped = jax.shard_map(
+        on_device, mesh=plan.mesh, in_specs=specs, out_specs=Spec(AXIS), check_vma=False
     )
+    return mapped(stacks, row, segment)
 
 
 def _scatter(
-    stacks: tuple[PyTree, ...], indices: tuple[Array, ...], rows: tuple[PyTree, ...]
+    stacks: tuple[PyTree, ...],
+    row: Array,
+    segment: Array,
+    rows: Packed,
+    halted: Array,
+    shapes: Sequence[PyTree],
+    plan: Plan,
 ) -> tuple[PyTree, ...]:
-    return tuple(
-        jax.tree.map(lambda x, r, i=i: x.at[i].set(r, mode="drop"), stack, row)
-        for stack, i, row in zip(stacks, indices, rows, strict=True)
+    """Every device copies the heads of all slots into its own store."""
+    devices = plan.devices or 1
+
+    def on_device(
+        stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
+    ) -> tuple[PyTree, ...]:
+        rows = jax.lax.all_gather(rows, AXIS, tiled=True)
+        slots = len(row) // devices
+        stop = jnp.where(halted, segment[:, :-1], segment[:, 1:])
+        stored = []
+        for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
+
+            def copy(slot: Array, stack: PyTree, like: PyTree = like) -> PyTree:
+                return _set(stack, unpack(_at(rows, slot), like), row[slot])
+
+            def of_device(d: Array, stack: PyTree, g: int = g, copy: Any = copy) -> PyTree:
+                first = d * slots
+                return jax.lax.fori_loop(first + segment[d, g], first + stop[d, g], copy, stack)
+
+            if jax.tree.leaves(stack):
+                stack = jax.lax.fori_loop(0, devices, of_device, stack)
+            stored.append(stack)
+        return tuple(stored)
+
+    specs = (Spec(), Spec(), Spec(), Spec(AXIS), Spec())
+    mapped = jax.shard_map(
+        on_device, mesh=plan.mesh, in_specs=specs, out_specs=Spec(), check_vma=False
+    )
+    return mapped(stacks, row, segment, rows, halted)
+
+
+def _at(stack: PyTree, index: Array) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+
+
+def _set(stack: PyTree, tree: PyTree, index: Array) -> PyTree:
+    return jax.tree.map(
+        lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stack, tree
     )

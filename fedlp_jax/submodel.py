@@ -34,6 +34,7 @@ class Submodel(NamedTuple):
     split: Callable[[Variables], tuple[Variables, PyTree]]  # the inverse of `merge`
     embed: Callable[[Variables, Variables], Variables]  # (shared tree, like) -> zeros elsewhere
     private: Callable[[Array, Batch], PyTree]  # (key, example) -> initial private variables
+    private_shapes: PyTree  # of what `private` gives
 
 
 class Submodels(NamedTuple):
@@ -95,6 +96,7 @@ def full(task: Task) -> Submodel:
         split=lambda variables: (variables, {}),
         embed=lambda shared, like: shared,
         private=lambda key, example: {},
+        private_shapes={},
     )
 
 
@@ -128,6 +130,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
 
     # Private variables compute in what the server's do.
     dtype = next(x.dtype for path, x in server.items() if path[0] == "params")
+    own = {p: jax.ShapeDtypeStruct(x.shape, dtype) for p, x in shapes.items() if p not in shared}
 
     def private(key: Array, batch: Batch) -> PyTree:
         return jax.tree.map(lambda x: x.astype(dtype), split(part.init(key, batch))[1])
@@ -136,7 +139,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         return unflatten_dict(flatten_dict(shared_part) | flatten_dict(private_part))
 
     def split(variables: Variables) -> tuple[Variables, PyTree]:
-        return _select(variables, shared), _select(variables, set(shapes) - shared)
+        return _select(variables, shared), _select(variables, set(own))
 
     def embed(shared_part: Variables, like: Variables) -> Variables:
         have = flatten_dict(shared_part)
@@ -152,6 +155,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         split=split,
         embed=embed,
         private=private,
+        private_shapes=unflatten_dict(own),
     )
 
 

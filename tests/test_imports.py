@@ -60,6 +60,7 @@ ORDER = [
     "meeting",
     "hosts",
     "connection",
+    "packing",
     "placement",
     "layout",
     "robust",

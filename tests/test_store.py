@@ -9,6 +9,8 @@ from small import Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.keys import head_key
+from fedlp_jax.layout import lay_out
+from fedlp_jax.packing import pack, room, unpack
 from fedlp_jax.placement import Plan
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.types import Batch, Normalize
@@ -19,36 +21,76 @@ EXAMPLE = Batch(
 ROOT = jax.random.key(5)
 TASK = fl.classification(Steps())
 ASSIGNED = np.array([0, 2, 0, 0, 2], np.int32)  # nobody at depth 2
+TWO = Plan(2, 1)
 
 
-def make():
+def make(plan=TWO):
     levels = fl.submodel.by_depth(1, "persist").levels(TASK, TASK.init(ROOT, EXAMPLE), EXAMPLE)
-    return levels, PrivateStore(levels, ASSIGNED, ROOT, EXAMPLE, Plan(2, 1))
+    return levels, PrivateStore(levels, ASSIGNED, ROOT, EXAMPLE, plan)
 
 
-def test_rows_are_each_clients_own_first_draw():
-    levels, store = make()
-    slots = np.array([3, -1, 1, 0], np.int32)
-    rows = store.rows(slots)
-    for slot, client in ((0, 3), (3, 0)):
-        expected = levels[0].private(head_key(ROOT, client), EXAMPLE)
-        got = jax.tree.map(lambda x, slot=slot: x[slot], rows[0])
+def slots_of(ids, plan):
+    """A cohort of some clients as it is laid out: (client of each slot, segment)."""
+    ids = np.sort(ids)
+    layout = lay_out(np.ones(len(ids), int), ASSIGNED[ids], [1.0, 2.0, 3.0], plan)
+    return np.where(layout.member >= 0, ids[layout.member], -1), layout.segment
+
+
+@pytest.mark.parametrize("plan", [Plan(2, 1), Plan(4, 1)])
+def test_rows_are_each_clients_own_first_draw(plan):
+    levels, store = make(plan)
+    client, segment = slots_of([0, 2, 3], plan)
+    rows = store.rows(client, segment)
+    kernels = {}
+    for slot in np.flatnonzero(client >= 0):
+        expected = levels[0].private(head_key(ROOT, client[slot]), EXAMPLE)
+        got = unpack({k: x[slot] for k, x in rows.items()}, levels[0].private_shapes)
         assert np.array_equal(flat(got), flat(expected))
-    assert not jax.tree.leaves(rows[2])  # the deepest level has nothing private
-    kernels = np.asarray(rows[0]["params"]["head1"]["kernel"])
+        kernels[client[slot]] = np.asarray(got["params"]["head1"]["kernel"])
     assert not np.array_equal(kernels[0], kernels[3])
+    for slot in np.flatnonzero(client < 0):
+        assert not flat({k: x[slot] for k, x in rows.items()}).any()
 
 
-def test_rows_are_put_back_where_they_came_from_and_nowhere_else():
-    _, store = make()
-    everyone = np.array([0, 2, 3, -1], np.int32)
-    before = np.asarray(store.rows(everyone)[0]["params"]["head1"]["bias"])
-    slots = np.array([3, -1, 1, -1], np.int32)
-    changed = jax.tree.map(lambda x: x + 1.0, store.rows(slots))
-    store.put(slots, changed)
-    after = np.asarray(store.rows(everyone)[0]["params"]["head1"]["bias"])
-    assert np.array_equal(after[:2], before[:2])
-    np.testing.assert_allclose(after[2], before[2] + 1)
+def test_rows_have_room_for_the_largest_head_of_a_slot_and_not_for_all():
+    levels, store = make()
+    client, segment = slots_of([0, 1, 4], TWO)
+    rows = store.rows(client, segment)
+    heads = [level.private(ROOT, EXAMPLE) for level in levels]
+    largest = max(sum(x.size for x in jax.tree.leaves(head)) for head in heads)
+    assert {k: x.shape for k, x in rows.items()} == {"float32": (len(client), largest)}
+    for slot in np.flatnonzero(client == 4):  # the deepest level has nothing private
+        assert not np.asarray(rows["float32"][slot]).any()
+
+
+@pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
+@pytest.mark.parametrize("halted", [False, True])
+def test_rows_are_put_back_where_they_came_from_and_nowhere_else(plan, halted):
+    _, store = make(plan)
+    before = jax.tree.map(np.asarray, store.stacks)
+    client, segment = slots_of([0, 3, 4, 1], plan)  # of levels 0, 0, 2 and 2
+    rows = {k: x + 1.0 for k, x in store.rows(client, segment).items()}
+    store.put(client, segment, rows, jnp.asarray(halted))
+    changed = np.isin(np.flatnonzero(ASSIGNED == 0), [0, 3])
+    for old, new in zip(jax.tree.leaves(before[0]), jax.tree.leaves(store.stacks[0]), strict=True):
+        per_client = changed.reshape(-1, *(1,) * (old.ndim - 1)) & (not halted)
+        np.testing.assert_array_equal(np.asarray(new), np.where(per_client, old + 1, old))
+    for old, new in zip(
+        jax.tree.leaves(before[1:]), jax.tree.leaves(store.stacks[1:]), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(new), old)
+
+
+def test_packed_trees_of_several_dtypes_come_back():
+    small = {"a": jnp.arange(3.0), "n": jnp.int32(7)}
+    large = {"b": jnp.arange(6.0).reshape(2, 3), "c": jnp.ones(2, jnp.bfloat16)}
+    wanted = room([small, large, {}])
+    assert wanted == {"float32": 6, "int32": 1, "bfloat16": 2}
+    for tree in (small, large, {}):
+        packed = pack(tree, wanted)
+        assert {k: x.size for k, x in packed.items()} == wanted
+        shapes = jax.eval_shape(lambda tree=tree: tree)
+        jax.tree.map(np.testing.assert_array_equal, unpack(packed, shapes), tree)
 
 
 def heads_seen(policy, rounds):

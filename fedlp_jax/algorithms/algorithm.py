@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedlp_jax.layers import LayerRule
+from fedlp_jax.packing import Packed
 from fedlp_jax.placement import Plan
 from fedlp_jax.privacy import Privacy
 from fedlp_jax.submodel import Submodel
@@ -17,7 +18,6 @@ from fedlp_jax.types import (
     Batch,
     Cohort,
     Examples,
-    PyTree,
     RoundMetrics,
     ServerState,
     Variables,
@@ -34,11 +34,11 @@ class Algorithm(NamedTuple):
     task: Task
     # (root key, example, K, initial variables or None) -> state
     init: Callable[[Array, Batch, int, Variables | None], ServerState]
-    # (state, private rows of each level [D * P, ...], split, cohort, root key, plan)
-    #   -> (state, private rows, metrics)
+    # (state, private variables of the slots, split, cohort, root key, plan)
+    #   -> (state, private variables, which count only if the run goes on, metrics)
     round: Callable[
-        [ServerState, tuple[PyTree, ...], Examples, Cohort, Array, Plan],
-        tuple[ServerState, tuple[PyTree, ...], RoundMetrics],
+        [ServerState, Packed, Examples, Cohort, Array, Plan],
+        tuple[ServerState, Packed, RoundMetrics],
     ]
     layers: LayerRule  # how the variables are cut into layers
     local_steps: Callable[[np.ndarray], np.ndarray]  # examples i64[C] -> local steps i64[C]

@@ -17,6 +17,7 @@ from fedlp_jax.fate import Fate, Lot, Outcome, came_true, corrupted, judge, with
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
 from fedlp_jax.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.masks import MaskPolicy
+from fedlp_jax.packing import Packed, pack, unpack
 from fedlp_jax.placement import HOST, Level, Plan, map_sum
 from fedlp_jax.server import server_step
 from fedlp_jax.submodel import Submodel, Submodels
@@ -50,7 +51,7 @@ class Lane(NamedTuple):
 
     client: Client
     sent: Sent
-    private: tuple[PyTree, ...]  # per level; empty unless stored
+    private: Packed  # empty unless stored
     lot: Lot | None  # None = a run without faults
 
 
@@ -95,12 +96,12 @@ class Composition:
     def round(
         self,
         state: ServerState,
-        private: tuple[PyTree, ...],
+        private: Packed,
         examples: Examples,
         cohort: Cohort,
         key: Array,
         plan: Plan,
-    ) -> tuple[ServerState, tuple[PyTree, ...], RoundMetrics]:
+    ) -> tuple[ServerState, Packed, RoundMetrics]:
         """One server update; see `Algorithm.round`."""
         number = state.round + 1
         table = layer_table(state.variables, self.layers)
@@ -119,10 +120,10 @@ class Composition:
         dealt, whole = cast(Any, plan.data == HOST), cast(Any, False)
         weight = cohort.size.astype(jnp.float32)
         sent = Sent(weight if self.by_examples else jnp.ones_like(weight), masks.upload, masks.keep)
-        total, (metrics, stack), trained = map_sum(
+        total, (metrics, stack, private) = map_sum(
             [
-                self._level(g, level, part, example, cohort, plan)
-                for g, (level, part) in enumerate(zip(levels, parts, strict=True))
+                self._level(level, part, example, cohort, plan)
+                for level, part in zip(levels, parts, strict=True)
             ],
             Shared(
                 state.variables,
@@ -144,8 +145,6 @@ class Composition:
         )
         combined = self.combination.released(combined, sent, cohort, key, number, table)
         state = self._stepped(state, number, policy, combined, fate, table)
-        if self.submodels.persist:
-            private = jax.tree.map(lambda n, o: jnp.where(state.halted, o, n), trained, private)
         reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted)
         return state, private, reported if fate is None else came_true(reported, fate)
 
@@ -189,7 +188,7 @@ class Composition:
         self,
         cohort: Cohort,
         sent: Sent,
-        private: tuple[PyTree, ...],
+        private: Packed,
         fate: Fate | None,
         plan: Plan,
         examples: Examples,
@@ -213,7 +212,6 @@ class Composition:
 
     def _level(
         self,
-        index: int,
         level: Submodel,
         table: LayerTable,
         example: Batch,
@@ -232,7 +230,7 @@ class Composition:
             )
             start = level.extract(shared.variables)
             if self.submodels.persist:
-                head = lane.private[index]
+                head = unpack(lane.private, level.private_shapes)
             else:
                 head = level.private(head_key(shared.key, lane.client.id), example)
             end, metrics = train(
@@ -255,10 +253,11 @@ class Composition:
             summed, stacked = self.combination.of_client(
                 update, lane.sent, counted, shared.bound, table, level, shared.variables
             )
-            kept = {}
+            kept: Packed = {}
             if self.submodels.persist:
-                kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
-            return summed, (metrics._replace(finite=counted), stacked), kept
+                new_head = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
+                kept = pack(new_head, {dtype: x.size for dtype, x in lane.private.items()})
+            return summed, (metrics._replace(finite=counted), stacked, kept)
 
         def embed(shared: Shared, total: Any) -> Any:
             return self.combination.embed(total, level, shared.variables)

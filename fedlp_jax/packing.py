@@ -1,0 +1,56 @@
+"""Trees of any structure in arrays of one shape: a flat vector for each dtype.
+
+Exit heads of different depths have different structures. Packed, a slot of a cohort has room for
+the largest of them; without, it would hold one of every depth, and all but its own for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from fedlp_jax.types import Array, PyTree
+
+Packed = dict[str, Array]  # dtype -> [..., n], the leaves of a tree one after the other, then zeros
+
+
+def room(shapes: Iterable[PyTree]) -> dict[str, int]:
+    """The most numbers of each dtype that one of some trees, or of their shapes, has."""
+    most: dict[str, int] = {}
+    for tree in shapes:
+        for dtype, leaves in _by_dtype(tree).items():
+            most[dtype] = max(most.get(dtype, 0), sum(math.prod(x.shape) for x in leaves))
+    return most
+
+
+def pack(tree: PyTree, room: dict[str, int]) -> Packed:
+    """The leaves of a tree, dtype -> `[n]` for n of `room`."""
+    leaves, packed = _by_dtype(tree), {}
+    for dtype, n in room.items():
+        flat = [x.ravel() for x in leaves.get(dtype, ())]
+        rest = n - sum(x.size for x in flat)
+        packed[dtype] = jnp.concatenate([*flat, jnp.zeros(rest, dtype)])
+    return packed
+
+
+def unpack(packed: Packed, shapes: PyTree) -> PyTree:
+    """The inverse of `pack`, for a tree of these shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    start = dict.fromkeys(packed, 0)
+    found = []
+    for leaf in leaves:
+        dtype, size = str(leaf.dtype), math.prod(leaf.shape)
+        flat = packed[dtype][start[dtype] : start[dtype] + size]
+        found.append(flat.reshape(leaf.shape))
+        start[dtype] += size
+    return jax.tree.unflatten(treedef, found)
+
+
+def _by_dtype(tree: PyTree) -> dict[str, list[Array]]:
+    found: dict[str, list[Array]] = {}
+    for leaf in jax.tree.leaves(tree):
+        found.setdefault(str(leaf.dtype), []).append(leaf)
+    return found
