@@ -16,6 +16,7 @@ from benchmarks import (
     cells,
     compile,
     convolutions,
+    curves,
     hetero,
     memory,
     parts,
@@ -176,6 +177,17 @@ def test_convolutions(run, monkeypatch):
     (row,) = run(convolutions)["backends"]["cpu"]
     assert set(row["milliseconds"]) == {"patches", "winograd_1x2"}
     assert all(0 < time < math.inf for time in row["milliseconds"].values())
+
+
+def test_curves(run):
+    result = run(curves, "--rounds", "1", "--workload", "W4", "auto:0", "direct:0", "auto:1")
+    assert list(result["curves"]) == ["auto:0", "direct:0", "auto:1"]
+    assert set(result["lowerings"]["direct:0"].values()) == {"direct"}
+    assert "direct" not in result["lowerings"]["auto:0"].values()
+    loss = {name: curve["train_loss"][0] for name, curve in result["curves"].items()}
+    assert loss["direct:0"] == pytest.approx(loss["auto:0"], rel=1e-4)  # the same clients
+    assert abs(loss["auto:1"] - loss["auto:0"]) > 1e-4 * loss["auto:0"]  # others
+    assert list(result["largest_difference_from_auto"]) == ["direct:0"]
 
 
 def test_speed(run, monkeypatch):

@@ -1,0 +1,87 @@
+"""Do fast convolutions learn the same? Learning curves of one workload in several forms.
+
+    python -m benchmarks.curves [--workload W1|W4] [--rounds N] [--json FILE] [--smoke] [RUN ...]
+
+A RUN is FORM:SEED, a form of the convolutions as `fedlp_jax.conv.using` takes it, and a seed;
+without any, `auto:0 auto:1 auto:2 direct:0`. `direct` is `lax.conv` itself, on a CPU tens of times
+slower: W1 takes about five minutes a round. Runs of one seed have the same initial weights, cohorts
+and batches, so a form may differ from `auto` by what other rounding grows into; what another seed
+changes stands beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import fedlp_jax as fl
+from benchmarks import command, parts
+from benchmarks.workloads import WORKLOADS, Workload, smoke
+from fedlp_jax import conv
+
+_RUNS = ["auto:0", "auto:1", "auto:2", "direct:0"]
+_CURVES = ("train_loss", "test_loss", "test_accuracy")
+
+
+def main() -> None:
+    """Runs it."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--workload", choices=["W1", "W4"], default="W1")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("runs", nargs="*", metavar="FORM:SEED", default=_RUNS)
+    options = parser.parse_args()
+    fl.setup()
+    workload = WORKLOADS[options.workload]
+    result = measure(smoke(workload) if options.smoke else workload, options.rounds, options.runs)
+    command.write(options.json, {"workload": options.workload} | result)
+
+
+def measure(workload: Workload, rounds: int, runs: list[str]) -> dict[str, Any]:
+    """Runs the curves one after the other, and prints each."""
+    data = parts.dataset(workload)
+    clients = parts.partition(workload, data)
+    curves: dict[str, dict[str, list[float]]] = {}
+    taken = {}
+    print("form:seed   test accuracy by round")
+    for run in runs:
+        form, seed = run.split(":")
+        with conv.using(form):
+            found = fl.simulate(
+                parts.algorithm(workload),
+                data,
+                clients,
+                rounds=rounds,
+                cohort=workload.cohort,
+                seed=int(seed),
+                eval_every=1,
+            )
+        curves[run] = {name: [row[name] for row in found.history] for name in _CURVES}
+        taken[run] = found.lowerings
+        print(f"{run:10}  " + "  ".join(f"{x:.4f}" for x in curves[run]["test_accuracy"]))
+    differences = {}
+    for run in curves:
+        base = f"auto:{run.split(':')[1]}"
+        if base in curves and base != run:
+            differences[run] = _apart(curves[run], curves[base])
+            print(f"{run} from {base}, test accuracy: at most {differences[run]:.4f}")
+    seeds = [curve for run, curve in curves.items() if run.startswith("auto:")]
+    noise = max((_apart(a, b) for a in seeds for b in seeds), default=0.0)
+    print(f"between seeds of auto: up to {noise:.4f}")
+    return {
+        "rounds": rounds,
+        "curves": curves,
+        "lowerings": taken,
+        "largest_difference_from_auto": differences,
+        "largest_difference_between_seeds": noise,
+    }
+
+
+def _apart(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
+    """The most that two curves of test accuracy differ in any round."""
+    gaps = np.subtract(a["test_accuracy"], b["test_accuracy"])
+    return float(np.abs(gaps).max(initial=0.0))
+
+
+if __name__ == "__main__":
+    main()
