@@ -11,6 +11,8 @@ changes stands beside it.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,9 @@ def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--workload", choices=["W1", "W4"], default="W1")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("runs", nargs="*", metavar="FORM:SEED", default=_RUNS)
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", type=_run, default=[_run(run) for run in _RUNS]
+    )
     options = parser.parse_args()
     fl.setup()
     workload = WORKLOADS[options.workload]
@@ -37,15 +41,15 @@ def main() -> None:
     command.write(options.json, {"workload": options.workload} | result)
 
 
-def measure(workload: Workload, rounds: int, runs: list[str]) -> dict[str, Any]:
+def measure(workload: Workload, rounds: int, runs: list[tuple[str, int]]) -> dict[str, Any]:
     """Runs the curves one after the other, and prints each."""
     data = parts.dataset(workload)
     clients = parts.partition(workload, data)
     curves: dict[str, dict[str, list[float]]] = {}
     taken = {}
     print("form:seed   test accuracy by round")
-    for run in runs:
-        form, seed = run.split(":")
+    for form, seed in runs:
+        run = f"{form}:{seed}"
         with conv.using(form):
             found = fl.simulate(
                 parts.algorithm(workload),
@@ -53,12 +57,13 @@ def measure(workload: Workload, rounds: int, runs: list[str]) -> dict[str, Any]:
                 clients,
                 rounds=rounds,
                 cohort=workload.cohort,
-                seed=int(seed),
+                seed=seed,
                 eval_every=1,
             )
         curves[run] = {name: [row[name] for row in found.history] for name in _CURVES}
         taken[run] = found.lowerings
         print(f"{run:10}  " + "  ".join(f"{x:.4f}" for x in curves[run]["test_accuracy"]))
+        sys.stdout.flush()
     differences = {}
     for run in curves:
         base = f"auto:{run.split(':')[1]}"
@@ -66,8 +71,9 @@ def measure(workload: Workload, rounds: int, runs: list[str]) -> dict[str, Any]:
             differences[run] = _apart(curves[run], curves[base])
             print(f"{run} from {base}, test accuracy: at most {differences[run]:.4f}")
     seeds = [curve for run, curve in curves.items() if run.startswith("auto:")]
-    noise = max((_apart(a, b) for a in seeds for b in seeds), default=0.0)
-    print(f"between seeds of auto: up to {noise:.4f}")
+    noise = max((_apart(a, b) for a, b in itertools.combinations(seeds, 2)), default=None)
+    if noise is not None:
+        print(f"between seeds of auto: up to {noise:.4f}")
     return {
         "rounds": rounds,
         "curves": curves,
@@ -75,6 +81,13 @@ def measure(workload: Workload, rounds: int, runs: list[str]) -> dict[str, Any]:
         "largest_difference_from_auto": differences,
         "largest_difference_between_seeds": noise,
     }
+
+
+def _run(word: str) -> tuple[str, int]:
+    """`"auto:0"` -> `("auto", 0)`; argparse makes a message of the error."""
+    form, seed = word.split(":")
+    with conv.using(form):  # refuses what it does not know
+        return form, int(seed)
 
 
 def _apart(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

@@ -140,6 +140,7 @@ def _report(
                 "median": statistics.median(c.seconds),
                 "max": max(c.seconds),
             },
+            "rounds": len(c.seconds),
             "compile_s": c.compile_seconds,
             "peak_rss_mb": c.peak_mb,
             "difference_after_5_steps": differences[label],

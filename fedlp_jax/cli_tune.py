@@ -75,9 +75,7 @@ def tune_convolutions(config: Config, seconds: float, dry_run: bool) -> None:
         )
     found = measure(build(config), None if dry_run else file, seconds, _say_convolution)
     changed = sum(measured.now != measured.before for measured in found)
-    typer.echo(
-        f"{changed} of {len(found)} convolutions have a quicker form than the one they took."
-    )
+    typer.echo(f"{changed} of {len(found)} convolutions take another form now.")
     typer.echo("Nothing is written." if dry_run else f"All new runs here choose by {file}.")
 
 

@@ -6,6 +6,7 @@ never read from a clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -178,9 +179,9 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
     statistics = {"/".join(path[1:-1]) for path in flatten_dict(shapes) if path[0] != "params"}
     macs: dict[str, int] = {}
     normalised: dict[str, int] = {}
-    for equation, scope in _equations(jaxpr.jaxpr, ""):
+    for equation, scope, times in _equations(jaxpr.jaxpr, ""):
         module = _module(scope)
-        count = _macs(equation)
+        count = times * _macs(equation)
         if count:
             macs[module] = macs.get(module, 0) + count
         elif module in statistics:
@@ -225,19 +226,24 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
     with conv.using("direct"), dense.as_written():  # each product counts
         forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
         both = jax.make_jaxpr(gradient)(shapes)
-    counts = [sum(_macs(e) for e, _ in _equations(p.jaxpr, "")) for p in (both, forward)]
+    counts = [sum(n * _macs(e) for e, _, n in _equations(p.jaxpr, "")) for p in (both, forward)]
     return (counts[0] - counts[1]) // max(example.labels.shape[0], 1)
 
 
-def _equations(jaxpr: Any, scope: str) -> Iterator[tuple[Any, str]]:
-    """All equations of a program, inner ones in the scope of what calls them."""
+def _equations(jaxpr: Any, scope: str, times: int = 1) -> Iterator[tuple[Any, str, int]]:
+    """All equations of a program, in the scope of what calls them, and how often each is run.
+
+    The body of a `while` counts once, as nobody knows how often it is run, and so does every branch
+    of a `cond`.
+    """
     for equation in jaxpr.eqns:
         here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         inner = list(jaxprs_in_params(equation.params))
         if not inner:
-            yield equation, here
+            yield equation, here, times
+        often = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for sub in inner:
-            yield from _equations(sub, here)
+            yield from _equations(sub, here, often)
 
 
 def _module(scope: str) -> str:
@@ -255,4 +261,6 @@ def _macs(equation: Any) -> int:
         (contract, _), _ = equation.params["dimension_numbers"]
         return out * int(np.prod([equation.invars[0].aval.shape[d] for d in contract]))
     features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return out * int(np.prod(kernel)) // features
+    # Of a dilated input, as in a transposed convolution, most elements are zeros put in between.
+    inserted = math.prod(equation.params["lhs_dilation"])
+    return out * int(np.prod(kernel)) // features // inserted

@@ -18,6 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -63,8 +64,11 @@ def dot_general(
     plain = preferred_element_type is None and not any(v is not None for v in rest.values())
     last = (((lhs.ndim - 1,), (0,)), ((), ()))
     numbers = tuple(tuple(tuple(axes) for axes in pair) for pair in dimension_numbers)
-    few = not _as_written.get() and math.prod(lhs.shape[:-1]) <= _ROWS.get(jax.default_backend(), 0)
-    if not (plain and few and rhs.ndim == 2 and lhs.ndim >= 2 and numbers == last):
+    most = 0 if _as_written.get() else _ROWS.get(jax.default_backend(), 0)
+    few = 1 <= math.prod(lhs.shape[:-1]) <= most
+    # Short floats would be summed as such, where a GEMM sums them in float32.
+    long = lhs.dtype == rhs.dtype and lhs.dtype in (jnp.float32, jnp.float64)
+    if not (plain and few and long and rhs.ndim == 2 and lhs.ndim >= 2 and numbers == last):
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **rest
         )

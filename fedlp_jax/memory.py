@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedlp_jax import hosts
+from fedlp_jax.layout import slots_per_device
 from fedlp_jax.placement import DEVICE, HOST, Plan
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, PyTree
 
 _USABLE = 0.9  # of what is free: allocators need slack, and other programs breathe
 _CGROUP = Path("/sys/fs/cgroup")
@@ -41,6 +44,38 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
             "leave it open."
         )
     return dataclasses.replace(plan, data=HOST)
+
+
+def check_private(shapes: Sequence[PyTree], assigned: np.ndarray, cohort: int, plan: Plan) -> int:
+    """Refuses private variables that do not fit the devices, each of which keeps everyone's.
+
+    Args:
+      shapes: of what a client of each level keeps.
+      assigned: `i32[K]`, level of each client.
+      cohort: C.
+      plan: resolved.
+
+    Returns:
+      Modelled bytes on each device: the store, and twice the rows of a cohort, which a round takes
+      and all devices are given afterwards.
+
+    Raises:
+      FedLPError: with both sizes.
+    """
+    per_client = [
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in shapes
+    ]
+    store = int(np.dot(per_client, np.bincount(assigned, minlength=len(shapes))))
+    devices = plan.devices or 1
+    need = store + 2 * devices * slots_per_device(cohort, devices) * max(per_client)
+    free = _least_free(plan)
+    if free is not None and need > free:
+        raise FedLPError(
+            f"heads='persist' keeps {_size(store)} for {len(assigned)} clients, and takes "
+            f"{_size(need)} on each of {devices} device(s), where {_size(free)} are free; use "
+            "heads='shared' or 'reset_to_init', or fewer clients."
+        )
+    return need
 
 
 def compile_to_fit(

@@ -27,8 +27,9 @@ def room(shapes: Iterable[PyTree]) -> dict[str, int]:
 
 
 def pack(tree: PyTree, room: dict[str, int]) -> Packed:
-    """The leaves of a tree, dtype -> `[n]` for n of `room`."""
+    """The leaves of a tree, dtype -> `[n]` for n of `room`, which has room for it."""
     leaves, packed = _by_dtype(tree), {}
+    assert leaves.keys() <= room.keys(), (leaves.keys(), room.keys())
     for dtype, n in room.items():
         flat = [x.ravel() for x in leaves.get(dtype, ())]
         rest = n - sum(x.size for x in flat)

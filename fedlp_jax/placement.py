@@ -189,19 +189,40 @@ def map_sum(
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         return _sum_over_devices(total), outputs
 
+    mapped = on_each_device(on_device, plan, (dealt, True, True), (False, True))
+    return mapped(shared, clients, segment)
+
+
+def on_each_device(
+    f: Callable[..., Any], plan: Plan, dealt: PyTree, returns_dealt: PyTree
+) -> Callable[..., Any]:
+    """`f`, run by every device of a plan on its own part.
+
+    Args:
+      f: the arguments and results of one device.
+      plan: resolved.
+      dealt: a prefix of the tuple of arguments, True where the first axis of an array is dealt to
+        the devices, and False where all have it whole.
+      returns_dealt: the same for the results.
+    """
+
+    def specs(dealt: PyTree) -> PyTree:
+        return jax.tree.map(lambda own: Spec(AXIS) if own else Spec(), dealt)
+
     # Loop carries start as constants, equal on all devices, and become different ones: the check of
     # varying axes would ask for a cast of each.
     return jax.shard_map(
-        on_device,
+        f,
         mesh=plan.mesh,
-        in_specs=(
-            jax.tree.map(lambda own: Spec(AXIS) if own else Spec(), dealt),
-            Spec(AXIS),
-            Spec(AXIS),
-        ),
-        out_specs=(Spec(), Spec(AXIS)),
+        in_specs=specs(dealt),
+        out_specs=specs(returns_dealt),
         check_vma=False,
-    )(shared, clients, segment)
+    )
+
+
+def of_all_devices(tree: PyTree) -> PyTree:
+    """Within `on_each_device`: what all devices have, one after the other along the first axis."""
+    return jax.lax.all_gather(tree, AXIS, tiled=True)
 
 
 def _sum_over_devices(tree: PyTree) -> PyTree:

@@ -25,7 +25,7 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.fate import Fate, Outcome, fate_metrics
 from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
-from fedlp_jax.memory import compile_to_fit, with_place
+from fedlp_jax.memory import check_private, compile_to_fit, with_place
 from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.readout import Readout
@@ -90,6 +90,9 @@ class Simulation:
         )
         state = algorithm.init(root, example, self.population, variables)
         self.levels = algorithm.levels(state.variables, example)
+        if algorithm.persist:
+            private = [level.private_shapes for level in self.levels]
+            self.readings["private_bytes"] = check_private(private, assigned, self.size, self.plan)
         costs = level_macs([level.task for level in self.levels], root, example)
         population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
         self.stage = Stage(

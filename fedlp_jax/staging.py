@@ -86,7 +86,7 @@ class Stage:
           plan: resolved, with the place of the data.
 
         Raises:
-          FedLPError: the private variables would not fit this machine's memory.
+          FedLPError: as `PrivateStore`.
         """
         self._population, self._level_cost = population, level_cost
         self._local_steps = algorithm.local_steps

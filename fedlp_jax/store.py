@@ -1,12 +1,12 @@
 """What clients keep between rounds: private variables, one stack per level.
 
-The store lies outside the round. A round takes its cohort's rows and returns them changed, so its
-cost follows the cohort, not the population.
+The store lies outside the round, whole on every device. A round takes its cohort's rows and returns
+them changed, so what is copied follows the cohort, not the population. Any device may have a client
+the next time, which costs a gather of the cohort's rows after each round.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.keys import head_key
 from fedlp_jax.packing import Packed, pack, room, unpack
-from fedlp_jax.placement import AXIS, Plan, replicated
+from fedlp_jax.placement import Plan, of_all_devices, on_each_device, replicated
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, FedLPError, PyTree
 
@@ -27,7 +26,8 @@ class PrivateStore:
     """Private variables of all clients, on the device.
 
     Attributes:
-      stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level.
+      stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level; one row that is
+        nobody's for a level without clients, since loops over no slots still need an array.
     """
 
     def __init__(
@@ -48,11 +48,10 @@ class PrivateStore:
           plan: resolved.
 
         Raises:
-          FedLPError: the store would not fit this machine's memory.
+          FedLPError: a level's private variables are not of the shapes that it names.
         """
         shapes = [level.private_shapes for level in levels]
-        counts = np.bincount(assigned, minlength=len(levels))
-        self._check_fits(shapes, counts, plan)
+        _check_shapes(levels, shapes, root, example)
         self._level = assigned
         self._row = np.zeros(len(assigned), np.int32)
         self.stacks: tuple[PyTree, ...] = ()
@@ -90,19 +89,19 @@ class PrivateStore:
     def _row_of(self, client: np.ndarray) -> np.ndarray:
         return self._row[np.maximum(client, 0)]
 
-    @staticmethod
-    def _check_fits(shapes: Sequence[PyTree], counts: np.ndarray, plan: Plan) -> None:
-        per_client = [
-            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) for shape in shapes
+
+def _check_shapes(
+    levels: Sequence[Submodel], shapes: Sequence[PyTree], root: Array, example: Batch
+) -> None:
+    for depth, (level, named) in enumerate(zip(levels, shapes, strict=True), 1):
+        made = jax.eval_shape(level.private, root, example)
+        words = [
+            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)) for tree in (made, named)
         ]
-        need = int(np.dot(per_client, counts))
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        copies = plan.devices or 1 if jax.default_backend() == "cpu" else 1
-        if need * copies > have // 2:
+        if words[0] != words[1]:
             raise FedLPError(
-                f"heads='persist' would keep {need / 2**30:.1f} GiB for {int(counts.sum())} "
-                f"clients on {copies} device(s), more than half of the {have / 2**30:.0f} GiB of "
-                "this machine; use heads='shared' or 'reset_to_init', or fewer clients."
+                f"level {depth} makes private variables {words[0]}, but its private_shapes are "
+                f"{words[1]}; let both be of one structure."
             )
 
 
@@ -122,11 +121,8 @@ def _gather(
                 rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
         return rows
 
-    specs = (Spec(), Spec(AXIS), Spec(AXIS))
-    mapped = jax.shard_map(
-        on_device, mesh=plan.mesh, in_specs=specs, out_specs=Spec(AXIS), check_vma=False
-    )
-    return mapped(stacks, row, segment)
+    rows: Packed = on_each_device(on_device, plan, (False, True, True), True)(stacks, row, segment)
+    return rows
 
 
 def _scatter(
@@ -144,7 +140,7 @@ def _scatter(
     def on_device(
         stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
     ) -> tuple[PyTree, ...]:
-        rows = jax.lax.all_gather(rows, AXIS, tiled=True)
+        rows = of_all_devices(rows)
         slots = len(row) // devices
         stop = jnp.where(halted, segment[:, :-1], segment[:, 1:])
         stored = []
@@ -162,11 +158,9 @@ def _scatter(
             stored.append(stack)
         return tuple(stored)
 
-    specs = (Spec(), Spec(), Spec(), Spec(AXIS), Spec())
-    mapped = jax.shard_map(
-        on_device, mesh=plan.mesh, in_specs=specs, out_specs=Spec(), check_vma=False
-    )
-    return mapped(stacks, row, segment, rows, halted)
+    mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
+    stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)
+    return stored
 
 
 def _at(stack: PyTree, index: Array) -> PyTree:

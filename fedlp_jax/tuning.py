@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from fedlp_jax.call import Pending
 from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.simulation import Simulation
@@ -29,6 +32,9 @@ _COARSE = 4  # factor between widths, before those beside the quickest are tried
 class Rounds:
     """A simulation, compiled when it is made; calls run rounds of it, without a test.
 
+    Every call starts from the initial model: what training makes of it, as numbers that are not
+    finite after a thousand rounds, is no matter of time.
+
     Attributes:
       run: the simulation.
       compile_seconds: tracing, lowering and compiling the round.
@@ -42,9 +48,12 @@ class Rounds:
             self.run.readings[f"round_{part}_seconds"] for part in ("trace", "lowering", "compile")
         )
         self.number = 0
+        self._first = jax.tree.map(jnp.copy, self.run.state)  # rounds donate theirs
 
     def __call__(self, rounds: Sequence[int] | None = None) -> float:
         """Seconds of some rounds: laying cohorts out, running them, reading their numbers.
+
+        Private variables that persist are back in their store at the end, and go on from there.
 
         Args:
           rounds: whose cohorts to take, one after the other and one ahead of what was read, as in
@@ -54,6 +63,7 @@ class Rounds:
             self.number += 1
             rounds = (self.number,)
         pending: collections.deque[Pending] = collections.deque()
+        self.run.state = jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
         start = time.perf_counter()
         most = self.run.plan.rounds_at_once or 1
         for first in range(0, len(rounds), most):
@@ -63,6 +73,8 @@ class Rounds:
                 self.run.read(pending.popleft())
         while pending:
             self.run.read(pending.popleft())
+        if self.run.stage.store is not None:
+            jax.block_until_ready(self.run.stage.store.stacks)
         return time.perf_counter() - start
 
 
@@ -175,9 +187,15 @@ class _Bench:
         return len(self._rounds) > 1
 
     def ratio(self, plan: Plan) -> float:
-        """The time of a plan as a share of that of the quickest before, which it may replace."""
-        if any(_same(plan, trial.plan) for trial in self.trials):
-            return 1.0
+        """The time of a plan as a share of that of the quickest before, which it may replace.
+
+        That of a plan met before is what it was then; without one, infinite.
+        """
+        for trial in self.trials:
+            if _same(plan, trial.plan):
+                return trial.ratio
+        if any(_same(plan, other) for other in self.left_out):
+            return math.inf
         if time.monotonic() > self._end and len(self.trials) > 1:
             self.left_out.append(plan)
             return math.inf

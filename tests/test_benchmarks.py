@@ -24,6 +24,7 @@ from benchmarks import (
     scaling,
     speed,
     step,
+    tuning,
 )
 from benchmarks.workloads import WORKLOADS
 
@@ -205,6 +206,17 @@ def test_speed(run, monkeypatch):
     for row in result["contenders"].values():
         assert is_spread(row["ms_per_client_step"])
         assert row["difference_after_5_steps"] < 1e-8
+
+
+def test_tuning(run):
+    result = run(tuning, "--workload", "W2")["workloads"]["W2"]
+    assert result["found"] in result["measured_seconds"]
+    assert result["best_by_hand"] in result["measured_seconds"]
+    assert all(map(is_spread, result["measured_seconds"].values()))
+    tried = [*result["measured_seconds"], *result["dropped_first_round_seconds"]]
+    assert any("data host" in name for name in tried)
+    assert any("rounds_at_once 16" in name for name in tried)
+    assert result["ratio_to_best_by_hand"] >= 1
 
 
 def test_compile(run):

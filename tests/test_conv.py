@@ -161,6 +161,34 @@ def test_tiles_stay_products_side_by_side():
     assert_no_convolution(jax.vmap(gradients), jnp.stack([x] * 3), jnp.stack([w] * 3))
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision", "wanted"),
+    [
+        ("cpu", None, None),
+        ("gpu", None, "HIGHEST"),
+        ("tpu", None, "HIGHEST"),
+        ("tpu", "high", "HIGH"),
+    ],
+)
+def test_tiles_are_multiplied_in_float32_whatever_a_device_does_by_default(
+    monkeypatch, backend, precision, wanted
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x, w = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
+    with using("winograd_4x4"):
+        text = str(
+            jax.make_jaxpr(
+                lambda x, w: conv_general_dilated(
+                    x, w, (1, 1), "SAME", dimension_numbers=channels_last(4), precision=precision
+                )
+            )(x, w)
+        )
+    products = text.count("dot_general[")
+    assert products == 36
+    named = "Precision." if wanted is None else f"Precision.{wanted}, "
+    assert text.count(named) == (0 if wanted is None else products)
+
+
 def test_what_is_chosen_can_be_seen_and_changed():
     run = functools.partial(
         conv_general_dilated,

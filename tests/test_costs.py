@@ -9,7 +9,7 @@ import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
-from fedlp_jax.costs import Ledger, forward_macs
+from fedlp_jax.costs import Ledger, backward_macs, forward_macs
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.types import Batch, Normalize
 
@@ -109,3 +109,51 @@ def test_a_shallow_client_really_runs_a_shallow_network():
     assert macs(1) == 64 * 64 + 64 * 3
     assert macs(3) == 3 * 64 * 64 + 64 * 3
     assert flops(1) / flops(3) == pytest.approx(macs(1) / macs(3), rel=0.3)
+
+
+class Scanned(nn.Module):
+    """Five dense layers as one that is scanned, and a choice of two that nobody makes."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        del train
+
+        class Cell(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(4, name="cell")(x), None
+
+        scan = nn.scan(Cell, {"params": 0}, split_rngs={"params": True}, length=5)
+        return scan(name="scan")(x, None)[0]
+
+
+class Strided(nn.Module):
+    """A convolution of stride 2, and its transpose."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        del train
+        x = nn.Conv(6, (3, 3), strides=2, name="down")(x)
+        x = nn.ConvTranspose(5, (2, 2), strides=(2, 2), name="up")(x)
+        return x.reshape(x.shape[0], -1)
+
+
+def counted(module, shape):
+    task = fl.classification(module)
+    batch = Batch(
+        jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), None, Normalize(np.ones(()), np.zeros(()))
+    )
+    variables = jax.eval_shape(task.init, jax.random.key(0), batch)
+    macs = forward_macs(task, variables, batch)
+    return sum(macs.values()), backward_macs(task, variables, batch)
+
+
+def test_a_scanned_layer_counts_as_often_as_it_is_run():
+    assert counted(Scanned(), (4,))[0] == 5 * 4 * 4
+
+
+def test_zeros_that_are_put_between_count_for_nothing():
+    down, up = 4 * 4 * 6 * 9 * 2, 4 * 4 * 6 * 4 * 5  # results x filter
+    forward, backward = counted(Strided(), (8, 8, 2))
+    assert forward == down + up
+    assert backward <= 2 * up + down  # the first layer's inputs need no gradient

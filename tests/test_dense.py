@@ -50,6 +50,19 @@ def test_only_few_rows_have_outer_products(monkeypatch):
     assert products(10) == 3
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_short_floats_and_batches_of_nothing_are_laxs(rows, dtype):
+    ours = gradients(dense.dot_general, *arrays(rows, dtype))
+    theirs = gradients(lax.dot_general, *arrays(rows, dtype))
+    tolerance = 1e-6 if dtype == jnp.float32 else 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance
+        )
+
+
 def test_what_is_no_plain_layer_is_laxs():
     x = jnp.ones((2, 3, 4), jnp.float32)
     kernel = jnp.ones((2, 4, 5), jnp.float32)

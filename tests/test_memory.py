@@ -105,3 +105,24 @@ def test_an_accelerator_says_itself_what_is_free(monkeypatch):
     used = {"bytes_limit": 1000, "bytes_in_use": 400}
     assert memory.free_bytes(plan(used, used | {"bytes_in_use": 900})) == 90
     assert memory.free_bytes(plan(None)) is None
+
+
+def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch):
+    hetero = fl.fedlp_hetero(
+        fl.classification(Steps(depth=2, width=512)),
+        depths="uniform",
+        client_optimizer=optax.sgd(0.1),
+        steps=1,
+        batch_size=5,
+    )
+    arguments = (hetero, DATA, CLIENTS)
+    run = fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+    store = sum(x.nbytes for x in jax.tree.leaves(run.stage.store.stacks))
+    need = store + 2 * 2 * 8 * 4 * (512 + 1) * 3  # and the rows of 2 x 8 slots, twice
+    assert run.readings["private_bytes"] == need
+    # Data and model go first; then the heads.
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need - 1)
+    with pytest.raises(
+        fl.FedLPError, match=r"heads='persist' keeps .* MiB for 12 clients, .* 2 dev"
+    ):
+        fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))

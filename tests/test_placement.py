@@ -74,6 +74,22 @@ def test_map_sum_runs_each_client_at_its_level(plan):
     np.testing.assert_array_equal(np.asarray(outputs["out"]), expected)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_level_is_traced_once_for_its_shapes_and_its_loop(width):
+    traced = []
+
+    def run(shared, x, active, bounds):
+        traced.append(x.shape)
+        return jnp.where(active, x, 0), x
+
+    level = Level(run, lambda x: x.max(), lambda shared, total: total)
+    layout = lay_out(np.arange(1, 7), np.zeros(6, int), [1.0], Plan(2, width))
+    jax.jit(lambda v, s: map_sum([level], (), v, s, Plan(2, width))).trace(
+        jnp.asarray(layout.member), jnp.asarray(layout.segment)
+    )
+    assert traced == [()]
+
+
 def test_plans_are_completed_for_the_machine():
     assert resolve(None, 10) == Plan(4, 1)  # a device a stream of clients, one client at a time
     assert resolve(Plan(width=99), 10) == Plan(4, 3)

@@ -10,14 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import typer.testing
 
-from fedlp_jax import FedLPError, cli, placement
+from fedlp_jax import FedLPError, cli, conv, placement
 from fedlp_jax.claim import Claim
 from fedlp_jax.config import dump_config, load_config
 from fedlp_jax.reproduction import cells as cells_module
 from fedlp_jax.reproduction import forecast as forecast_module
+from fedlp_jax.reproduction import run as study_module
 from fedlp_jax.reproduction import table as tables
 from fedlp_jax.reproduction.cells import Study, remaining, run_cells, survey
 from fedlp_jax.reproduction.costs import DIGIT_SLIP, row_costs
@@ -380,6 +383,38 @@ def command(*words):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_settings_of_jax_are_those_of_the_study_until_it_ends(tmp_path, monkeypatch, scale):
+    def settings():
+        return {name: jax.config.values[name] for name in study_module._SETTINGS}
+
+    seen = []
+
+    def instead(study, cells, **rest):
+        with conv.recording() as lowerings:
+            x, w = jnp.zeros((2, 8, 8, 32)), jnp.zeros((3, 3, 32, 32))
+            conv.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        seen.append((settings(), set(lowerings.values())))
+        yield cells[0]
+
+    monkeypatch.setattr(study_module, "run_cells", instead)
+    monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
+    before = settings()
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        study_module.run_study(Study(tmp_path / "out", scale), IID)
+        ((during, forms),) = seen
+        after = settings()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
+    assert during["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+    assert during["jax_disable_most_optimizations"] == (scale == "smoke")
+    assert (forms == {"patches"}) == (scale == "smoke")
+    assert after == before | {"jax_compilation_cache_dir": None}
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What clients keep between rounds."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from small import Steps, dataset, flat
 import fedlp_jax as fl
 from fedlp_jax.keys import head_key
 from fedlp_jax.layout import lay_out
-from fedlp_jax.packing import pack, room, unpack
+from fedlp_jax.packing import unpack
 from fedlp_jax.placement import Plan
 from fedlp_jax.store import PrivateStore
 from fedlp_jax.types import Batch, Normalize
@@ -81,18 +83,6 @@ def test_rows_are_put_back_where_they_came_from_and_nowhere_else(plan, halted):
         np.testing.assert_array_equal(np.asarray(new), old)
 
 
-def test_packed_trees_of_several_dtypes_come_back():
-    small = {"a": jnp.arange(3.0), "n": jnp.int32(7)}
-    large = {"b": jnp.arange(6.0).reshape(2, 3), "c": jnp.ones(2, jnp.bfloat16)}
-    wanted = room([small, large, {}])
-    assert wanted == {"float32": 6, "int32": 1, "bfloat16": 2}
-    for tree in (small, large, {}):
-        packed = pack(tree, wanted)
-        assert {k: x.size for k, x in packed.items()} == wanted
-        shapes = jax.eval_shape(lambda tree=tree: tree)
-        jax.tree.map(np.testing.assert_array_equal, unpack(packed, shapes), tree)
-
-
 def heads_seen(policy, rounds):
     """The heads with which clients begin, recorded by a task that peeks at its variables."""
     seen = []
@@ -142,9 +132,64 @@ def test_a_head_that_persists_goes_on_from_where_it_was():
     assert not np.allclose(seen[1], seen[2])
 
 
-def test_a_store_that_cannot_fit_is_refused_with_the_numbers(monkeypatch):
-    from fedlp_jax import store
+def test_heads_stand_still_with_a_run_that_halts():
+    """The clients' updates are finite, the server's step is not."""
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=12)
+    algorithm = fl.fedlp_hetero(
+        TASK,
+        depths=np.ones(12, int),
+        client_optimizer=optax.sgd(0.5),
+        server_optimizer=optax.sgd(lambda count: jnp.where(count < 1, 1.0, jnp.inf)),
+        steps=1,
+        batch_size=5,
+    )
+    run = fl.Simulation(algorithm, data, clients, rounds=2, cohort=4, plan=TWO)
+    run.compile()
+    first = jax.tree.map(np.asarray, run.stage.store.stacks)
+    run.read(run.dispatch(1))
+    second = jax.tree.map(np.asarray, run.stage.store.stacks)
+    assert not np.array_equal(flat(first), flat(second))
+    with pytest.raises(fl.DivergedError, match="not the model"):
+        run.read(run.dispatch(2))
+    assert np.array_equal(flat(run.stage.store.stacks), flat(second))
 
-    monkeypatch.setattr(store.os, "sysconf", lambda name: 10)
-    with pytest.raises(fl.FedLPError, match=r"heads='persist' would keep .* GiB for 5 clients"):
-        make()
+
+def level(shapes):
+    """A level with heads of these shapes, drawn from the key."""
+    like = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+
+    def private(key, example):
+        return {k: jax.random.normal(key, s) for k, s in shapes.items()}
+
+    return SimpleNamespace(private=private, private_shapes=like)
+
+
+@pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
+def test_heads_of_different_structures_share_the_rows(plan):
+    levels = [level({"a": (3,), "b": (2, 2)}), level({"a": (4, 5)}), level({})]
+    assigned = np.array([0, 1, 0, 2, 1, 1], np.int32)
+    store = PrivateStore(levels, assigned, ROOT, EXAMPLE, plan)
+    ids = np.array([1, 2, 3, 5])
+    layout = lay_out(np.ones(4, int), assigned[ids], [1.0, 2.0, 3.0], plan)
+    client = np.where(layout.member >= 0, ids[layout.member], -1)
+    rows = store.rows(client, layout.segment)
+    assert rows["float32"].shape == (len(client), 20)
+    for slot in np.flatnonzero(client >= 0):
+        of = levels[assigned[client[slot]]]
+        got = unpack({"float32": rows["float32"][slot]}, of.private_shapes)
+        expected = of.private(head_key(ROOT, client[slot]), EXAMPLE)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    before = jax.tree.map(np.asarray, store.stacks)
+    store.put(client, layout.segment, {"float32": rows["float32"] * 2}, jnp.asarray(False))
+    again = store.rows(client, layout.segment)
+    np.testing.assert_array_equal(np.asarray(again["float32"]), 2 * np.asarray(rows["float32"]))
+    np.testing.assert_array_equal(np.asarray(store.stacks[0]["b"][0]), before[0]["b"][0])  # of 0
+    np.testing.assert_array_equal(np.asarray(store.stacks[1]["a"][1]), before[1]["a"][1])  # of 4
+
+
+def test_a_level_that_names_other_shapes_than_it_makes_is_refused():
+    wrong = level({"a": (3,)})
+    wrong.private_shapes = {"a": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    with pytest.raises(fl.FedLPError, match=r"level 1 makes private variables .*\(3,\).*\(4,\)"):
+        PrivateStore([wrong], np.zeros(2, np.int32), ROOT, EXAMPLE, Plan(1, 1))

@@ -137,6 +137,21 @@ def test_no_plan_is_begun_when_time_is_over(monkeypatch):
     assert len(found(lambda plan: 1.0, budget=1.0)[0].trials) == 2  # the default and one other
 
 
+def test_a_plan_is_left_out_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])
+
+    def seconds(plan):
+        now[0] += 1.0
+        return 0.1 / (plan.width or 1)
+
+    result, _ = found(seconds, budget=20.0)
+    left_out = list(map(dataclasses.astuple, result.left_out))
+    assert left_out
+    assert len(set(left_out)) == len(left_out)
+    assert not {dataclasses.astuple(trial.plan) for trial in result.trials} & set(left_out)
+
+
 def test_a_plan_that_cannot_run_is_told_and_passed_over():
     said = []
 
@@ -187,6 +202,17 @@ cohort: 4
 plan:
   devices: 1  # as it was
 """
+
+
+def test_rounds_start_from_the_first_model_each_time():
+    once = tuning.Rounds(
+        **{k: v for k, v in ARGUMENTS.items() if k not in ("rounds", "plan")}, plan=Plan(2, 1)
+    )
+    once(range(1, 4))
+    once(range(1, 4))
+    losses = [row["train_loss"] for row in once.run.history.rows]
+    assert losses[:3] == losses[3:]
+    assert len(set(losses[:3])) == 3
 
 
 @pytest.fixture

@@ -143,6 +143,10 @@ def winograd(
     )
     # Unfolding makes the most data, so it comes last on the way in and first on the way back.
     outer, inner = (vertical, horizontal) if vertical.tile > 1 else (horizontal, vertical)
+    if precision is None and jax.default_backend() != "cpu":
+        # A TPU multiplies float32 in bfloat16, a recent GPU in TF32: the transforms would lose more
+        # than a convolution may.
+        precision = lax.Precision.HIGHEST
     y = _convolution(outer, inner, precision)(lhs, rhs)
     return y if preferred is None else y.astype(preferred)
 
