@@ -172,10 +172,11 @@ def with_table(page: str, results: dict[str, Any]) -> str:
     """A page with the table between its markers, and with what it was made by."""
     before, rest = page.split(_MARKERS[0])
     _, after = rest.split(_MARKERS[1])
+    commit, _, dirty = str(results["commit"]).partition("-")
     made = (
         f"{results['seeds']} seeds of {results['rounds']} rounds; jax "
         f"{results['versions']['jax']}, {results['machine']['processor']}, commit "
-        f"{str(results['commit'])[:12]}."
+        f"{commit[:12]}{' with changes' if dirty else ''}."
     )
     return f"{before}{_MARKERS[0]}\n{table(results)}\n\n{made}\n{_MARKERS[1]}{after}"
 

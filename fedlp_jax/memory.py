@@ -15,7 +15,8 @@ import numpy as np
 from fedlp_jax import hosts
 from fedlp_jax.layout import slots_per_device
 from fedlp_jax.placement import DEVICE, HOST, Plan
-from fedlp_jax.types import FedLPError, PyTree
+from fedlp_jax.submodel import Submodel
+from fedlp_jax.types import FedLPError
 
 _USABLE = 0.9  # of what is free: allocators need slack, and other programs breathe
 _CGROUP = Path("/sys/fs/cgroup")
@@ -46,11 +47,11 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
     return dataclasses.replace(plan, data=HOST)
 
 
-def check_private(shapes: Sequence[PyTree], assigned: np.ndarray, cohort: int, plan: Plan) -> int:
+def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan) -> int:
     """Refuses private variables that do not fit the devices, each of which keeps everyone's.
 
     Args:
-      shapes: of what a client of each level keeps.
+      levels: G levels.
       assigned: `i32[K]`, level of each client.
       cohort: C.
       plan: resolved.
@@ -63,9 +64,10 @@ def check_private(shapes: Sequence[PyTree], assigned: np.ndarray, cohort: int, p
       FedLPError: with both sizes.
     """
     per_client = [
-        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in shapes
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(level.private_shapes))
+        for level in levels
     ]
-    store = int(np.dot(per_client, np.bincount(assigned, minlength=len(shapes))))
+    store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
     devices = plan.devices or 1
     need = store + 2 * devices * slots_per_device(cohort, devices) * max(per_client)
     free = _least_free(plan)

@@ -80,19 +80,12 @@ class Simulation:
         checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
-        self.readings: dict[str, float] = {}
-        if algorithm.stacked:
-            self.readings["stacked_bytes"] = checks.check_stack(
-                shapes.variables, self.layers, self.size, self.plan
-            )
+        self.levels = algorithm.levels(shapes.variables, example)
+        self.readings = self._predicted_bytes(shapes.variables, assigned)
         self.epsilon = accountant(
             algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
         )
         state = algorithm.init(root, example, self.population, variables)
-        self.levels = algorithm.levels(state.variables, example)
-        if algorithm.persist:
-            private = [level.private_shapes for level in self.levels]
-            self.readings["private_bytes"] = check_private(private, assigned, self.size, self.plan)
         costs = level_macs([level.task for level in self.levels], root, example)
         population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
         self.stage = Stage(
@@ -262,6 +255,16 @@ class Simulation:
         for part, seconds in made.seconds.items():
             self.readings[f"{name}_{part}_seconds"] = seconds
         return made.program
+
+    def _predicted_bytes(self, variables: Variables, assigned: np.ndarray) -> dict[str, float]:
+        """Of what a run may keep beside its model; refuses what does not fit."""
+        found: dict[str, float] = {}
+        size, plan = self.size, self.plan
+        if self.algorithm.stacked:
+            found["stacked_bytes"] = checks.check_stack(variables, self.layers, size, plan)
+        if self.algorithm.persist:
+            found["private_bytes"] = check_private(self.levels, assigned, size, plan)
+        return found
 
     def _expose(
         self, faults: Faults | None, rule: CohortRule, root: jax.Array, classes: int
