@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
+import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.timing import alternate, rounds_of
 from benchmarks.workloads import WORKLOADS, Workload, smoke
 from fedlp_jax import dense
-from fedlp_jax.placement import setup
 
 _BATCHES = {"W2": (5, 10, 15, 20, 30), "W4": (5, 10, 25)}
 _TURNS = 7
@@ -28,7 +28,7 @@ _FORMS: Mapping[str, dict[str, int]] = {"gemm": {}, "outer": {"cpu": 10**6}}
 def main() -> None:
     """Measures every workload at every batch."""
     options = command.parser(__doc__).parse_args()
-    setup()
+    fl.setup()
     rows = []
     print("measured: outer products over GEMMs, ratio of the median times of a round")
     for name, batches in {"W2": (10,)}.items() if options.smoke else _BATCHES.items():

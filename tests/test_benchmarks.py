@@ -1,4 +1,7 @@
-"""Every command of benchmarks/ runs and says something that can be true; no time is asserted."""
+"""Commands of benchmarks/ run and say something that can be true; no time is asserted.
+
+All but `robustness` and `behaviours`, which train for minutes even with `--smoke`.
+"""
 
 import json
 import math
@@ -17,11 +20,13 @@ from benchmarks import (
     compile,
     convolutions,
     curves,
+    dense,
     hetero,
     memory,
     parts,
     roofline,
     scaling,
+    soak,
     speed,
     step,
     tuning,
@@ -206,6 +211,20 @@ def test_speed(run, monkeypatch):
     for row in result["contenders"].values():
         assert is_spread(row["ms_per_client_step"])
         assert row["difference_after_5_steps"] < 1e-8
+
+
+def test_soak(run):
+    result = run(soak)
+    assert [round for round, _ in result["resident_mib"]] == list(range(2, 81, 2))
+    assert all(size > 100 for _, size in result["resident_mib"])
+    assert math.isfinite(result["bytes_a_round"])
+
+
+def test_dense(run):
+    result = run(dense)
+    assert result["measured"]
+    for row in result["measured"]:
+        assert math.isfinite(row["ratio"]) and row["ratio"] > 0
 
 
 def test_tuning(run):
