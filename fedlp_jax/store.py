@@ -52,7 +52,6 @@ class PrivateStore:
         """
         shapes = [level.private_shapes for level in levels]
         _check_shapes(levels, shapes, root, example)
-        self._level = assigned
         self._row = np.zeros(len(assigned), np.int32)
         self.stacks: tuple[PyTree, ...] = ()
         for g, level in enumerate(levels):
