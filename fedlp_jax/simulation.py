@@ -64,8 +64,7 @@ class Simulation:
         self.eval_every = eval_every or max(rounds, 1)
         self.clients, self.population = clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
-        self._width_is_open = plan is None or plan.width is None
-        root = jax.random.key(seed)
+        self._width_is_open, root = plan is None or plan.width is None, jax.random.key(seed)
         self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
@@ -80,7 +79,8 @@ class Simulation:
         checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
-        self.levels = algorithm.levels(shapes.variables, example)
+        held = variables or shapes.variables  # private variables take the dtype of what is given
+        self.levels = algorithm.levels(held, example)
         self.readings = self._predicted_bytes(shapes.variables, assigned)
         self.epsilon = accountant(
             algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
@@ -259,11 +259,11 @@ class Simulation:
     def _predicted_bytes(self, variables: Variables, assigned: np.ndarray) -> dict[str, float]:
         """Of what a run may keep beside its model; refuses what does not fit."""
         found: dict[str, float] = {}
-        size, plan = self.size, self.plan
+        where = (self.size, self.plan)
         if self.algorithm.stacked:
-            found["stacked_bytes"] = checks.check_stack(variables, self.layers, size, plan)
+            found["stacked_bytes"] = checks.check_stack(variables, self.layers, *where)
         if self.algorithm.persist:
-            found["private_bytes"] = check_private(self.levels, assigned, size, plan)
+            found["private_bytes"] = check_private(self.levels, assigned, *where)
         return found
 
     def _expose(
