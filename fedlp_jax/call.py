@@ -6,6 +6,7 @@ them, up to that of the plan, is one program, and their bits do not depend on ho
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from fedlp_jax import conv
 from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.packing import entry, with_entry
 from fedlp_jax.placement import Plan, over_clients, over_clients_of_rounds, replicated
 from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState
 
@@ -58,18 +60,17 @@ def several_rounds(algorithm: Algorithm, plan: Plan) -> Any:
     def run(
         state: ServerState, examples: Examples, cohorts: Cohort, count: Array, key: Array
     ) -> tuple[ServerState, RoundMetrics]:
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
         def round_of(state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundMetrics]:
             state, _, metrics = algorithm.round(state, {}, examples, cohort, key, plan)
             return state, metrics
 
         def body(i: Array, carry: Any) -> Any:
             state, stack = carry
-            state, metrics = round_of(state, _of_round(cohorts, i))
-            return state, jax.tree.map(
-                lambda s, m: jax.lax.dynamic_update_index_in_dim(s, m, i, 0), stack, metrics
-            )
+            state, metrics = round_of(state, entry(cohorts, i))
+            return state, with_entry(stack, i, metrics)
 
-        shapes = jax.eval_shape(round_of, state, _of_round(cohorts, 0))[1]
+        shapes = jax.eval_shape(round_of, state, entry(cohorts, 0))[1]
         rounds = cohorts.client.shape[0]
         stack = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, stack))
@@ -116,12 +117,6 @@ def metrics_of(pending: Pending, read: Callable[[Any], Any]) -> tuple[RoundMetri
     if pending.stacked:
         metrics = jax.tree.map(lambda x: x[pending.place], metrics)
     return metrics, tested
-
-
-def _of_round(cohorts: Cohort, index: Any) -> Cohort:
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), cohorts
-    )
 
 
 def _shardings(split: Any, everywhere: Any) -> RoundMetrics:

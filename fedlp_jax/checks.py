@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Faults
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.limits import usable_memory
+from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import Plan
 from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.task import Task
@@ -151,7 +151,7 @@ def check_size(variables: Variables, plan: Plan) -> None:
     Raises:
       FedLPError: with both sizes.
     """
-    model = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    model = size_bytes(variables)
     have = _usable_memory(plan)
     if 3 * model > have:
         raise FedLPError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from fedlp_jax import hosts
 from fedlp_jax.layout import slots_per_device
+from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import FedLPError
@@ -63,10 +63,7 @@ def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int,
     Raises:
       FedLPError: with both sizes.
     """
-    per_client = [
-        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(level.private_shapes))
-        for level in levels
-    ]
+    per_client = [size_bytes(level.private_shapes) for level in levels]
     store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
     devices = plan.devices or 1
     need = store + 2 * devices * slots_per_device(cohort, devices) * max(per_client)

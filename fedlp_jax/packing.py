@@ -1,4 +1,4 @@
-"""Trees of any structure in arrays of one shape: a flat vector for each dtype.
+"""Many trees in one: stacks of alike trees, and trees of any structure as flat vectors.
 
 Exit heads of different depths have different structures. Packed, a slot of a cohort has room for
 the largest of them; without, it would hold one of every depth, and all but its own for nothing.
@@ -48,6 +48,23 @@ def unpack(packed: Packed, shapes: PyTree) -> PyTree:
         found.append(flat.reshape(leaf.shape))
         start[dtype] += size
     return jax.tree.unflatten(treedef, found)
+
+
+def entry(stack: PyTree, index: Array | int) -> PyTree:
+    """The tree at `index` (`i32[]`) of a stack of trees, `[N, ...]`."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+
+
+def with_entry(stack: PyTree, index: Array, tree: PyTree) -> PyTree:
+    """A stack `[N, ...]` with `tree` at `index` (`i32[]`); in place where the stack is a carry."""
+    return jax.tree.map(
+        lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stack, tree
+    )
+
+
+def size_bytes(tree: PyTree) -> int:
+    """Bytes of all leaves of a tree, or of one of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _by_dtype(tree: PyTree) -> dict[str, list[Array]]:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax import hosts
+from fedlp_jax.packing import entry, with_entry
 from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, shown
 
 AXIS = "clients"
@@ -252,14 +253,9 @@ def _chunks(
 
         def body(slot: Array, carry: Any) -> Any:
             total, stack = carry
-            client = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), clients
-            )
+            client = entry(clients, slot)
             part, output = _alone(level)(shared, client, jnp.ones((), bool))
-            stack = jax.tree.map(
-                lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, slot, 0), stack, output
-            )
-            return jax.tree.map(jnp.add, total, part), stack
+            return jax.tree.map(jnp.add, total, part), with_entry(stack, slot, output)
 
         return jax.lax.fori_loop(start, stop, body, carry)
 

@@ -18,7 +18,6 @@ from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.call import Pending, compiled, metrics_of, one_round, several_rounds
 from fedlp_jax.cohort import CohortRule, cohort_size
 from fedlp_jax.costs import Ledger, level_macs
-from fedlp_jax.data.arrays import Split
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
@@ -64,11 +63,12 @@ class Simulation:
         self.eval_every = eval_every or max(rounds, 1)
         self.clients, self.population = clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
-        self._width_is_open, root = plan is None or plan.width is None, jax.random.key(seed)
+        self._width_is_open = plan is None or plan.width is None
+        root = jax.random.key(seed)
         self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
-        self.plan = with_place(resolve(plan, self.size), *map(_bytes, (data.train, data.test)))
+        self.plan = with_place(resolve(plan, self.size), data.train.nbytes, data.test.nbytes)
         if algorithm.persist or self.plan.data == HOST or hosts.count() > 1:
             self.plan = dataclasses.replace(self.plan, rounds_at_once=1)
         example = example_of(on_host(data.train, data.normalize))
@@ -79,7 +79,8 @@ class Simulation:
         checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
-        held = variables or shapes.variables  # private variables take the dtype of what is given
+        # Private variables take the dtype of what is given.
+        held = shapes.variables if variables is None else variables
         self.levels = algorithm.levels(held, example)
         self.readings = self._predicted_bytes(shapes.variables, assigned)
         self.epsilon = accountant(
@@ -259,11 +260,11 @@ class Simulation:
     def _predicted_bytes(self, variables: Variables, assigned: np.ndarray) -> dict[str, float]:
         """Of what a run may keep beside its model; refuses what does not fit."""
         found: dict[str, float] = {}
-        where = (self.size, self.plan)
+        size, plan = self.size, self.plan
         if self.algorithm.stacked:
-            found["stacked_bytes"] = checks.check_stack(variables, self.layers, *where)
+            found["stacked_bytes"] = checks.check_stack(variables, self.layers, size, plan)
         if self.algorithm.persist:
-            found["private_bytes"] = check_private(self.levels, assigned, *where)
+            found["private_bytes"] = check_private(self.levels, assigned, size, plan)
         return found
 
     def _expose(
@@ -290,10 +291,6 @@ class Simulation:
             "or the server's learning rate, or look for NaN in the data.",
             self.result(),
         )
-
-
-def _bytes(split: Split) -> int:
-    return split.inputs.nbytes + split.labels.nbytes
 
 
 def _names(clients: np.ndarray) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.keys import head_key
-from fedlp_jax.packing import Packed, pack, room, unpack
+from fedlp_jax.packing import Packed, entry, pack, room, unpack, with_entry
 from fedlp_jax.placement import Plan, of_all_devices, on_each_device, replicated
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, FedLPError, PyTree
@@ -114,7 +114,7 @@ def _gather(
         for g, stack in enumerate(stacks):
 
             def copy(slot: Array, rows: Packed, stack: PyTree = stack) -> Packed:
-                return _set(rows, pack(_at(stack, row[slot]), wanted), slot)
+                return with_entry(rows, slot, pack(entry(stack, row[slot]), wanted))
 
             if jax.tree.leaves(stack):
                 rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
@@ -146,7 +146,7 @@ def _scatter(
         for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
 
             def copy(slot: Array, stack: PyTree, like: PyTree = like) -> PyTree:
-                return _set(stack, unpack(_at(rows, slot), like), row[slot])
+                return with_entry(stack, row[slot], unpack(entry(rows, slot), like))
 
             def of_device(d: Array, stack: PyTree, g: int = g, copy: Any = copy) -> PyTree:
                 first = d * slots
@@ -160,13 +160,3 @@ def _scatter(
     mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
     stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)
     return stored
-
-
-def _at(stack: PyTree, index: Array) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
-
-
-def _set(stack: PyTree, tree: PyTree, index: Array) -> PyTree:
-    return jax.tree.map(
-        lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stack, tree
-    )

@@ -17,6 +17,11 @@ class Split(NamedTuple):
     inputs: np.ndarray  # uint8 or f32[N, ...]; images are [N, height, width, channels]
     labels: np.ndarray  # i32[N]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.inputs.nbytes + self.labels.nbytes
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
