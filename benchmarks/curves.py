@@ -11,6 +11,7 @@ changes stands beside it.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from typing import Any
@@ -84,10 +85,15 @@ def measure(workload: Workload, rounds: int, runs: list[tuple[str, int]]) -> dic
 
 
 def _run(word: str) -> tuple[str, int]:
-    """`"auto:0"` -> `("auto", 0)`; argparse makes a message of the error."""
-    form, seed = word.split(":")
-    with conv.using(form):  # refuses what it does not know
-        return form, int(seed)
+    """`"auto:0"` -> `("auto", 0)`."""
+    form, _, seed = word.partition(":")
+    if not seed.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{word}' is not FORM:SEED, such as auto:0.")
+    try:
+        with conv.using(form):  # refuses what it does not know
+            return form, int(seed)
+    except fl.FedLPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _apart(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

@@ -27,11 +27,14 @@ Examples:
 
 def paper(
     costs: Annotated[
-        bool, typer.Option("--costs", help="Show Comm. and Comp. of all rows; train nothing.")
+        bool, typer.Option("--costs", help="Show Comm. and Comp. of the rows; train nothing.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="With --costs: print JSON.")] = False,
     rows: Annotated[
-        str, typer.Option(help="Rows to run, such as fedavg,homo-0.5,hetero-u.", metavar="ROW,...")
+        str,
+        typer.Option(
+            help="Rows, such as fedavg,homo-0.5,hetero-u; all, if none is named.", metavar="ROW,..."
+        ),
     ] = "",
     splits: Annotated[
         str, typer.Option(help="Splits to run: iid, d-niid, m-niid.", metavar="SPLIT,...")
@@ -62,7 +65,7 @@ def paper(
     if json and not costs:
         raise FedLPError("--json belongs to --costs; a run writes table.json into its directory.")
     if costs:
-        _show_costs(json)
+        _show_costs(_words(rows), json)
         return
     if out is None and not estimate:
         raise FedLPError(
@@ -112,12 +115,12 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _show_costs(as_json: bool) -> None:
+def _show_costs(rows: Sequence[str], as_json: bool) -> None:
     from fedlp_jax.reproduction.costs import row_costs
     from fedlp_jax.reproduction.view import cost_tables
     from fedlp_jax.tables import show
 
-    costs = row_costs()
+    costs = row_costs(rows)
     if as_json:
         import json
 

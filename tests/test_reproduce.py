@@ -150,6 +150,15 @@ def test_costs_are_printed_as_json_alone(costs):
     assert rows[5]["local_params"] == list(costs["hetero-1"].local_params)
 
 
+@pytest.mark.parametrize("row", ["homo-0.3", "hetero-3"])
+def test_costs_of_one_row_are_its_own_alone(costs, row):
+    said = fedlp("--costs", "--json", "--rows", row)
+    assert [found["id"] for found in json.loads(said.stdout)] == [row]
+    shown = fedlp("--costs", "--rows", row)
+    assert shown.exit_code == 0, shown.output
+    assert f"{costs[row].comm_kparams:.2f}" in shown.stdout and "FedAvg" not in shown.stdout
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_costs_fit_a_terminal(costs, columns):
     said = fedlp("--costs", columns=columns)
@@ -267,6 +276,10 @@ def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
         (["--out", "o", "--rows", "fedavgg"], "row 'fedavgg' is unknown; did you mean 'fedavg'?"),
         (["--out", "o", "--splits", "iid,c-niid"], "split 'c-niid' is unknown"),
         (["--out", "o", "--scale", "tiny"], "scale 'tiny' is unknown"),
+        (
+            ["--costs", "--rows", "homo-0.50"],
+            "row 'homo-0.50' is unknown; did you mean 'homo-0.5'?",
+        ),
         (["--json"], "--json belongs to --costs"),
         ([], "--out DIR is needed"),
     ],

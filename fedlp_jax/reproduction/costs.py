@@ -8,6 +8,7 @@ forward pass of one image, in multiply-accumulates, averaged over the clients.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from fedlp_jax.data.batching import example_of
 from fedlp_jax.experiment import build
 from fedlp_jax.layers import LayerTable, layer_table
 from fedlp_jax.masks import keep_matrix
-from fedlp_jax.reproduction.paper import ROWS, Cell, cell_config
+from fedlp_jax.reproduction.paper import ROWS, Cell, cell_config, choose
 from fedlp_jax.submodel import depth_probabilities
 from fedlp_jax.types import Examples
 
@@ -68,9 +69,16 @@ class Structure(NamedTuple):
     backward: tuple[int, ...]
 
 
-def row_costs() -> list[RowCost]:
-    """The costs of all nine rows, in the order of the table."""
-    return [row_cost(row) for row in ROWS]
+def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
+    """The costs of some rows, in the order of the table.
+
+    Args:
+      rows: keys of `ROWS`; none = all nine.
+
+    Raises:
+      FedLPError: an unknown row.
+    """
+    return [row_cost(cell.row) for cell in choose(rows, ("iid",))]
 
 
 def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
