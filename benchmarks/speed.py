@@ -1,7 +1,7 @@
 """Time of a client-step: this package against a PyTorch loop and a first try in JAX.
 
     python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N]
-        [--against torch] [--smoke]
+        [--against NAME ...] [--smoke]
 
 Every contender is a process of its own; one runs at a time. They have the same images, clients and
 initial weights; before anything is timed, one client's weights after five steps are compared, in
@@ -77,7 +77,9 @@ class Contender:
         return answer
 
 
-def compare(name: str, workload: Workload, repeats: int, wanted: str = "") -> dict[str, Any]:
+def compare(
+    name: str, workload: Workload, repeats: int, wanted: tuple[str, ...] = ("",)
+) -> dict[str, Any]:
     """Runs the contenders of one workload, those whose name begins as wanted and `ours`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -181,8 +183,9 @@ def main() -> None:
     parser.add_argument("--json", help="write the results here")
     parser.add_argument(
         "--against",
-        default="",
-        help="only contenders whose name begins so, as torch",
+        nargs="+",
+        default=[""],
+        help="only contenders whose names begin so, as ours torch",
         metavar="NAME",
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each contender")
@@ -193,7 +196,7 @@ def main() -> None:
     for name in names:
         workload = smoke(WORKLOADS[name]) if options.smoke else WORKLOADS[name]
         results.append(
-            compare(name, workload, 1 if options.smoke else options.repeats, options.against)
+            compare(name, workload, 1 if options.smoke else options.repeats, tuple(options.against))
         )
         _print(results[-1])
         if options.json:
