@@ -8,6 +8,10 @@ layer:
     inverse_probability  d = sum a_k (m_k / p_k) d_k / sum a_k  (unbiased for the full mean)
 
 Updates are summed, not models: a layer that nobody sent has the update zero and keeps its bits.
+They are summed in float32 or wider, whatever their dtype: a sum in bfloat16 stands still as soon as
+it is 256 times what is added.
+
+With submodels the last two count a client that does not hold a layer as one without a change to it.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.layers import LayerTable
-from fedlp_jax.types import Array, PyTree, Variables
+from fedlp_jax.types import Array, PyTree, Variables, wide
 
 
 class Contribution(NamedTuple):
     """What clients add up to. Summable: over clients, chunks, levels and devices."""
 
-    total: Variables  # sum of weighted masked updates
+    total: Variables  # sum of weighted masked updates, in float32 or wider
     weight: Array  # f32[L], sum of a_k m_{k,l}
     cohort: Array  # f32[], sum of a_k
 
@@ -94,6 +98,7 @@ def _lift(
 
     def scaled(delta: Array, a: Array) -> Array:
         # `where`, not a product with 0: the update of a client that does not count may be NaN.
+        delta = delta.astype(wide(delta.dtype))
         return jnp.where(counted, delta * a.astype(delta.dtype), jnp.zeros_like(delta))
 
     total = jax.tree.map(scaled, update, layers.expand(factor))

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import numbers
 import os
 import re
 import sys
@@ -29,9 +30,9 @@ from fedlp_jax import hosts
 from fedlp_jax.limits import why
 from fedlp_jax.placement import Plan
 from fedlp_jax.snapshot import Snapshot, refuse_other
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.types import FedLPError, shown, whole_number
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS, FACTS = "arrays", "facts"
 _ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
 
@@ -64,14 +65,14 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Refuses numbers that are too small, and settings that are no JSON."""
-        for name, kind, least in (("every", int, 1), ("keep", int, 1), ("minutes", float, 0)):
-            value = getattr(self, name)
-            good = isinstance(value, int | kind) and not isinstance(value, bool) and value >= least
-            if not good and (value is not None or name == "keep"):
-                what = "a whole number" if kind is int else "a number"
-                raise FedLPError(
-                    f"checkpoint.{name}={shown(value)} must be {what} of at least {least}."
-                )
+        for name in ("every", "keep"):
+            if (value := getattr(self, name)) is not None or name == "keep":
+                object.__setattr__(self, name, whole_number(f"checkpoint.{name}", value, 1))
+        minutes, real = self.minutes, numbers.Real
+        if minutes is not None and (
+            isinstance(minutes, bool) or not isinstance(minutes, real) or not minutes >= 0
+        ):
+            raise FedLPError(f"checkpoint.minutes={shown(minutes)} must be a number of at least 0.")
         try:
             settings = json.loads(json.dumps(self.settings))
         except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax import hosts
 from fedlp_jax.algorithms.algorithm import Algorithm
 from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
@@ -20,7 +22,9 @@ from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import Plan
 from fedlp_jax.robust import stacked_bytes
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables, shown
+from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables, whole_number
+
+_FEW = 8  # numbers that a sentence can show
 
 
 def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
@@ -28,23 +32,18 @@ def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
     return jax.eval_shape(task.init, root, example)
 
 
-def check_numbers(rounds: int, seed: int, eval_every: int | None) -> None:
-    """Refuses numbers that are not whole or too small.
+def check_numbers(rounds: int, seed: int, eval_every: int | None) -> tuple[int, int, int]:
+    """The three as numbers of Python's; `eval_every` is that of the last round if it is None.
 
     Raises:
-      FedLPError: with the name, the value and the least it may be.
+      FedLPError: one is not whole, or too small or too large.
     """
-    for name, value, least in (
-        ("rounds", rounds, 0),
-        ("seed", seed, 0),
-        ("eval_every", eval_every, 1),
-    ):
-        if value is None and name == "eval_every":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise FedLPError(f"{name}={shown(value)} must be a whole number of at least {least}.")
+    rounds, seed = whole_number("rounds", rounds, 0), whole_number("seed", seed, 0)
     if seed >= 2**32:
         raise FedLPError(f"seed={seed} must be below 2**32.")
+    if eval_every is None:
+        return rounds, seed, max(rounds, 1)
+    return rounds, seed, whole_number("eval_every", eval_every, 1)
 
 
 def check_partition(clients: Partition, data: Dataset) -> None:
@@ -70,6 +69,7 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
     with _taking(data, example):
         variables = initial_shapes(algorithm.task, root, example)
         outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
+    _check_kinds(variables)
     if outputs.ndim != 2:
         raise FedLPError(
             f"the model's outputs have shape {list(outputs.shape)} for a batch of one, but logits "
@@ -81,7 +81,33 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
             "classes; set its num_classes."
         )
     with _taking(data, example):
-        jax.eval_shape(algorithm.task.loss, variables, example, root)
+        _, aux = jax.eval_shape(algorithm.task.loss, variables, example, root)
+    _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
+
+
+def _check_step(before: Variables, after: Variables) -> None:
+    """Refuses statistics that a step gives another shape or dtype."""
+    have, get = _leaves(before), _leaves(after)
+    for path in sorted(set(have) | set(get)):
+        was, becomes = (_kind(tree[path]) if path in tree else "nothing" for tree in (have, get))
+        if was != becomes:
+            raise FedLPError(
+                f"the model's variables{path} are {was} and become {becomes} in a step; "
+                "make them the same. What is only reported is sown into 'intermediates'."
+            )
+
+
+def _check_kinds(variables: Variables) -> None:
+    for path, leaf in _leaves(variables).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise FedLPError(
+                f"the model's variables{path} have dtype {leaf.dtype}, and only floats have a mean "
+                "over clients; make them floats, or keep them out of the model's variables."
+            )
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 @contextlib.contextmanager
@@ -134,7 +160,7 @@ def check_stack(variables: Variables, layers: LayerTable, cohort: int, plan: Pla
     Raises:
       FedLPError: more than half of this machine's memory, or than all of the devices'.
     """
-    need, have = stacked_bytes(variables, layers, cohort, plan), _usable_memory(plan)
+    need, have = stacked_bytes(variables, layers, cohort, plan), _usable_memory(plan.devices or 1)
     if need > have:
         fits = cohort * have // need
         raise FedLPError(
@@ -145,14 +171,14 @@ def check_stack(variables: Variables, layers: LayerTable, cohort: int, plan: Pla
     return need
 
 
-def check_size(variables: Variables, plan: Plan) -> None:
-    """Refuses a model of which the server's, a client's and an update do not fit the memory.
+def check_size(variables: Variables) -> None:
+    """Refuses a model of which the server's, a client's and an update do not fit one device.
 
     Raises:
       FedLPError: with both sizes.
     """
     model = size_bytes(variables)
-    have = _usable_memory(plan)
+    have = _usable_memory(devices=1)
     if 3 * model > have:
         raise FedLPError(
             f"the model takes {model / 2**30:.1f} GiB, a round at least three times as much, and "
@@ -179,6 +205,23 @@ def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: in
     return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
 
 
+def first_numbers(state: ServerState) -> dict[str, Any]:
+    """The numbers that a run is begun with, by which another one is told apart: keep, clip, ...
+
+    Few are shown as they are, of more a sum. The model and the optimizer's averages are left out.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(variables=())):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.size <= _FEW:
+            found[name] = np.asarray(leaf).tolist()
+        elif not name.startswith("optimizer"):
+            found[name] = f"CRC {zlib.crc32(np.asarray(leaf).tobytes()):08x}"
+    return found
+
+
 def check_variables(variables: Variables | None, wanted: Variables) -> None:
     """Compares given variables with those the server would have made.
 
@@ -200,12 +243,17 @@ def check_variables(variables: Variables | None, wanted: Variables) -> None:
             raise FedLPError(f"variables{path} has dtype {have[path].dtype}; give floats.")
 
 
-def _usable_memory(plan: Plan) -> int:
-    """Bytes a run may plan for: half of the machine's, or the sum over accelerators."""
+def _usable_memory(devices: int) -> int:
+    """Bytes a run may plan for on so many devices: half of the machine's, which CPU devices share.
+
+    Accelerators are taken to have what the smallest has; of other processes' only those know.
+    """
     if jax.default_backend() == "cpu":
         return usable_memory()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in plan.mesh.devices.flat]
-    return sum(limit if limit is not None else 2**63 for limit in limits)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
+    least = hosts.least("memory of a device", min(limits, default=None))
+    return 2**63 if least is None else devices * least
 
 
 def _leaves(tree: Variables) -> dict[str, Any]:

@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.keys import Purpose, client_key
 from fedlp_jax.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, FedLPError, Variables, shown
+from fedlp_jax.types import (
+    Array,
+    Batch,
+    ClientMetrics,
+    Examples,
+    FedLPError,
+    Variables,
+    whole_number,
+)
 
 
 class LocalWork(NamedTuple):
@@ -42,7 +49,7 @@ class Bounds(NamedTuple):
 
 
 def check_work(work: LocalWork) -> LocalWork:
-    """Refuses impossible local work.
+    """Refuses impossible local work; what is possible is returned in numbers of Python's.
 
     Raises:
       FedLPError: neither or both of epochs and steps, or a number below 1.
@@ -51,11 +58,8 @@ def check_work(work: LocalWork) -> LocalWork:
         raise FedLPError(
             f"give epochs or steps, one of the two (got epochs={work.epochs}, steps={work.steps})."
         )
-    for name, value in work._asdict().items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= 1):
-            raise FedLPError(f"{name}={shown(value)} must be a whole number of at least 1.")
-    return work
+    given = {name: value for name, value in work._asdict().items() if value is not None}
+    return work._replace(**{name: whole_number(name, value, 1) for name, value in given.items()})
 
 
 def steps_per_epoch(size: Any, work: LocalWork) -> Any:
@@ -173,7 +177,7 @@ def _sgd_step(
     (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     # optax's adam, adamw and schedules need standard promotion, whatever the user's setting.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = _updates(optimizer, gradient, state, params, loss)
         if scale is not None:
             updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
@@ -186,6 +190,22 @@ def _sgd_step(
         steps=metrics.steps + 1,
     )
     return {**aux.statistics, "params": params}, state, metrics
+
+
+def _updates(
+    optimizer: optax.GradientTransformation, gradient: Any, state: Any, params: Any, loss: Array
+) -> tuple[Any, Any]:
+    """The optimizer's updates; one such as `optax.polyak_sgd` is told the loss, too."""
+    told = optax.with_extra_args_support(optimizer)
+    try:
+        return told.update(gradient, state, params, value=loss, grad=gradient)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise FedLPError(
+            "the client's optimizer asks for more than the gradient, the parameters and the loss "
+            f"of a batch: {error}."
+        ) from error
 
 
 def _zero_metrics() -> ClientMetrics:

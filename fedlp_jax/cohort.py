@@ -15,6 +15,7 @@ from fedlp_jax.types import Cohort, FedLPError
 
 # Partitions draw from the same generator under small numbers of their own.
 _PURPOSE = 1
+_SLACK = 1e-6  # of a share times a number of clients, which may be rounded to below a whole number
 
 CohortRule = int | float | Callable[[int, int, int], Sequence[int] | np.ndarray]
 
@@ -55,7 +56,7 @@ def cohort_size(rule: CohortRule, clients: int, seed: int) -> int:
     if isinstance(rule, numbers.Integral):
         size = int(rule)
     elif 0 < rule <= 1:
-        size = max(int(rule * clients), 1)
+        size = max(int(rule * clients + _SLACK), 1)
     else:
         raise FedLPError(
             f"cohort={rule} is neither a whole number of clients nor a share in (0, 1]."

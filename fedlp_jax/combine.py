@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from fedlp_jax import privacy as private
@@ -19,7 +20,7 @@ from fedlp_jax.placement import Plan
 from fedlp_jax.privacy import Bounded, Privacy
 from fedlp_jax.robust import Robust, combine
 from fedlp_jax.submodel import Submodel
-from fedlp_jax.types import Array, Cohort, PyTree, Variables
+from fedlp_jax.types import Array, Cohort, PyTree, Variables, wide
 
 
 class Sent(NamedTuple):
@@ -94,7 +95,10 @@ class Combination:
 
     def embed(self, total: Any, level: Submodel, like: Variables) -> Any:
         """A level's sum in the structure of the whole model."""
-        return total if self.stacked else total._replace(total=level.embed(total.total, like))
+        if self.stacked:
+            return total
+        like = jax.tree.map(lambda x: x.astype(wide(x.dtype)), like)  # as sums are
+        return total._replace(total=level.embed(total.total, like))
 
     def of_cohort(
         self,

@@ -135,7 +135,7 @@ def mask_bytes(layers: LayerTable) -> int:
 
 
 def fedavg_traffic(
-    variables: Variables, rule: LayerRule, layers: LayerTable, participations: int
+    variables: Variables, rule: LayerRule, layers: LayerTable, *, senders: int, receivers: int
 ) -> dict[str, int]:
     """What it costs that clients receive and send the whole model, as FedAvg's do.
 
@@ -143,7 +143,8 @@ def fedavg_traffic(
       variables: of the deepest model.
       rule: by which they are cut into layers.
       layers: all that the server holds, which may be more.
-      participations: clients summed over rounds.
+      senders: clients that are heard, summed over rounds.
+      receivers: clients that began, of whom some may have been lost.
 
     Returns:
       The numbers of `Ledger.add`, modelled.
@@ -153,7 +154,8 @@ def fedavg_traffic(
     ledger = Ledger(layer_table(variables, rule, names), clients=1)
     everything = np.ones((1, len(names)))
     one = ledger.add(np.zeros(1, np.int64), everything, everything)
-    return {key: value * participations for key, value in one.items()}
+    times = {"upload": senders, "download": receivers}
+    return {key: value * times[key.split("_")[0]] for key, value in one.items()}
 
 
 def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, int]:
@@ -173,10 +175,12 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
     """
     shapes = jax.eval_shape(lambda v: v, variables)
     # Counted as written, whatever form is computed. In a function of its own, as jax remembers what
-    # it has traced.
-    with conv.using("direct"):
+    # it has traced. A record around it is of what is computed.
+    with conv.using("direct"), conv.recording():
         jaxpr = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
-    statistics = {"/".join(path[1:-1]) for path in flatten_dict(shapes) if path[0] != "params"}
+    statistics = {
+        "/".join(map(str, path[1:-1])) for path in flatten_dict(shapes) if path[0] != "params"
+    }
     macs: dict[str, int] = {}
     normalised: dict[str, int] = {}
     for equation, scope, times in _equations(jaxpr.jaxpr, ""):
@@ -223,7 +227,7 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
 
         return jax.grad(loss)(variables["params"])
 
-    with conv.using("direct"), dense.as_written():  # each product counts
+    with conv.using("direct"), conv.recording(), dense.as_written():  # each product counts
         forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
         both = jax.make_jaxpr(gradient)(shapes)
     counts = [sum(n * _macs(e) for e, _, n in _equations(p.jaxpr, "")) for p in (both, forward)]

@@ -238,14 +238,18 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     model. It is modelled from the layer table, not run.
     """
     clients: Partition = arguments["clients"]
-    rule = arguments["algorithm"].layers
+    rule, heard = arguments["algorithm"].layers, sum(result.costs.clients)
+    faulty = (row for row in result.history if "chosen" in row)
+    lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
     return {
         "name": name,
         "status": "done",
         "rounds": len(result.history),
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
-        "fedavg": fedavg_traffic(result.variables, rule, result.layers, sum(result.costs.clients)),
+        "fedavg": fedavg_traffic(
+            result.variables, rule, result.layers, senders=heard, receivers=heard + lost
+        ),
         "partition": {
             "clients": clients.clients,
             "smallest": clients.sizes.min(),

@@ -26,6 +26,7 @@ _PATIENCE_SECONDS = 3600  # how much later another process may come to the same 
 _LOOK_UP_MILLISECONDS = 500  # how often a process that waits asks whether another has failed
 _STEPS, _FAILURES, _NOTED = (f"fedlp_jax/{name}" for name in ("step", "failed", "noted"))
 _turns = itertools.count()  # every process takes the same steps in the same order
+_epoch = 0  # of steps between failures that all have heard of
 
 
 def count() -> int:
@@ -62,7 +63,7 @@ def exchange(what: str, word: str) -> list[str]:
     client = distributed.global_state.client
     if client is None:
         return [word]
-    step = f"{_STEPS}/{next(_turns)}/{what}"
+    step = f"{_STEPS}/{_epoch}/{next(_turns)}/{what}"
     client.key_value_set(f"{step}/{index()}", word)
     return [
         _heard(client, f"{step}/{i}", f"process {i} did not come to '{what}'")
@@ -79,9 +80,9 @@ def _heard(client: Any, key: str, otherwise: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > late:
                 raise RuntimeError(f"{otherwise}: {error}") from error
-        failures = client.key_value_dir_get(f"{_FAILURES}/")
+        failures = client.key_value_dir_get(f"{_FAILURES}/{_epoch}/")
         for i, kind, text in sorted(json.loads(word) for _, word in failures):
-            client.key_value_set(f"{_NOTED}/{index()}", "", allow_overwrite=True)
+            client.key_value_set(f"{_NOTED}/{_epoch}/{index()}", "", allow_overwrite=True)
             raise (FedLPError if kind == "refused" else RuntimeError)(f"process {i}: {text}")
 
 
@@ -106,6 +107,8 @@ def agree(what: str, facts: Mapping[str, Any]) -> None:
 def together(what: str) -> Iterator[None]:
     """A step that all processes take or none: what one refuses or fails at, all do.
 
+    Who catches that, in every process, can go on: steps after it are counted anew.
+
     Raises:
       FedLPError: what another process refused.
       RuntimeError: what another process failed at.
@@ -114,8 +117,26 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         _tell(error)
+        _count_anew()
         raise
-    exchange(what, "")
+    try:
+        exchange(what, "")
+    except (FedLPError, RuntimeError):
+        if _has_failed():
+            _count_anew()
+        raise
+
+
+def _count_anew() -> None:
+    global _epoch, _turns
+    _epoch, _turns = _epoch + 1, itertools.count()
+
+
+def _has_failed() -> bool:
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody answers any more
+        return bool(client.key_value_dir_get(f"{_FAILURES}/{_epoch}/"))
+    return False
 
 
 def _tell(error: Exception) -> None:
@@ -123,14 +144,15 @@ def _tell(error: Exception) -> None:
     client = distributed.global_state.client
     if client is None:
         return
-    client.key_value_set(f"{_NOTED}/{index()}", "", allow_overwrite=True)
-    if client.key_value_dir_get(f"{_FAILURES}/"):
+    client.key_value_set(f"{_NOTED}/{_epoch}/{index()}", "", allow_overwrite=True)
+    if _has_failed():
         return
     kind = "refused" if isinstance(error, FedLPError) else "failed"
-    client.key_value_set(f"{_FAILURES}/{index()}", json.dumps([index(), kind, str(error)]))
+    word = json.dumps([index(), kind, str(error)])
+    client.key_value_set(f"{_FAILURES}/{_epoch}/{index()}", word)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error at hand is the one to tell
         for i in range(count()):
-            client.blocking_key_value_get(f"{_NOTED}/{i}", 1000 * _PATIENCE_SECONDS)
+            client.blocking_key_value_get(f"{_NOTED}/{_epoch}/{i}", 1000 * _PATIENCE_SECONDS)
 
 
 def from_first(what: str, word: str) -> str:

@@ -1,13 +1,15 @@
 """variables -> LayerTable: which leaf belongs to which layer, and how large each layer is.
 
 A layer is what FedLP keeps or prunes as one. `by_module` takes the first component of a leaf's
-path, joined across collections, so that a layer's weight, bias, normalisation and batch statistics
-go together; `by_tensor` makes every tensor its own layer, as the authors' code does.
+path, with its number where that is a list of modules (`layers/0` of an `nnx.Sequential`), joined
+across collections, so that a layer's weight, bias, normalisation and batch statistics go together;
+`by_tensor` makes every tensor its own layer, as the authors' code does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,7 +85,7 @@ def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 def _rule_function(rule: LayerRule) -> Any:
     if rule == "by_module":
-        return lambda parts: parts[0]
+        return _module
     if rule == "by_tensor":
         return lambda parts: "/".join(parts)
     if not isinstance(rule, Mapping):
@@ -98,9 +100,14 @@ def _rule_function(rule: LayerRule) -> Any:
 
     def name_of(parts: tuple[str, ...]) -> str:
         path = "/".join(parts)
-        return next((name for pattern, name in patterns if pattern.search(path)), parts[0])
+        return next((name for pattern, name in patterns if pattern.search(path)), _module(parts))
 
     return name_of
+
+
+def _module(parts: tuple[str, ...]) -> str:
+    numbers = itertools.takewhile(str.isdigit, parts[1:-1])
+    return "/".join((parts[0], *numbers))
 
 
 def _check_patterns(rule: Mapping[str, str], paths: list[str]) -> None:

@@ -25,7 +25,7 @@ class Masks(NamedTuple):
 
     download: Array  # f32[C, L], 1 = received
     upload: Array  # f32[C, L], 1 = sent
-    keep: Array  # f32[C, L], probability of `upload` being 1, for inverse-probability means
+    keep: Array  # f32[C, L], probability of sending what is held, for inverse-probability means
 
 
 class MaskPolicy(NamedTuple):

@@ -57,7 +57,8 @@ def network(module: Any) -> Network:
     from 1 to `depth`. Sub-modules that depths share have the same names in all of them.
 
     An nnx instance carries its own initial parameters; a class or function of `rngs` is called
-    with the run's key, so that its initial model follows the seed.
+    with the run's key, so that its initial model follows the seed. Its `nnx.Param` are trained and
+    its `nnx.BatchStat` are statistics; other variables stay as they were made.
 
     Raises:
       FedLPError: the object is neither.
@@ -150,7 +151,7 @@ def _linen(module: nn.Module) -> Network:
             outputs, updated = module.apply(
                 variables,
                 inputs,
-                rngs={} if key is None else {"dropout": key},
+                rngs={} if key is None else _streams(key),
                 mutable=statistics if train else [],
                 **mode(train),
             )
@@ -161,6 +162,11 @@ def _linen(module: nn.Module) -> Network:
     if not isinstance(depth, int) or isinstance(depth, bool):
         return Network(init, apply)
     return Network(init, apply, lambda d: _linen(module.clone(depth=d)), depth)
+
+
+def _streams(key: Array) -> dict[str, Array]:
+    """Streams of random numbers: flax takes "params" for those of any other name."""
+    return {"dropout": key, "params": jax.random.fold_in(key, 1)}
 
 
 def _mode_arguments(call: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:

@@ -40,7 +40,7 @@ class Overview(NamedTuple):
     cohort: int  # C
     layers: LayerTable
     levels: tuple[LevelView, ...]  # the last is the whole model
-    upload_bytes: float  # expected of a round
+    upload_bytes: float  # expected of a round in which nobody is lost
     download_bytes: float
     fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
     stacked_bytes: int | None = None  # memory of a robust rule
@@ -60,7 +60,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     root = jax.random.key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     shapes = checks.initial_state(algorithm, example, root, clients.clients)
-    checks.check_size(shapes.variables, resolve(arguments["plan"], 1))
+    checks.check_size(shapes.variables)
+    resolve(arguments["plan"], 1)  # refuses devices that are not there
     state = algorithm.init(root, example, clients.clients, None)
     table = layer_table(state.variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
@@ -85,6 +86,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     cohort = cohort_size(config.cohort, clients.clients, config.seed)
     mask_bytes = Ledger(table, clients=1).mask_bytes
     deepest = submodels[-1].extract(state.variables)
+    # Of more that are chosen, the first C to answer are heard.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
         clients,
@@ -92,8 +94,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         table,
         tuple(levels),
         upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
-        download_bytes=cohort * float((received @ layer_bytes).mean()),
-        fedavg=fedavg_traffic(deepest, algorithm.layers, table, cohort),
+        download_bytes=chosen * float((received @ layer_bytes).mean()),
+        fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
         stacked_bytes=stacked_bytes(state.variables, table, chosen, arguments["plan"])
         if algorithm.stacked
         else None,

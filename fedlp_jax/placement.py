@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax import hosts
 from fedlp_jax.packing import entry, with_entry
-from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, shown
+from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, whole_number
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")
@@ -70,13 +70,9 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     if plan.data is not None:
         check_choice("plan.data", plan.data, PLACES)
     for name in ("devices", "width", "rounds_at_once"):
-        value = getattr(plan, name)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise FedLPError(
-                f"plan.{name}={shown(value)} must be a whole number of at least 1, or None."
-            )
+        if (value := getattr(plan, name)) is not None:
+            whole: Any = whole_number(f"plan.{name}", value, 1, ", or None")
+            plan = dataclasses.replace(plan, **{name: whole})
     have = len(hosts.devices())
     if plan.devices is not None and plan.devices > have:
         hint = "; on CPU, call fl.setup(cpu_devices=...) first" if _on_cpu() else ""

@@ -84,3 +84,34 @@ class Result:
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
         """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure."""
         return plots.curves({label: self.history.rows}, path=path, x=x)
+
+
+def diverged(round: int, left_out: np.ndarray, clients: int, result: Result) -> DivergedError:
+    """The error that ends a run whose round left nothing finite to go on with.
+
+    Args:
+      round: its number.
+      left_out: ids of the clients whose update was not finite.
+      clients: how many were heard.
+      result: the run up to the round before.
+    """
+    if len(left_out) == clients:
+        what = (
+            f"none of the {clients} clients had a finite update ({names(left_out)}), so there is "
+            "nothing to average"
+        )
+    else:
+        what = (
+            f"the updates of {clients - len(left_out)} clients are finite, but not the model they "
+            "add up to"
+        )
+    return DivergedError(
+        f"round {round}: {what}. The model is as after round {round - 1}; lower the client's or "
+        "the server's learning rate, or look for NaN in the data.",
+        result,
+    )
+
+
+def names(clients: np.ndarray) -> str:
+    """The first ten ids in a sentence."""
+    return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")

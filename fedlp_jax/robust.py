@@ -12,6 +12,7 @@ keeps its value.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.layout import slots_per_device
 from fedlp_jax.placement import Plan, over_columns
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables
+from fedlp_jax.types import Array, FedLPError, PyTree, Variables, whole_number, wide
 
 _SMOOTHING = 1e-6  # of distances to the geometric median, as in RFA
 _SLACK = 1e-4  # of a share times a count, which float32 may round to above a whole number
@@ -110,8 +111,7 @@ def geometric_median(iterations: int = 8) -> Robust:
     Raises:
       FedLPError: not a whole number of at least 1.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise FedLPError(f"iterations={iterations!r} must be a whole number of at least 1.")
+    iterations = whole_number("iterations", iterations, 1)
 
     def reduce(rows: Array, weight: Array, iterations: Array) -> Array:
         weight = weight.astype(rows.dtype)
@@ -159,6 +159,7 @@ def combine(
         mine = [i for i, at in enumerate(of_leaf) if at == layer]
         sizes = [int(np.prod(leaves[i].shape[1:])) for i in mine]
         rows = [leaves[i].reshape(len(leaves[i]), -1) for i in mine]
+        rows = [part.astype(wide(part.dtype)) for part in rows]
         columns = over_columns(jnp.concatenate(rows, axis=1), plan)
         sent = weight[:, layer] > 0
         columns = jnp.where(sent[:, None], columns[order], jnp.zeros_like(columns))
@@ -173,8 +174,8 @@ def stacked_bytes(variables: Variables, layers: LayerTable, cohort: int, plan: P
     """Modelled memory of the stacked path, in bytes over all devices.
 
     The stack has a model for every slot (D > 1 devices have up to two slots for a client), and the
-    layer that is worked on lies there three more times: as columns, sorted or compared, and in the
-    workspace of that.
+    layer that is worked on lies there three more times, in float32 or wider: as columns, sorted or
+    compared, and in the workspace of that.
 
     Args:
       variables: the server's, or their shapes.
@@ -184,9 +185,10 @@ def stacked_bytes(variables: Variables, layers: LayerTable, cohort: int, plan: P
     """
     devices = plan.devices or 1
     slots = devices * slots_per_device(cohort, devices)
-    width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
-    numbers = layers.params + layers.statistics
-    return int(slots * width * (numbers.sum() + 3 * numbers.max()))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(variables)]
+    stored, worked = (max(d.itemsize for d in found) for found in (dtypes, map(wide, dtypes)))
+    sizes = layers.params + layers.statistics
+    return int(slots * (stored * sizes.sum() + 3 * worked * sizes.max()))
 
 
 RULES: dict[str, Callable[..., Robust]] = {
@@ -213,7 +215,8 @@ def _krum(byzantine: float, chosen: Callable[[Array, Array], Array]) -> Robust:
         others = jnp.maximum(count - 1, 0)
         compared = jnp.clip(count - bad - 2, jnp.minimum(others, 1), others)
         score = jnp.where((rank < compared)[None], nearest, jnp.zeros_like(nearest)).sum(axis=1)
-        place = jnp.argsort(jnp.argsort(jnp.where(sent, score, jnp.inf))).astype(jnp.int32)
+        # Scores of huge updates are infinite; who sent nothing comes after them all the same.
+        place = jnp.argsort(jnp.lexsort((score, ~sent))).astype(jnp.int32)
         best = sent & (place < jnp.maximum(chosen(count, bad), 1))
         total = jnp.where(best[:, None], rows, jnp.zeros_like(rows)).sum(axis=0)
         return total / best.sum().astype(rows.dtype)
@@ -241,7 +244,8 @@ def _share_of(count: Array, share: Array) -> Array:
 
 
 def _check_share(name: str, share: float) -> None:
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.5:
+    number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not (number and 0 <= share <= 0.5):
         raise FedLPError(
             f"{name}={share!r} must be a share in [0, 0.5]: no rule withstands a majority."
         )

@@ -28,7 +28,7 @@ def server_step(
       optimizer: any optax transform; `optax.sgd(1.0)` adds the update as it is.
       state: its state.
       variables: the server's.
-      update: tree like `variables`, from the aggregator.
+      update: tree like `variables`, from the aggregator, of any float dtype.
       weight: `f32[L]`, total weight of the clients that sent each layer.
       layers: the layer table.
 
@@ -36,6 +36,8 @@ def server_step(
       The new variables and optimizer state.
     """
     sent = layers.expand(weight > 0)
+    # Short floats are summed in float32; the mean is again of what the model computes in.
+    update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, variables)
     gradient = jax.tree.map(jnp.negative, update["params"])
     with jax.numpy_dtype_promotion("standard"):
         steps, new_state = optimizer.update(gradient, state, variables["params"])

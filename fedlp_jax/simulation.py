@@ -28,9 +28,9 @@ from fedlp_jax.memory import check_private, compile_to_fit, with_place
 from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.readout import Readout
-from fedlp_jax.result import DivergedError, History, Result, Row
+from fedlp_jax.result import History, Result, Row, diverged, names
 from fedlp_jax.staging import Population, Stage, on_host
-from fedlp_jax.types import ServerState, Variables
+from fedlp_jax.types import FedLPError, ServerState, Variables
 
 # Rounds of one call take no longer, so that a round's numbers are seen within a second.
 _CALL_SECONDS = 0.5
@@ -57,10 +57,9 @@ class Simulation:
         variables: Variables | None = None,
         faults: Faults | None = None,
     ):
-        checks.check_numbers(rounds, seed, eval_every)
+        self.rounds, self.seed, self.eval_every = checks.check_numbers(rounds, seed, eval_every)
         checks.check_partition(clients, data)
-        self.algorithm, self.rounds, self.seed = algorithm, rounds, seed
-        self.eval_every = eval_every or max(rounds, 1)
+        self.algorithm = algorithm
         self.clients, self.population = clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
         self._width_is_open = plan is None or plan.width is None
@@ -75,10 +74,12 @@ class Simulation:
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
         shapes = checks.initial_state(algorithm, example, root, self.population)
-        checks.check_size(shapes.variables, self.plan)
+        checks.check_size(shapes.variables)
         checks.check_steps(algorithm, clients)
         checks.check_variables(variables, shapes.variables)
         self.layers = layer_table(shapes.variables, algorithm.layers)
+        if variables is not None:  # numpy's float64 becomes what jax computes in
+            variables = jax.tree.map(jnp.asarray, variables)
         # Private variables take the dtype of what is given.
         held = shapes.variables if variables is None else variables
         self.levels = algorithm.levels(held, example)
@@ -87,6 +88,7 @@ class Simulation:
             algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
         )
         state = algorithm.init(root, example, self.population, variables)
+        self.begun_with = checks.first_numbers(state)
         costs = level_macs([level.task for level in self.levels], root, example)
         population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
         self.stage = Stage(
@@ -96,6 +98,7 @@ class Simulation:
         self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
         self.readout = Readout(self.plan)
         self.ledger, self.history = Ledger(self.layers, self.population), History()
+        self.round_program: Any = None  # until compiled
         self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
         self.padded_share = self.imbalance = 0.0  # sums over rounds
         self.clock = self._seconds = 0.0
@@ -122,7 +125,16 @@ class Simulation:
         self.clock = time.perf_counter()
 
     def dispatch(self, round: int) -> Pending:
-        """Starts a round and, where due, its evaluation; waits for nothing."""
+        """Starts a round and, where due, its evaluation; waits for nothing.
+
+        Args:
+          round: from 1, one more than the last; who takes part follows it, all other draws the
+            state's own count.
+
+        Raises:
+          FedLPError: a number below 1, or the run is not compiled.
+        """
+        self._check_ready(round)
         if self.plan.rounds_at_once != 1:
             return self.dispatch_several((round,))[0]
         staged = self.stage(round)
@@ -141,6 +153,7 @@ class Simulation:
         """
         if self.plan.rounds_at_once == 1:
             return [self.dispatch(round) for round in rounds]
+        self._check_ready(min(rounds))
         staged = self.stage.several(rounds)
         for layout in staged.layouts:
             self.padded_share += layout.padded_share
@@ -207,13 +220,13 @@ class Simulation:
             listener(row)
         left_out = ids[heard & ~metrics.client.finite]
         if halted:
-            self._stop(pending.round, left_out, int(heard.sum()))
+            raise diverged(pending.round, left_out, int(heard.sum()), self.result())
         if fate is not None:  # who is meant to send NaN is no news
             left_out = np.setdiff1d(left_out, ids[fate.corrupt])
         if len(left_out):
             warnings.warn(
                 f"round {pending.round}: left out {len(left_out)} of {heard.sum()} clients whose "
-                f"update was not finite: {_names(left_out)}.",
+                f"update was not finite: {names(left_out)}.",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -234,6 +247,14 @@ class Simulation:
             self.readings,
             dict(self.lowerings),
         )
+
+    def _check_ready(self, round: int) -> None:
+        if round < 1:
+            raise FedLPError(f"round {round} cannot be started: the first is round 1.")
+        if self.round_program is None:
+            raise FedLPError(
+                f"round {round} cannot be started before compile(), nor in a run of 0 rounds."
+            )
 
     def _compiled_round(self, plan: Plan) -> Any:
         stage = self.stage
@@ -274,24 +295,3 @@ class Simulation:
             return None
         checks.check_faults(self.algorithm, faults, rule)
         return Exposure(faults, root, self.population, self.size, classes)
-
-    def _stop(self, round: int, left_out: np.ndarray, clients: int) -> None:
-        if len(left_out) == clients:
-            what = (
-                f"none of the {clients} clients had a finite update ({_names(left_out)}), so there "
-                "is nothing to average"
-            )
-        else:
-            what = (
-                f"the updates of {clients - len(left_out)} clients are finite, but not the model "
-                "they add up to"
-            )
-        raise DivergedError(
-            f"round {round}: {what}. The model is as after round {round - 1}; lower the client's "
-            "or the server's learning rate, or look for NaN in the data.",
-            self.result(),
-        )
-
-
-def _names(clients: np.ndarray) -> str:
-    return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")

@@ -19,6 +19,8 @@ from fedlp_jax.result import Row
 from fedlp_jax.simulation import Simulation
 from fedlp_jax.types import Array, FedLPError, PyTree, shown
 
+_OTHER = "the checkpoint is of another run"
+
 
 class Snapshot(NamedTuple):
     """What a run needs to go on after a round.
@@ -70,7 +72,7 @@ def check(run: Simulation, snapshot: Snapshot) -> None:
     Raises:
       FedLPError: with what differs.
     """
-    refuse_other(snapshot.settings, _settings(run), "the checkpoint is of another run")
+    refuse_other(_plain(snapshot.settings), _plain(_settings(run)), _OTHER)
     if snapshot.round > run.rounds:
         raise FedLPError(
             f"the checkpoint has {snapshot.round} rounds, more than the {run.rounds} asked for."
@@ -83,6 +85,8 @@ def check(run: Simulation, snapshot: Snapshot) -> None:
                 f"the checkpoint is of another algorithm or model: as {path} it holds "
                 f"{has.get(path, 'nothing')}, but this run {needs.get(path, 'nothing')}."
             )
+    # Rounds take their numbers from the state, so those of the checkpoint would win.
+    refuse_other(snapshot.settings, _settings(run), _OTHER)
 
 
 def put_back(run: Simulation, snapshot: Snapshot) -> None:
@@ -169,7 +173,12 @@ def _settings(run: Simulation) -> dict[str, Any]:
         "clients": run.population,
         "cohort": run.size,
         "partition": run.clients.hash,
+        "begun with": run.begun_with,
     }
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "begun with"}
 
 
 def _is_key(leaf: Array) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import statistics
@@ -11,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from fedlp_jax.call import Pending
 from fedlp_jax.placement import DEVICE, HOST, Plan
+from fedlp_jax.rounds import Rounds, without_plan
 from fedlp_jax.simulation import Simulation
-from fedlp_jax.types import FedLPError
+from fedlp_jax.types import FedLPError, shown
 
 _TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
 _MOST_TURNS = 9
@@ -27,55 +25,6 @@ _WORTH = 0.97  # a plan is taken for another if it needs less than this share of
 _HOPELESS = 1.6  # times as slow as the quickest: what lies beyond is not looked at
 _AT_ONCE = (4, 16)  # rounds; more has won nothing where it was measured
 _COARSE = 4  # factor between widths, before those beside the quickest are tried
-
-
-class Rounds:
-    """A simulation, compiled when it is made; calls run rounds of it, without a test.
-
-    Every call starts from the initial model: what training makes of it, as numbers that are not
-    finite after a thousand rounds, is no matter of time.
-
-    Attributes:
-      run: the simulation.
-      compile_seconds: tracing, lowering and compiling the round.
-    """
-
-    def __init__(self, *arguments: Any, **settings: Any):
-        """Compiles a `Simulation` of these arguments."""
-        self.run = Simulation(*arguments, rounds=10**6, **settings)
-        self.run.compile()
-        self.compile_seconds = sum(
-            self.run.readings[f"round_{part}_seconds"] for part in ("trace", "lowering", "compile")
-        )
-        self.number = 0
-        self._first = jax.tree.map(jnp.copy, self.run.state)  # rounds donate theirs
-
-    def __call__(self, rounds: Sequence[int] | None = None) -> float:
-        """Seconds of some rounds: laying cohorts out, running them, reading their numbers.
-
-        Private variables that persist are back in their store at the end, and go on from there.
-
-        Args:
-          rounds: whose cohorts to take, one after the other and one ahead of what was read, as in
-            `simulate`; None = that of the next round alone.
-        """
-        if rounds is None:
-            self.number += 1
-            rounds = (self.number,)
-        pending: collections.deque[Pending] = collections.deque()
-        self.run.state = jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
-        start = time.perf_counter()
-        most = self.run.plan.rounds_at_once or 1
-        for first in range(0, len(rounds), most):
-            call = rounds[first : first + most]
-            pending.extend(self.run.dispatch_several(call))
-            while len(pending) > len(call):
-                self.run.read(pending.popleft())
-        while pending:
-            self.run.read(pending.popleft())
-        if self.run.stage.store is not None:
-            jax.block_until_ready(self.run.stage.store.stacks)
-        return time.perf_counter() - start
 
 
 class Trial(NamedTuple):
@@ -132,16 +81,24 @@ def tune(
     Raises:
       FedLPError: `seconds` is not a positive number, or the default plan cannot run.
     """
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (number and math.isfinite(seconds) and seconds > 0):
-        raise FedLPError(f"seconds={seconds!r} must be a positive number.")
-    ignored = ("rounds", "eval_every", "plan")
-    fixed = {key: value for key, value in arguments.items() if key not in ignored}
-    bench = _Bench(prepare, fixed, time.monotonic() + seconds, say)
+    fixed = without_plan(arguments)
+    bench = _Bench(prepare, fixed, time.monotonic() + check_seconds(seconds), say)
     plan, cohort = _default(fixed)
     bench.begin(plan)
     _search(bench, cohort, one_by_one=arguments["algorithm"].persist)
     return Tuning(bench.best, bench.trials, bench.left_out)
+
+
+def check_seconds(seconds: float) -> float:
+    """Refuses what is no time to measure for.
+
+    Raises:
+      FedLPError: not a positive number.
+    """
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (number and math.isfinite(seconds) and seconds > 0):
+        raise FedLPError(f"seconds={shown(seconds)} must be a positive number.")
+    return seconds
 
 
 def describe(tuning: Tuning) -> str:
@@ -153,7 +110,7 @@ def describe(tuning: Tuning) -> str:
 
 
 def words(plan: Plan) -> str:
-    """`"devices 2, width 8"`."""
+    """`"devices 2, width 8, data device, rounds_at_once 1"`."""
     return ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan).items())
 
 
@@ -202,7 +159,10 @@ class _Bench:
         try:
             once = self._prepare(**self._arguments, plan=plan)
             trial = self._measured(plan, once, self._best_once)
-        except FedLPError as error:  # as where the memory does not suffice
+        except (
+            FedLPError,
+            jax.errors.JaxRuntimeError,
+        ) as error:  # as where memory does not suffice
             self._note(Trial(plan, math.nan, math.nan, math.nan, str(error)))
             return math.inf
         self._note(trial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ from fedlp_jax.call import one_round
 from fedlp_jax.conv import table
 from fedlp_jax.conv.choice import FORMS, Convolution, quickest
 from fedlp_jax.conv.measure import forms_of, measure
+from fedlp_jax.rounds import without_plan
 from fedlp_jax.simulation import Simulation
+from fedlp_jax.tuning import check_seconds
 from fedlp_jax.types import FedLPError
 
 
@@ -32,8 +33,7 @@ def convolutions(arguments: Mapping[str, Any]) -> tuple[dict[str, Convolution], 
     Args:
       arguments: of `simulate`, as from `experiment.build`.
     """
-    ignored = ("rounds", "eval_every", "plan")
-    run = Simulation(**{k: v for k, v in arguments.items() if k not in ignored}, rounds=1)
+    run = Simulation(**without_plan(arguments), rounds=1)
     staged = run.stage(1)
     with conv.using("auto"), conv.meeting() as met, conv.recording() as taken:
         one_round(run.algorithm, run.plan).trace(
@@ -62,9 +62,7 @@ def tune_convolutions(
       FedLPError: the model has no convolution with a choice, `seconds` is no positive number, or
         the table cannot be written.
     """
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise FedLPError(f"seconds={seconds!r} must be a positive number.")
-    end = time.monotonic() + seconds
+    end = time.monotonic() + check_seconds(seconds)
     met, before = convolutions(arguments)
     if not met:
         raise FedLPError(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -53,6 +54,30 @@ def shown(value: object) -> str:
     """A value as a sentence shows it: as `repr` does, on one line, and never long."""
     words = _SHORT.repr(value).replace("\n", " ")
     return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:
+    """A whole number of Python's or of numpy's, as Python's.
+
+    Args:
+      name: of the setting.
+      value: what was given.
+      least: what it must not be below.
+      otherwise: what else it may be, as in `", or None"`.
+
+    Raises:
+      FedLPError: it is another thing, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise FedLPError(
+            f"{name}={shown(value)} must be a whole number of at least {least}{otherwise}."
+        )
+    return int(value)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which numbers of one are summed: float32 or wider."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -106,3 +106,23 @@ def test_inverse_probability_is_unbiased():
         )
     whole = np.einsum("k,kij->ij", WEIGHT, np.asarray(update["params"]["a"]["w"])) / WEIGHT.sum()
     np.testing.assert_allclose(expectation, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("make", [masked_mean, cohort_mean, inverse_probability])
+def test_short_floats_are_summed_in_float32(make, dtype):
+    """A thousand clients alike have the mean of one; of 70,000 examples each, float16 has none."""
+    aggregator, one = make(), jnp.ones((), jnp.float32)
+    table = layer_table({"params": {"a": jnp.zeros(2)}, "batch_stats": {"a": jnp.zeros(2)}})
+    update = {k: {"a": jnp.asarray([0.5, -2.0], dtype)} for k in ("params", "batch_stats")}
+
+    def add(_, total):
+        part = aggregator.lift(update, 7e4 * one, one[None], one[None], one > 0, table)
+        return jax.tree.map(jnp.add, total, part)
+
+    total = jax.lax.fori_loop(
+        1, 1000, add, add(0, aggregator.lift(update, 0 * one, one[None], one[None], one > 0, table))
+    )
+    mean, _ = aggregator.lower(total, aggregator.init(update), table)
+    for found in jax.tree.leaves(mean):
+        np.testing.assert_allclose(found, [0.5, -2.0], rtol=1e-5)

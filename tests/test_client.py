@@ -149,3 +149,11 @@ def test_bounds_cover_every_client_and_are_exact_for_one():
 def test_impossible_work_is_refused(work, message):
     with pytest.raises(fl.FedLPError, match=message):
         check_work(work)
+
+
+def test_an_optimizer_may_ask_for_the_loss():
+    _, new, _ = train(12, LocalWork(4, epochs=1), optax.polyak_sgd(max_learning_rate=0.1))
+    _, plain, _ = train(12, LocalWork(4, epochs=1), optax.sgd(0.1))
+    np.testing.assert_allclose(flat(new), flat(plain), rtol=1e-5)  # the loss allows longer steps
+    with pytest.raises(fl.FedLPError, match="optimizer asks for more than the gradient.*value_fn"):
+        train(12, LocalWork(4, epochs=1), optax.lbfgs())

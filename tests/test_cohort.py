@@ -58,7 +58,10 @@ def test_sampling_costs_what_the_cohort_costs():
     assert seconds(10**9) < 5 * seconds(1000)  # a permutation would need minutes and 8 GB
 
 
-@pytest.mark.parametrize(("rule", "size"), [(7, 7), (0.1, 10), (0.001, 1), (1.0, 100), (100, 100)])
+@pytest.mark.parametrize(
+    ("rule", "size"),
+    [(7, 7), (0.1, 10), (0.001, 1), (1.0, 100), (100, 100), (0.29, 29), (np.float32(0.57), 57)],
+)
 def test_sizes(rule, size):
     assert cohort_size(rule, 100, 0) == size
 

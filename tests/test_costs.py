@@ -9,6 +9,7 @@ import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
+from fedlp_jax import conv
 from fedlp_jax.costs import Ledger, backward_macs, forward_macs
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.types import Batch, Normalize
@@ -157,3 +158,13 @@ def test_zeros_that_are_put_between_count_for_nothing():
     forward, backward = counted(Strided(), (8, 8, 2))
     assert forward == down + up
     assert backward == 2 * up + down  # the first layer's inputs need no gradient
+
+
+def test_counting_leaves_no_trace_in_a_record():
+    task = fl.classification(Strided())
+    one = np.ones(()), np.zeros(())
+    batch = Batch(jnp.zeros((1, 8, 8, 2)), jnp.zeros(1, jnp.int32), None, Normalize(*one))
+    variables = jax.eval_shape(task.init, jax.random.key(0), batch)
+    with conv.recording() as found:
+        assert forward_macs(task, variables, batch) and backward_macs(task, variables, batch)
+    assert found == {}

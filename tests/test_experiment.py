@@ -97,6 +97,17 @@ def test_the_same_fedavg_costs_what_a_fedavg_run_costs(done, tmp_path):
     assert modelled == ledger
 
 
+def test_a_fedavg_with_faults_would_have_lost_as_many(tmp_path):
+    faults = {"dropout": 0.5, "availability": 0.7}
+    raw = small().model_dump(exclude_unset=True) | {"faults": faults, "rounds": 4}
+    raw["algorithm"] = raw["algorithm"] | {"keep": 1.0}
+    result = experiment.run(raw, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["fedavg"] == summary["total"]
+    down, up = (summary["total"][f"{way}_params"] for way in ("download", "upload"))
+    assert down > up and sum(result.history["unavailable"]) > 0
+
+
 def test_no_rounds_write_a_directory_too(tmp_path):
     experiment.run(small(rounds=0), tmp_path / "out")
     assert read_metrics(tmp_path / "out") == []

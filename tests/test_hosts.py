@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -332,6 +333,31 @@ def test_a_plans_devices_are_those_of_all_processes(monkeypatch):
         resolve(fl.Plan(devices=3), 9)
     with pytest.raises(FedLPError, match="work for 1 device.s., but 2 processes"):
         resolve(None, 1)
+
+
+def refused_twice():
+    """What this process of two caught, and what came through between."""
+    caught = []
+    for refusing in (1, 0):
+        try:
+            with hosts.together("outer"), hosts.together("build"):
+                if hosts.index() == refusing:
+                    raise FedLPError(f"no, says {refusing}")
+        except FedLPError as error:
+            caught.append(str(error).removeprefix(f"process {refusing}: "))
+        caught += hosts.exchange("after", f"word {hosts.index()}")
+        with hosts.together("build"):
+            caught.append("built")
+    pathlib.Path(f"{hosts.index()}.json").write_text(json.dumps(caught))
+
+
+def test_who_catches_a_refusal_goes_on(tmp_path):
+    codes = crowd.ended(crowd.call(tmp_path, 2, refused_twice))
+    said = tmp_path / "said.txt"
+    assert codes == [0, 0], said.read_text() if said.exists() else codes
+    each = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    rest = ["word 0", "word 1", "built"]
+    assert each == 2 * [["no, says 1", *rest, "no, says 0", *rest]]
 
 
 def test_one_process_says_nothing_to_nobody():

@@ -121,6 +121,7 @@ ORDER = [
     "reproduction",
     "cli_reproduce",
     "plan_file",
+    "rounds",
     "tuning",
     "tuning_conv",
     "cli_tune",

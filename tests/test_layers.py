@@ -67,3 +67,16 @@ def test_bad_rules_are_refused():
 def test_shapes_are_enough():
     shapes = jax.eval_shape(lambda v: v, VARIABLES)
     assert np.array_equal(layer_table(shapes).params, layer_table(VARIABLES).params)
+
+
+def test_modules_in_a_list_are_layers_of_their_own():
+    """As of `nnx.Sequential`, whose path is ("layers", 0, "kernel"); a tensor may be a number."""
+    tree = {
+        "layers": {i: {"kernel": jnp.zeros(i + 1)} for i in (0, 2, 10)},
+        "w": {"0": jnp.ones(3)},
+    }
+    table = layer_table({"params": tree})
+    assert table.names == ("layers/0", "layers/2", "layers/10", "w")
+    assert table.params.tolist() == [1, 3, 11, 3]
+    named = layer_table({"params": tree}, {"^w": "own"})
+    assert named.names == ("layers/0", "layers/2", "layers/10", "own")

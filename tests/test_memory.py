@@ -9,7 +9,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax import memory, placement
+from fedlp_jax import checks, memory, placement
 
 DATA = dataset()
 CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
@@ -126,3 +126,17 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
         fl.FedLPError, match=r"heads='persist' keeps .* MiB for 12 clients, .* 2 dev"
     ):
         fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+
+
+def test_a_model_has_to_fit_the_smallest_of_the_devices_here(monkeypatch):
+    """Those of other processes cannot be asked, and each holds the whole model."""
+    sizes = [{"bytes_limit": 3000}, {"bytes_limit": 2000}]
+    devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in sizes]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    checks.check_size({"params": np.zeros(166, np.float32)})
+    with pytest.raises(fl.FedLPError, match="the model takes 0.0 GiB, a round at least three"):
+        checks.check_size({"params": np.zeros(167, np.float32)})
+    assert checks._usable_memory(devices=8) == 16_000
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=dict)])
+    assert checks._usable_memory(devices=8) == 2**63

@@ -159,3 +159,71 @@ def test_a_norm_over_regrouped_rows_is_refused_where_rows_are_padded():
 def test_a_module_without_a_whole_number_of_depths_offers_none():
     assert network(nn.Dense(3)).at_depth is None
     assert network(Steps(depth=3)).depth == 3
+
+
+def test_an_nnx_sequence_has_a_layer_for_each_module():
+    def make(rngs):
+        norm = nnx.BatchNorm(8, rngs=rngs)
+        return nnx.Sequential(
+            nnx.Linear(4, 8, rngs=rngs), norm, nnx.relu, nnx.Linear(8, 3, rngs=rngs)
+        )
+
+    data = dataset()
+    algorithm = fl.fedlp_homo(
+        fl.classification(make), keep=0.5, client_optimizer=optax.sgd(0.1), batch_size=5
+    )
+    result = fl.simulate(
+        algorithm,
+        data,
+        fl.partition.iid(data.train.labels, clients=4),
+        rounds=2,
+        cohort=4,
+        faults=fl.Faults(profile=fl.Profile(1e9, 1e6, 2e5)),  # which counts MACs by module
+    )
+    assert result.layers.names == ("layers/0", "layers/1", "layers/3")
+    assert result.history["train_macs"][0] > 0
+
+
+@pytest.mark.parametrize("stream", ["noise", "params"])
+def test_any_stream_of_random_numbers_is_there_while_training(stream):
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            if train:
+                x = x + jax.random.normal(self.make_rng(stream), x.shape, x.dtype)
+            return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
+
+    net = network(Noisy())
+    variables = net.init(KEY, jnp.asarray(X))
+    a, b, c = (
+        np.asarray(net.apply(variables, X, jax.random.key(seed), None)[0]) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def refused(module):
+    data = dataset()
+    algorithm = fl.fedavg(fl.classification(module), client_optimizer=optax.sgd(0.1))
+    clients = fl.partition.iid(data.train.labels, clients=4)
+    fl.simulate(algorithm, data, clients, rounds=1, cohort=2)
+
+
+def test_collections_that_have_no_mean_are_refused():
+    class Sown(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "l2", (x**2).sum())
+            return nn.Dense(3)(x)
+
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("counters", "steps", lambda: jnp.zeros((), jnp.int32))
+            return nn.Dense(3)(x)
+
+    with pytest.raises(fl.FedLPError, match=r"variables\['losses'\]\['l2'\]\[1\] are nothing and"):
+        refused(Sown())
+    with pytest.raises(
+        fl.FedLPError, match=r"\['counters'\]\['steps'\] have dtype int32, and only"
+    ):
+        refused(Counts())

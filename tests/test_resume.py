@@ -106,6 +106,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     assert_same_run(twice, whole)
 
 
+def test_numbers_of_numpy_are_as_good(tmp_path):
+    one, every, plan = np.int64(1), np.int32(1), fl.Plan(np.int64(2), np.uint8(1))
+    saved = fl.Checkpoint(tmp_path / "c", every=every, minutes=np.float32(5), keep=one)
+    settings = {"rounds": 2 * one, "eval_every": one, "plan": plan, "cohort": 4 * one}
+    part = run(ALGORITHMS["fedavg with server momentum"](), seed=one, checkpoint=saved, **settings)
+    whole = run(ALGORITHMS["fedavg with server momentum"](), seed=1, rounds=2, eval_every=1)
+    assert_same_run(part, whole)
+    assert saved.rounds() == [2] and saved.latest().settings["seed"] == 1
+
+
 def test_a_resumed_run_takes_the_plan_it_was_begun_with_unless_another_is_given(tmp_path):
     algorithm = ALGORITHMS["fedavg with server momentum"]()
     saved = fl.Checkpoint(tmp_path / "c")
@@ -141,6 +151,16 @@ def test_what_a_resumed_run_compiles_is_what_the_uninterrupted_one_compiled(tmp_
             fl.fedavg,
             {"clients": fl.partition.iid(DATA.train.labels, clients=12, seed=1)},
             "partition was .* and is",
+        ),
+        (
+            lambda task, **common: fl.fedlp_homo(task, keep=0.25, **common),
+            {},
+            r"begun with.policy was \[\[1.0\]\] and is \[\[0.25\]\]",
+        ),
+        (
+            lambda task, **common: fl.fedavg(task, client_schedule=0.5, **common),
+            {},
+            "begun with.client_scale was 1.0 and is 0.5",
         ),
         (fl.fedavg, {"rounds": 0}, "the checkpoint has 1 rounds, more than the 0 asked for"),
         (

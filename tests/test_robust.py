@@ -156,6 +156,24 @@ def test_two_of_seven_cannot_carry_it_away(case):
     assert np.abs(voted(rule, wild)[0]).max() < 10
 
 
+def test_of_two_senders_that_are_far_apart_krum_takes_one():
+    """Their distance is infinite as a square; those who sent nothing must not come before."""
+    rows = jnp.asarray([[0.0], [0.0], [1e30], [2.0]])
+    weight = jnp.asarray([0.0, 0.0, 1.0, 1.0])
+    for rule, expected in ((robust.krum(), (1e30, 2.0)), (robust.multi_krum(), (0.5e30,))):
+        assert rule.reduce(rows, weight, rule.init({}))[0] in np.asarray(expected, np.float32)
+
+
+def test_a_rule_for_short_floats_works_in_float32():
+    """256 and three small ones have the mean 65, where bfloat16 would not add 1 to 256."""
+    stack = {"params": {"a": jnp.asarray([[256.0], [1.0], [1.0], [2.0]], jnp.bfloat16)}}
+    table = layer_table(jax.tree.map(lambda x: x[0], stack))
+    arguments = (jnp.ones((4, 1)), jnp.arange(4, dtype=jnp.int32))
+    rule = robust.trimmed_mean(0.0)
+    mean = robust.combine(rule, stack, *arguments, rule.init({}), table, fl.Plan(1, 1))
+    assert mean["params"]["a"].dtype == jnp.float32 and float(mean["params"]["a"][0]) == 65.0
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -266,6 +284,6 @@ def test_the_memory_of_a_stack_is_predicted_told_and_refused(monkeypatch):
         assert 0.5 * predicted < temporary < 1.5 * predicted
         needs.append(predicted)
     assert needs[1] == 4 * needs[0]
-    monkeypatch.setattr("fedlp_jax.checks._usable_memory", lambda plan: needs[1] // 2)
+    monkeypatch.setattr("fedlp_jax.checks._usable_memory", lambda devices: needs[1] // 2)
     with pytest.raises(fl.FedLPError, match=r"all 64 clients .* a cohort of 32 would fit"):
         simulation(64)

@@ -422,3 +422,41 @@ def test_nothing_is_compiled_before_a_refusal(caplog, settings, what):
     with jax.log_compiles(True):
         run(fl.fedavg(TASK, **COMMON), rounds=1)
     assert [r for r in caplog.records if "ompil" in r.getMessage()]  # the log would have shown it
+
+
+def test_rounds_of_a_simulation_start_at_one_and_after_compiling():
+    arguments = {"rounds": 1, "cohort": 4, "plan": ONE}
+    simulation = fl.Simulation(fl.fedavg(TASK, **COMMON), DATA, CLIENTS, **arguments)
+    with pytest.raises(fl.FedLPError, match="round 1 cannot be started before compile()"):
+        simulation.dispatch(1)
+    simulation.compile()
+    with pytest.raises(fl.FedLPError, match="round 0 cannot be started: the first is round 1"):
+        simulation.dispatch(0)
+    assert simulation.read(simulation.dispatch(1))["round"] == 1
+
+
+def test_variables_in_numpys_float64_become_what_jax_computes_in():
+    hetero = fl.fedlp_hetero(TASK, depths="uniform", **COMMON)
+    given = run(hetero, rounds=0).variables
+    double = jax.tree.map(lambda x: np.asarray(x, np.float64), given)
+    one, other = (run(hetero, variables=v).variables for v in (given, double))
+    assert np.array_equal(flat(one), flat(other)) and flat(other).dtype == np.float32
+
+
+def test_a_model_in_short_floats_moves_as_far_with_many_clients_as_with_few():
+    class Short(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)(x)
+
+    data = dataset(examples=600)
+    same = fl.Partition(np.zeros(600, np.int32), np.arange(601), data.train.labels, 3)
+    algorithm = fl.fedavg(fl.classification(Short()), client_optimizer=optax.sgd(1.0), batch_size=1)
+    start = run(algorithm, data, same, rounds=0)
+    few, many = (
+        run(algorithm, data, same, rounds=1, cohort=c, variables=start.variables) for c in (1, 600)
+    )
+    assert few.variables["params"]["Dense_0"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        flat(few.variables).astype(np.float32), flat(many.variables).astype(np.float32)
+    )

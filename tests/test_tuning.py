@@ -5,6 +5,7 @@ import itertools
 import math
 import types
 
+import jax
 import optax
 import pytest
 from small import dataset
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import fedlp_jax as fl
 from fedlp_jax import cli, placement, tuning
 from fedlp_jax.placement import Plan
+from fedlp_jax.rounds import Rounds
 
 DATA = dataset()
 ARGUMENTS = {
@@ -152,12 +154,13 @@ def test_a_plan_is_left_out_once(monkeypatch):
     assert not {dataclasses.astuple(trial.plan) for trial in result.trials} & set(left_out)
 
 
-def test_a_plan_that_cannot_run_is_told_and_passed_over():
+@pytest.mark.parametrize("kind", [fl.FedLPError, jax.errors.JaxRuntimeError])
+def test_a_plan_that_cannot_run_is_told_and_passed_over(kind):
     said = []
 
     def seconds(plan):
         if plan.width > 4:
-            raise fl.FedLPError("a round needs 3 GiB")
+            raise kind("a round needs 3 GiB")
         return 1 / plan.width
 
     result = tuning.tune(ARGUMENTS, 100, said.append, Fake(seconds))
@@ -182,12 +185,12 @@ def test_a_bad_budget_is_refused(budget):
 
 
 def test_real_rounds_are_timed_and_run_one_behind_the_other():
-    rounds = tuning.Rounds(**{k: v for k, v in ARGUMENTS.items() if k != "rounds"})
+    rounds = Rounds(**{k: v for k, v in ARGUMENTS.items() if k != "rounds"})
     assert rounds([1, 2, 3]) > 0 and rounds() > 0
     assert rounds.run.history["round"].tolist() == [1, 2, 3, 1]
     assert rounds.compile_seconds > 0
     arguments = {k: v for k, v in ARGUMENTS.items() if k != "rounds"}
-    several = tuning.Rounds(**arguments | {"plan": Plan(1, 2, rounds_at_once=2)})
+    several = Rounds(**arguments | {"plan": Plan(1, 2, rounds_at_once=2)})
     assert several([1, 2, 3]) > 0 and several() > 0
     assert several.run.history["round"].tolist() == [1, 2, 3, 1]
 
@@ -205,7 +208,7 @@ plan:
 
 
 def test_rounds_start_from_the_first_model_each_time():
-    once = tuning.Rounds(
+    once = Rounds(
         **{k: v for k, v in ARGUMENTS.items() if k not in ("rounds", "plan")}, plan=Plan(2, 1)
     )
     once(range(1, 4))

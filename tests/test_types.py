@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from fedlp_jax.types import FedLPError, check_choice, nearest
+from fedlp_jax.types import FedLPError, check_choice, nearest, whole_number
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,14 @@ def test_a_choice_is_one_of_the_known_words():
     )
     with pytest.raises(FedLPError, match="weighting 'size' is unknown. Known: examples, uniform."):
         check_choice("weighting", "size", ("examples", "uniform"))
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
+def test_whole_numbers_of_numpy_are_whole_numbers(value):
+    assert type(whole_number("rounds", value, 3)) is int
+
+
+@pytest.mark.parametrize("value", [2, -1, 3.0, True, np.bool_(True), np.float32(3), "3", None])
+def test_other_things_are_not(value):
+    with pytest.raises(FedLPError, match="rounds=.* must be a whole number of at least 3, or 0"):
+        whole_number("rounds", value, 3, ", or 0")

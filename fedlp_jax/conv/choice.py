@@ -44,8 +44,8 @@ class Convolution(NamedTuple):
 def using(lowering: str) -> Iterator[None]:
     """Makes every convolution that is traced within take one lowering, where it covers it.
 
-        with conv.using("patches"):
-            jax.jvp(...)  # the Winograd forms have no forward mode
+        with conv.using("patches"), dense.as_written():
+            jax.jvp(...)  # other forms have no forward mode
 
     What was traced before, and is cached by `jax.jit`, stays as it is.
 
