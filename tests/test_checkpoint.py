@@ -225,10 +225,10 @@ def test_other_settings_are_refused_with_every_field_that_differs(two):
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
     write(Checkpoint(tmp_path / "c"), 1)
     monkeypatch.undo()
-    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 2, but .* reads format 1"):
+    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 3, but .* reads format 2"):
         Checkpoint(tmp_path / "c").latest()
 
 
@@ -346,6 +346,6 @@ def failed(checkpoint):
 
 def test_the_facts_are_plain_json(two):
     facts = json.loads((two / "5" / "facts" / "metadata").read_text())
-    assert facts["format"] == 1
+    assert facts["format"] == 2
     assert facts["settings"] == {"rate": 0.1}
     assert len(facts["arrays"]) == 7
