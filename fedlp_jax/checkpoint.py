@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import numbers
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ from fedlp_jax import hosts
 from fedlp_jax.limits import why
 from fedlp_jax.placement import Plan
 from fedlp_jax.snapshot import Snapshot, refuse_other
-from fedlp_jax.types import FedLPError, shown, whole_number
+from fedlp_jax.types import FedLPError, is_number, shown, whole_number
 
 FORMAT = 2
 ARRAYS, FACTS = "arrays", "facts"
@@ -68,11 +67,10 @@ class Checkpoint:
         for name in ("every", "keep"):
             if (value := getattr(self, name)) is not None or name == "keep":
                 object.__setattr__(self, name, whole_number(f"checkpoint.{name}", value, 1))
-        minutes, real = self.minutes, numbers.Real
-        if minutes is not None and (
-            isinstance(minutes, bool) or not isinstance(minutes, real) or not minutes >= 0
-        ):
-            raise FedLPError(f"checkpoint.minutes={shown(minutes)} must be a number of at least 0.")
+        if self.minutes is not None and not (is_number(self.minutes) and self.minutes >= 0):
+            raise FedLPError(
+                f"checkpoint.minutes={shown(self.minutes)} must be a number of at least 0."
+            )
         try:
             settings = json.loads(json.dumps(self.settings))
         except (TypeError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from fedlp_jax.data.datasets import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Faults
 from fedlp_jax.layers import LayerTable
+from fedlp_jax.leaves import check_sum, kind, raw
 from fedlp_jax.limits import usable_memory
 from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import Plan
@@ -89,7 +89,7 @@ def _check_step(before: Variables, after: Variables) -> None:
     """Refuses statistics that a step gives another shape or dtype."""
     have, get = _leaves(before), _leaves(after)
     for path in sorted(set(have) | set(get)):
-        was, becomes = (_kind(tree[path]) if path in tree else "nothing" for tree in (have, get))
+        was, becomes = (kind(tree[path]) if path in tree else "nothing" for tree in (have, get))
         if was != becomes:
             raise FedLPError(
                 f"the model's variables{path} are {was} and become {becomes} in a step; "
@@ -98,16 +98,13 @@ def _check_step(before: Variables, after: Variables) -> None:
 
 
 def _check_kinds(variables: Variables) -> None:
+    """Refuses variables that have no mean."""
     for path, leaf in _leaves(variables).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise FedLPError(
                 f"the model's variables{path} have dtype {leaf.dtype}, and only floats have a mean "
                 "over clients; make them floats, or keep them out of the model's variables."
             )
-
-
-def _kind(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 @contextlib.contextmanager
@@ -208,17 +205,20 @@ def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: in
 def first_numbers(state: ServerState) -> dict[str, Any]:
     """The numbers that a run is begun with, by which another one is told apart: keep, clip, ...
 
-    Few are shown as they are, of more a sum. The model and the optimizer's averages are left out.
+    Args:
+      state: before the first round.
+
+    Returns:
+      `{"policy": [[0.5]], ...}`, lists of up to eight numbers and sums of more, all of them JSON.
+      The model and the optimizer's averages are left out.
     """
     found: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(variables=())):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if leaf.size <= _FEW:
-            found[name] = np.asarray(leaf).tolist()
+            found[name] = np.asarray(raw(leaf)).tolist()
         elif not name.startswith("optimizer"):
-            found[name] = f"CRC {zlib.crc32(np.asarray(leaf).tobytes()):08x}"
+            found[name] = check_sum(np.asarray(raw(leaf)))
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from fedlp_jax.fate import KINDS, Conditions
 from fedlp_jax.keys import BEFORE_FIRST_ROUND, Purpose, client_key
 from fedlp_jax.profile import Machines, Profile
-from fedlp_jax.types import Array, FedLPError, check_choice, shown
+from fedlp_jax.types import Array, FedLPError, check_choice, is_number, shown
 
 _STRENGTH = {"nan": 0.0, "scale": 10.0, "sign_flip": 1.0, "gaussian": 1.0, "label_flip": 0.0}
 
@@ -153,7 +153,7 @@ class Exposure:
 
 def _chosen(faults: Faults, clients: int, cohort: int) -> int:
     factor = faults.over_selection
-    if not _is_number(factor) or not 1 <= factor < math.inf:
+    if not is_number(factor) or not 1 <= factor < math.inf:
         raise FedLPError(f"faults.over_selection={factor!r} must be a number of at least 1.")
     if factor > 1 and faults.profile is None:
         raise FedLPError(
@@ -172,7 +172,7 @@ def _chosen(faults: Faults, clients: int, cohort: int) -> int:
 def _deadline(faults: Faults) -> float:
     if faults.deadline is None:
         return math.inf
-    if not _is_number(faults.deadline) or not 0 < faults.deadline < math.inf:
+    if not is_number(faults.deadline) or not 0 < faults.deadline < math.inf:
         raise FedLPError(
             f"faults.deadline={faults.deadline!r} must be a number of seconds above 0."
         )
@@ -225,7 +225,7 @@ def _strength(corruption: Corruption, classes: int) -> float:
     strength = corruption.strength
     if strength is None:
         return _STRENGTH[corruption.kind]
-    if not _is_number(strength) or not 0 <= strength < 1e30:
+    if not is_number(strength) or not 0 <= strength < 1e30:
         raise FedLPError(f"faults.corruption.strength={strength!r} must be a number >= 0.")
     return float(strength)
 
@@ -247,7 +247,3 @@ def _corruption(corruption: Corruption, root: Array, clients: int) -> np.ndarray
     probability = np.zeros(clients)
     probability[bad] = 1.0
     return probability
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

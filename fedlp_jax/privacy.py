@@ -47,7 +47,7 @@ import jax.numpy as jnp
 
 from fedlp_jax.keys import SERVER, Purpose, client_key
 from fedlp_jax.layers import LayerTable
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables
+from fedlp_jax.types import Array, FedLPError, PyTree, Variables, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,12 @@ def check_privacy(privacy: Privacy) -> None:
       FedLPError: with the name and the value.
     """
     check_clip("privacy.clip", privacy.clip)
-    if not _is_real(privacy.noise_multiplier) or not 0 < privacy.noise_multiplier < math.inf:
+    if not is_number(privacy.noise_multiplier) or not 0 < privacy.noise_multiplier < math.inf:
         raise FedLPError(
             f"privacy.noise_multiplier={privacy.noise_multiplier!r} must be a number above 0; "
             "without noise nothing is private: use clip alone."
         )
-    if not _is_real(privacy.delta) or not 0 < privacy.delta < 1:
+    if not is_number(privacy.delta) or not 0 < privacy.delta < 1:
         raise FedLPError(f"privacy.delta={privacy.delta!r} must be a number between 0 and 1.")
 
 
@@ -100,7 +100,7 @@ def check_clip(name: str, clip: float) -> None:
     Raises:
       FedLPError: with the name and the value.
     """
-    if not _is_real(clip) or not 0 < clip < math.inf:
+    if not is_number(clip) or not 0 < clip < math.inf:
         raise FedLPError(
             f"{name}={clip!r} must be a number above 0, the largest norm of an update."
         )
@@ -211,7 +211,3 @@ def accountant(
         return float(dp.rdp.compute_epsilon(one.orders, rounds * one.rdp, privacy.delta)[0])
 
     return epsilon
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

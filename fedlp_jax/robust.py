@@ -12,7 +12,6 @@ keeps its value.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from fedlp_jax.layers import LayerTable
 from fedlp_jax.layout import slots_per_device
 from fedlp_jax.placement import Plan, over_columns
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables, whole_number, wide
+from fedlp_jax.types import Array, FedLPError, PyTree, Variables, is_number, whole_number, wide
 
 _SMOOTHING = 1e-6  # of distances to the geometric median, as in RFA
 _SLACK = 1e-4  # of a share times a count, which float32 may round to above a whole number
@@ -244,8 +243,7 @@ def _share_of(count: Array, share: Array) -> Array:
 
 
 def _check_share(name: str, share: float) -> None:
-    number = isinstance(share, numbers.Real) and not isinstance(share, bool)
-    if not (number and 0 <= share <= 0.5):
+    if not (is_number(share) and 0 <= share <= 0.5):
         raise FedLPError(
             f"{name}={share!r} must be a share in [0, 0.5]: no rule withstands a majority."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from fedlp_jax import hosts
 from fedlp_jax.data.datasets import Dataset
+from fedlp_jax.leaves import check_sum, is_key, kind, raw
 from fedlp_jax.placement import Plan
 from fedlp_jax.result import Row
 from fedlp_jax.simulation import Simulation
@@ -43,7 +43,7 @@ def take(run: Simulation) -> Snapshot:
     """The run after the round that was read last; none may be in flight."""
     return Snapshot(
         len(run.history),
-        {path: np.array(_raw(leaf)) for path, leaf in _leaves(run).items()},
+        {path: np.array(raw(leaf)) for path, leaf in _leaves(run).items()},
         run.ledger.arrays(),
         list(run.history.rows),
         {"padded_share": run.padded_share, "imbalance": run.imbalance},
@@ -56,13 +56,13 @@ def take(run: Simulation) -> Snapshot:
 def facts(run: Simulation, data: Dataset, resume: Snapshot | None) -> dict[str, Any]:
     """What several processes must have in common for their numbers to be those of one run."""
     arrays = {"train": data.train.inputs, "test": data.test.inputs, "labels": data.test.labels}
-    arrays |= {path: np.asarray(_raw(leaf)) for path, leaf in _leaves(run).items()}
+    arrays |= {path: np.asarray(raw(leaf)) for path, leaf in _leaves(run).items()}
     return _settings(run) | {
         "rounds": run.rounds,
         "eval_every": run.eval_every,
         "plan": dataclasses.asdict(run.plan),
         "rounds in the checkpoint it reads": 0 if resume is None else resume.round,
-        "arrays": {name: _check_sum(array) for name, array in arrays.items()},
+        "arrays": {name: check_sum(array) for name, array in arrays.items()},
     }
 
 
@@ -77,8 +77,8 @@ def check(run: Simulation, snapshot: Snapshot) -> None:
         raise FedLPError(
             f"the checkpoint has {snapshot.round} rounds, more than the {run.rounds} asked for."
         )
-    needs = {path: _kind(_raw(leaf)) for path, leaf in _leaves(run).items()}
-    has = {path: _kind(leaf) for path, leaf in snapshot.leaves.items()}
+    needs = {path: kind(raw(leaf)) for path, leaf in _leaves(run).items()}
+    has = {path: kind(leaf) for path, leaf in snapshot.leaves.items()}
     for path in sorted(needs.keys() | has.keys()):
         if needs.get(path) != has.get(path):
             raise FedLPError(
@@ -102,7 +102,7 @@ def put_back(run: Simulation, snapshot: Snapshot) -> None:
         new: Any = snapshot.leaves.get(keystr(path))
         if new is None:
             return old  # it has no elements
-        if _is_key(old):
+        if is_key(old):
             new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
         return hosts.put(new, old.sharding)
 
@@ -179,24 +179,6 @@ def _settings(run: Simulation) -> dict[str, Any]:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "begun with"}
-
-
-def _is_key(leaf: Array) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: Array) -> Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _kind(leaf: Array | np.ndarray) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _check_sum(array: np.ndarray) -> str:
-    """Tells whether arrays are the same, in a second for a gigabyte."""
-    array = np.ascontiguousarray(array)
-    return f"{_kind(array)} of CRC {zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
 
 
 def _words(plan: Plan) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fedlp_jax.network import Network, network
-from fedlp_jax.types import Array, Batch, Normalize, Variables
+from fedlp_jax.types import Array, Batch, Normalize, Variables, wide
 
 
 class Aux(NamedTuple):
@@ -106,8 +106,7 @@ def _sums(logits: Array, batch: Batch) -> Sums:
 
     A short float could not even count the rows: bfloat16 has no whole number between 256 and 258.
     """
-    if logits.dtype in (jnp.bfloat16, jnp.float16):
-        logits = logits.astype(jnp.float32)
+    logits = logits.astype(wide(logits.dtype))
     # One-hot rather than a gather: its gradient is a subtraction, not a scatter.
     target = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
     loss = optax.softmax_cross_entropy(logits, target)

@@ -14,7 +14,7 @@ import jax
 from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.rounds import Rounds, without_plan
 from fedlp_jax.simulation import Simulation
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.types import FedLPError, is_number, shown
 
 _TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
 _MOST_TURNS = 9
@@ -95,8 +95,7 @@ def check_seconds(seconds: float) -> float:
     Raises:
       FedLPError: not a positive number.
     """
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (number and math.isfinite(seconds) and seconds > 0):
+    if not (is_number(seconds) and math.isfinite(seconds) and seconds > 0):
         raise FedLPError(f"seconds={shown(seconds)} must be a positive number.")
     return seconds
 
@@ -159,10 +158,8 @@ class _Bench:
         try:
             once = self._prepare(**self._arguments, plan=plan)
             trial = self._measured(plan, once, self._best_once)
-        except (
-            FedLPError,
-            jax.errors.JaxRuntimeError,
-        ) as error:  # as where memory does not suffice
+        # As where the memory does not suffice, by our own count or the device's.
+        except (FedLPError, jax.errors.JaxRuntimeError) as error:
             self._note(Trial(plan, math.nan, math.nan, math.nan, str(error)))
             return math.inf
         self._note(trial)

@@ -17,6 +17,7 @@ dropped. *variables* are all that is exchanged: parameters and batch statistics.
 from __future__ import annotations
 
 import difflib
+import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -75,9 +76,14 @@ def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:
     return int(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, of Python's or of numpy's; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def wide(dtype: Any) -> Any:
     """The dtype in which numbers of one are summed: float32 or wider."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -60,6 +60,7 @@ ORDER = [
     "meeting",
     "hosts",
     "connection",
+    "leaves",
     "packing",
     "placement",
     "layout",

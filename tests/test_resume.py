@@ -21,7 +21,7 @@ import yaml
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax import cli, experiment, masks, placement, resumption, snapshot
+from fedlp_jax import cli, experiment, leaves, masks, placement, resumption
 from fedlp_jax.interruption import Interruption
 from fedlp_jax.report import read_metrics
 
@@ -74,7 +74,7 @@ def timeless(row):
 
 def assert_same_run(one, other):
     raw = [
-        {path: np.asarray(snapshot._raw(x)) for path, x in jax.tree.leaves_with_path(r.state)}
+        {path: np.asarray(leaves.raw(x)) for path, x in jax.tree.leaves_with_path(r.state)}
         for r in (one, other)
     ]
     assert raw[0].keys() == raw[1].keys()

@@ -171,6 +171,7 @@ def test_a_rule_for_short_floats_works_in_float32():
     arguments = (jnp.ones((4, 1)), jnp.arange(4, dtype=jnp.int32))
     rule = robust.trimmed_mean(0.0)
     mean = robust.combine(rule, stack, *arguments, rule.init({}), table, fl.Plan(1, 1))
+    assert robust.stacked_bytes(stack, table, 4, fl.Plan(1, 1)) == 4 * (2 * 1 + 3 * 4 * 1)
     assert mean["params"]["a"].dtype == jnp.float32 and float(mean["params"]["a"][0]) == 65.0
 
 
