@@ -69,6 +69,7 @@ def rounds(
     cohort: int | None = None,
     width: int | None = None,
     precision: str = "default",
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Rounds in which all clients of a population take part.
 
@@ -78,6 +79,7 @@ def rounds(
       cohort: C, and clients in all; None = the workload's own.
       width: W; None = the default.
       precision: of matrix products.
+      dtype: of activations; None = float32.
     """
     clients = cohort or WORKLOADS[workload].cohort
     chosen = dataclasses.replace(
@@ -86,6 +88,7 @@ def rounds(
         clients=clients,
         cohort=clients,
         per_client=steps * WORKLOADS[workload].batch_size,
+        dtype=dtype,
     )
     with jax.default_matmul_precision(precision):
         once = rounds_of(chosen, fl.Plan(width=width))

@@ -18,12 +18,22 @@ from fedlp_jax import conv
 from fedlp_jax.types import Array
 
 
-class Ours:
+class _Jax:
+    """What both contenders can say."""
+
+    def peak_device_mb(self) -> float | None:
+        """Of the first device; a CPU does not count."""
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return None if peak is None else peak / 2**20
+
+
+class Ours(_Jax):
     """`fl.Simulation`, which is what `simulate` runs, without evaluation."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         fl.setup(settings.get("devices"))
         self.plan = fl.Plan(settings.get("devices"), settings.get("width"))
+        self.folder = folder
         self.workload = workloads.read(folder)
         self.data = parts.dataset(self.workload)
         self.algorithm = parts.algorithm(self.workload)
@@ -51,7 +61,7 @@ class Ours:
                 rounds=1,
                 cohort=lambda *_: [0],
                 plan=fl.Plan(devices=1, width=1),
-                variables=_float64(self.run.state.variables),
+                variables=_float64(_initial(self.folder)),
             )
             return _flat(run.variables)
 
@@ -62,21 +72,19 @@ class Ours:
         return time.perf_counter() - start
 
 
-class Naive:
+class Naive(_Jax):
     """`vmap(scan)` over clients and steps with `lax.conv`, a stack of models, then their mean."""
-
-    steps = 3  # of each client in a round; its convolutions are too slow for more
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.workload = workloads.read(folder)
-        self.steps = min(self.steps, self.workload.steps)
+        # Of each client in a round; a CPU's convolutions are too slow for all of them.
+        self.steps = min(settings.get("steps", self.workload.steps), self.workload.steps)
         data = parts.dataset(self.workload)
         gain, shift = data.normalize
         inputs, labels = jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels)
         self.rows = np.load(folder / "rows.npy")
         self.order = np.load(folder / "check.npy")
-        with np.load(folder / "initial.npz") as file:
-            self.variables = unflatten_dict({tuple(k.split("/")): file[k] for k in file})
+        self.variables = _initial(folder)
         apply = _plain_apply(parts.module(self.workload))
         optimizer = parts.optimizer(self.workload)
 
@@ -117,7 +125,7 @@ class Naive:
             return _flat(self.train(_float64(self.variables), rows))
 
     def round(self, number: int) -> float:
-        """Seconds of a whole round, from a few steps of each client."""
+        """Seconds of a whole round, from those steps of each client that are computed."""
         rows = self._rows(number)
         start = time.perf_counter()
         self.variables = jax.block_until_ready(self.program(self.variables, rows))
@@ -128,6 +136,11 @@ class Naive:
         cohort = rng.choice(self.workload.clients, self.workload.cohort, replace=False)
         rows = self.rows[cohort, : self.steps * self.workload.batch_size]
         return jnp.asarray(rows.reshape(len(cohort), self.steps, self.workload.batch_size))
+
+
+def _initial(folder: Path) -> Any:
+    with np.load(folder / "initial.npz") as file:
+        return unflatten_dict({tuple(k.split("/")): file[k] for k in file})
 
 
 def _float64(variables: Any) -> Any:

@@ -26,9 +26,9 @@ class SmallCNN(nn.Module):
 def module(workload: Workload) -> nn.Module:
     """The flax model; users' modules reach the fast convolutions just as this package's do."""
     if workload.model == "mlp":
-        return fl.models.MLP(num_classes=10, init="pytorch")
+        return fl.models.MLP(num_classes=10, init="pytorch", dtype=workload.dtype)
     if workload.model == "fedlp_cnn":
-        return fl.models.FedLPCNN(num_classes=10, init="pytorch")
+        return fl.models.FedLPCNN(num_classes=10, init="pytorch", dtype=workload.dtype)
     return SmallCNN()
 
 

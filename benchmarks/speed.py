@@ -1,19 +1,25 @@
 """Time of a client-step: this package against a PyTorch loop and a first try in JAX.
 
     python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N]
-        [--against NAME ...] [--smoke]
+        [--against NAME ...] [--made-up] [--smoke]
 
 Every contender is a process of its own; one runs at a time. They have the same images, clients and
 initial weights; before anything is timed, one client's weights after five steps are compared, in
 float64. Then contenders take turns, a round each, after a round to warm up. A client-step is one
 optimizer step of one client: the seconds of a round, by cohort size and steps of a client.
+
+Where JAX computes on a GPU, so do all of them; with many cores they then start, and compile, at the
+same time. A contender that fails or computes something else has an error for a time and the others
+go on, unless it is `ours`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,59 +27,94 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks import stage
 from benchmarks.machine import machine
-from benchmarks.workloads import WORKLOADS, Workload, smoke
+from benchmarks.workloads import WORKLOADS, Workload, made_up, smoke
 
-_CONTENDERS: dict[str, tuple[str, dict[str, int]]] = {
+_Settings = dict[str, int]
+# Name -> its class, see `worker`, and what that is told.
+_CONTENDERS: dict[str, tuple[str, _Settings]] = {
     "ours": ("ours", {}),
     "ours, 1 device of 1 thread": ("ours", {"devices": 1, "cores": 1}),
     "torch, 2 processes x 1 thread": ("torch", {"processes": 2, "threads": 1}),
     "torch, 1 process x 2 threads": ("torch", {"processes": 1, "threads": 2}),
+    "naive JAX": ("naive", {"steps": 3}),
+}
+_CUDA_CONTENDERS: dict[str, tuple[str, _Settings]] = {
+    "ours": ("ours", {}),
+    "torch, CUDA graphs on 10 streams": ("torch_cuda", {"graphs": 10}),
+    "torch, CUDA graphs on 1 stream": ("torch_cuda", {"graphs": 1}),
+    "torch, CUDA eager": ("torch_cuda", {"graphs": 0}),
     "naive JAX": ("naive", {}),
 }
 _TOLERANCE = 1e-8  # difference of two models over the length of the update, in float64
+_WORKER = (sys.executable, "-m", "benchmarks.worker")
+_CORES_TO_START_TOGETHER = 8
 
 
 class Contender:
-    """A worker process."""
+    """A worker process. Once it has failed, nothing more is asked of it."""
 
-    def __init__(self, kind: str, folder: Path, settings: dict[str, int]):
-        command = [sys.executable, "-m", "benchmarks.worker", kind, str(folder)]
+    def __init__(self, label: str, kind: str, folder: Path, settings: _Settings):
+        self.label = label
         self.process = subprocess.Popen(
-            [*command, json.dumps(settings)],
+            [*_WORKER, kind, str(folder), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
         )
-        self.compile_seconds = self._answer()["compile_s"]
         self.seconds: list[float] = []
-        self.peak_mb = 0.0
+        self.readings: dict[str, float] = {}
+        self.error: str | None = None
+
+    def ready(self) -> None:
+        """Waits until it is set up."""
+        self._answer()
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer."""
+        """Sends a command and waits for its answer; that of one that has failed is empty."""
+        if self.error is not None:
+            return {}
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.peak_mb = answer["peak_rss_mb"]
-        return answer
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as reading will tell
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+        return self._answer()
+
+    def fail(self, error: str) -> None:
+        """Ends the process, and the comparison if it is ours that has failed."""
+        self.error = error
+        self.close()
+        if self.label == "ours":
+            raise SystemExit(f"ours: {error}")
 
     def close(self) -> None:
         """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a contender ended early, with exit code {self.process.wait()}.")
+            self.fail(f"the process ended with exit code {self.process.wait()}")
+            return {}
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            self.fail(answer["error"])
+            return {}
+        self.readings = {k: v for k, v in answer.items() if k != "seconds"}
         return answer
 
 
@@ -84,23 +125,43 @@ def compare(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stage.write(workload, folder)
-        contenders = {
-            label: Contender(kind, folder, settings)
-            for label, (kind, settings) in _CONTENDERS.items()
-            if (kind != "torch" or importlib.util.find_spec("torch"))
-            and (label == "ours" or label.startswith(wanted))
-        }
+        contenders = _start(folder, wanted)
         differences = _check(contenders, folder)
         for turn in range(repeats + 1):
             for label, contender in contenders.items():
                 if label == "naive JAX" and turn > 2:
                     continue  # tens of times slower; a spread of it would tell nobody anything
-                seconds = contender.ask(do="round", number=turn + 1)["seconds"]
-                if turn:
-                    contender.seconds.append(1e3 * seconds / workload.client_steps)
+                answer = contender.ask(do="round", number=turn + 1)
+                if turn and answer:
+                    contender.seconds.append(1e3 * answer["seconds"] / workload.client_steps)
         for contender in contenders.values():
-            contender.close()
+            if contender.error is None:
+                contender.close()
     return _report(name, workload, contenders, differences)
+
+
+def chosen(cuda: bool, wanted: tuple[str, ...] = ("",)) -> dict[str, tuple[str, _Settings]]:
+    """Contenders on a GPU or a CPU whose name begins as wanted, and `ours`."""
+    torch = importlib.util.find_spec("torch") is not None
+    return {
+        label: (kind, settings)
+        for label, (kind, settings) in (_CUDA_CONTENDERS if cuda else _CONTENDERS).items()
+        if (torch or not kind.startswith("torch")) and (label == "ours" or label.startswith(wanted))
+    }
+
+
+def _start(folder: Path, wanted: tuple[str, ...]) -> dict[str, Contender]:
+    cuda = jax.default_backend() == "gpu"
+    together = cuda and len(os.sched_getaffinity(0)) >= _CORES_TO_START_TOGETHER
+    contenders = {}
+    for label, (kind, settings) in chosen(cuda, wanted).items():
+        contenders[label] = Contender(label, kind, folder, settings)
+        if not together:
+            contenders[label].ready()
+    if together:
+        for contender in contenders.values():
+            contender.ready()
+    return contenders
 
 
 def _check(contenders: dict[str, Contender], folder: Path) -> dict[str, float]:
@@ -110,16 +171,16 @@ def _check(contenders: dict[str, Contender], folder: Path) -> dict[str, float]:
     weights = {}
     for label, contender in contenders.items():
         path = folder / f"{len(weights)}.npz"
-        contender.ask(do="check", file=str(path))
-        with np.load(path) as file:
-            weights[label] = _flat({key: file[key] for key in file}, initial)
+        if contender.ask(do="check", file=str(path)):
+            with np.load(path) as file:
+                weights[label] = _flat({key: file[key] for key in file}, initial)
     first = next(iter(weights.values()))
     update = np.linalg.norm(first - _flat(initial, initial))
     differences = {k: float(np.linalg.norm(w - first) / update) for k, w in weights.items()}
     for label, difference in differences.items():
         if not difference < _TOLERANCE:
-            raise SystemExit(
-                f"{label} computes something else: after {stage.CHECK_STEPS} steps it differs by "
+            contenders[label].fail(
+                f"it computes something else: after {stage.CHECK_STEPS} steps it differs by "
                 f"{difference:.2g} of the update, and {_TOLERANCE:g} is allowed."
             )
     return differences
@@ -135,26 +196,17 @@ def _report(
     contenders: dict[str, Contender],
     differences: dict[str, float],
 ) -> dict[str, Any]:
-    rows = {
-        label: {
-            "ms_per_client_step": {
-                "min": min(c.seconds),
-                "median": statistics.median(c.seconds),
-                "max": max(c.seconds),
-            },
-            "rounds": len(c.seconds),
-            "compile_s": c.compile_seconds,
-            "peak_rss_mb": c.peak_mb,
-            "difference_after_5_steps": differences[label],
-        }
-        for label, c in contenders.items()
+    rows = {label: _row(c, differences.get(label)) for label, c in contenders.items()}
+    median = {
+        label: row["ms_per_client_step"]["median"]
+        for label, row in rows.items()
+        if "error" not in row
     }
-    torch = [row for label, row in rows.items() if label.startswith("torch")]
-    best = min((r["ms_per_client_step"]["median"] for r in torch), default=None)
-    ours = rows["ours"]["ms_per_client_step"]["median"]
-    one = rows.get("ours, 1 device of 1 thread", {}).get("ms_per_client_step", {}).get("median")
+    best = min((ms for label, ms in median.items() if label.startswith("torch")), default=None)
+    ours, one = median["ours"], median.get("ours, 1 device of 1 thread")
     return {
         "workload": name,
+        "data": workload.data,
         "client_steps_a_round": workload.client_steps,
         "contenders": rows,
         "ratio_to_best_torch": None if best is None else best / ours,
@@ -162,13 +214,35 @@ def _report(
     }
 
 
+def _row(contender: Contender, difference: float | None) -> dict[str, Any]:
+    if contender.error is not None:
+        return {"error": contender.error}
+    readings = dict(contender.readings)
+    return {
+        "ms_per_client_step": {
+            "min": min(contender.seconds),
+            "median": statistics.median(contender.seconds),
+            "max": max(contender.seconds),
+        },
+        "rounds": len(contender.seconds),
+        "compile_s": readings.pop("compile_s"),
+        "peak_rss_mb": readings.pop("peak_rss_mb"),
+        "difference_after_5_steps": difference,
+    } | readings
+
+
 def _print(result: dict[str, Any]) -> None:
-    print(f"{result['workload']}: ms per client-step, median (min to max)")
+    print(f"{result['workload']}, {result['data']}: ms per client-step, median (min to max)")
     for label, row in result["contenders"].items():
+        if "error" in row:
+            print(f"  {label:31} {row['error']}")
+            continue
         t = row["ms_per_client_step"]
+        device = row.get("peak_device_mb")
         print(
-            f"  {label:31} {t['median']:8.3f} ({t['min']:.3f} to {t['max']:.3f})"
+            f"  {label:31} {t['median']:8.4f} ({t['min']:.4f} to {t['max']:.4f})"
             f"   compile {row['compile_s']:.1f} s, peak {row['peak_rss_mb']:.0f} MB"
+            + ("" if device is None else f", {device:.0f} MB of the GPU")
         )
     if result["ratio_to_best_torch"] is not None:
         print(f"  {result['ratio_to_best_torch']:.2f} times as fast as the faster torch loop")
@@ -189,12 +263,20 @@ def main() -> None:
         metavar="NAME",
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each contender")
+    parser.add_argument(
+        "--made-up",
+        action="store_true",
+        help="made-up images of the same number and shapes, where the data sets are not at hand",
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps on made-up images")
     options = parser.parse_args()
+    # All processes share a GPU; each would take three quarters of its memory. Inherited by workers.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
     results = []
     for name in names:
-        workload = smoke(WORKLOADS[name]) if options.smoke else WORKLOADS[name]
+        workload = made_up(WORKLOADS[name]) if options.made_up else WORKLOADS[name]
+        workload = smoke(workload) if options.smoke else workload
         results.append(
             compare(name, workload, 1 if options.smoke else options.repeats, tuple(options.against))
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,34 @@ _MODELS = {"fedlp_cnn": FedLPCNN, "small_cnn": SmallCNN, "mlp": MLP}
 class Trainer:
     """One process' part of a round."""
 
-    def __init__(self, folder: Path, workload: Workload, threads: int):
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
+    device = torch.device("cpu")
+    capturable = False  # of Adam, while it becomes part of a CUDA graph
+    compile_seconds = 0.0
+
+    def __init__(self, folder: Path, workload: Workload):
         self.workload = workload
         convolves = workload.model != "mlp"
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         inputs = np.load(folder / "inputs.npy").astype(np.float32)
         gain, shift = np.load(folder / "normalize.npy")[:, : inputs.shape[-1]]
-        images = torch.from_numpy((inputs * gain + shift).transpose(0, 3, 1, 2))
-        self.images = images.contiguous(memory_format=self.layout)
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))
-        self.rows = torch.from_numpy(np.load(folder / "rows.npy").astype(np.int64))
-        self.model = _MODELS[workload.model]().to(memory_format=self.layout)
+        self.images = self.placed(inputs * gain + shift)
+        labels, rows = np.load(folder / "labels.npy"), np.load(folder / "rows.npy")
+        self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
+        self.rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        self.model = _MODELS[workload.model]().to(self.device, memory_format=self.layout)
         self.folder = folder
         with np.load(folder / "initial.npz") as file:
             self.initial = {key: to_torch(file[key]) for key in file}
         self._start()
+
+    def placed(self, images: np.ndarray) -> torch.Tensor:
+        """Normalised images, `[N, H, W, C]`, as `batches` wants them."""
+        return torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=self.layout)
+
+    def batches(self, order: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Images, `[B, C, H, W]`, and labels over `order`."""
+        for rows in order.split(self.workload.batch_size):
+            yield self.images[rows], self.labels[rows]
 
     def train(self, order: torch.Tensor) -> None:
         """One client from the server's weights over `order`, a batch at a time."""
@@ -49,13 +61,15 @@ class Trainer:
             torch._foreach_copy_([t.data for t in self.floats], self.server)
         w = self.workload
         if w.optimizer == "adam":
-            optimizer: Any = torch.optim.Adam(self.model.parameters(), w.learning_rate, fused=True)
+            optimizer: Any = torch.optim.Adam(
+                self.model.parameters(), w.learning_rate, fused=True, capturable=self.capturable
+            )
         else:
             optimizer = torch.optim.SGD(
                 self.model.parameters(), w.learning_rate, w.momentum, fused=True
             )
-        for rows in order.split(w.batch_size):
-            loss = functional.cross_entropy(self.model(self.images[rows]), self.labels[rows])
+        for images, labels in self.batches(order):
+            loss = functional.cross_entropy(self.model(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -66,14 +80,14 @@ class Trainer:
         inputs = np.load(self.folder / "inputs.npy", mmap_mode="r")[order].astype(np.float64)
         gain, shift = np.load(self.folder / "normalize.npy").astype(np.float64)
         channels = inputs.shape[-1]
-        images = (inputs * gain[:channels] + shift[:channels]).transpose(0, 3, 1, 2)
         self.model.double()
-        self.images = torch.from_numpy(images).contiguous(memory_format=self.layout)
-        self.labels = self.labels[torch.from_numpy(order)]
+        self.images = self.placed(inputs * gain[:channels] + shift[:channels])
+        self.labels = self.labels[torch.from_numpy(order).to(self.device)]
         self._start()
-        self.train(torch.arange(len(order)))
+        self.train(torch.arange(len(order), device=self.device))
         weights = {
-            name: to_flax(tensor.detach().numpy()) for name, tensor in named(self.model).items()
+            name: to_flax(tensor.detach().cpu().numpy())
+            for name, tensor in named(self.model).items()
         }
         self.model.float()
         self.images, self.labels, self.floats, self.server = fast
@@ -83,12 +97,17 @@ class Trainer:
     def clients(self, cohort: list[int], number: int) -> list[torch.Tensor]:
         """Trains some clients; the sum of their weights."""
         total = [torch.zeros_like(t) for t in self.server]
+        for order in self.orders(cohort, number):
+            self.train(order)
+            torch._foreach_add_(total, [t.data for t in self.floats])
+        return total
+
+    def orders(self, cohort: list[int], number: int) -> Iterable[torch.Tensor]:
+        """Each client's rows, shuffled."""
         for client in cohort:
             generator = torch.Generator().manual_seed(number * self.workload.clients + client)
             rows = self.rows[client]
-            self.train(rows[torch.randperm(len(rows), generator=generator)])
-            torch._foreach_add_(total, [t.data for t in self.floats])
-        return total
+            yield rows[torch.randperm(len(rows), generator=generator)]
 
     def finish(self, total: list[torch.Tensor]) -> None:
         """The mean becomes the server's."""
@@ -107,13 +126,11 @@ class Trainer:
 class Torch:
     """The contender: `processes` trainers of `threads` threads each."""
 
-    compile_seconds = 0.0
-
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.workload = workloads.read(folder)
         self.folder = folder
         threads, processes = settings["threads"], settings["processes"]
-        self.trainer = Trainer(folder, self.workload, threads)
+        self.trainer = _trainer(folder, self.workload, threads)
         self.others = []
         for _ in range(processes - 1):
             # Spawned, not forked: a forked process inherits locked thread pools.
@@ -130,9 +147,18 @@ class Torch:
             here.recv()
             self.others.append((here, sums, server))
 
+    @property
+    def compile_seconds(self) -> float:
+        """None, unless there is a graph to capture."""
+        return self.trainer.compile_seconds
+
     def check(self) -> dict[str, np.ndarray]:
         """The weights after a few steps of one client, in float64."""
         return self.trainer.check(np.load(self.folder / "check.npy").astype(np.int64))
+
+    def peak_device_mb(self) -> float | None:
+        """Nothing but the process' own memory is used."""
+        return None
 
     def round(self, number: int) -> float:
         """Seconds of a round."""
@@ -151,11 +177,17 @@ class Torch:
         return time.perf_counter() - start
 
 
+def _trainer(folder: Path, workload: Workload, threads: int) -> Trainer:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    return Trainer(folder, workload)
+
+
 def _serve(
     folder: Path, workload: Workload, threads: int, pipe: Any, sums: Any, server: Any
 ) -> None:
     """The second process: trains the clients it is sent."""
-    trainer = Trainer(folder, workload, threads)
+    trainer = _trainer(folder, workload, threads)
     trainer.server = server
     pipe.send("ready")
     while True:

@@ -30,6 +30,7 @@ class Workload:
     momentum: float = 0.0
     batch_size: int = 10
     image: tuple[int, ...] = (32, 32, 3)
+    dtype: str | None = None  # of activations, where the model lets it be chosen; None = float32
 
     @property
     def steps(self) -> int:
@@ -58,6 +59,11 @@ WORKLOADS = {
 def smoke(workload: Workload) -> Workload:
     """A few clients with a few steps on made-up images, to see that everything runs."""
     return dataclasses.replace(workload, data="synthetic", clients=4, per_client=20, cohort=2)
+
+
+def made_up(workload: Workload) -> Workload:
+    """Made-up images of the same number and shapes, where the data sets are not at hand."""
+    return dataclasses.replace(workload, data="synthetic")
 
 
 def read(folder: Path) -> Workload:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
@@ -42,10 +43,10 @@ class Client(NamedTuple):
 class Bounds(NamedTuple):
     """Trip counts of the loops, common to the clients that are vmapped together."""
 
-    epochs: Array  # i32[], largest number of epochs begun
-    steps: Array  # i32[], largest number of steps in all
-    longest: Array  # i32[], largest number of steps in an epoch
-    shortest: Array  # i32[], smallest
+    epochs: Array | int  # i32[], largest number of epochs begun
+    steps: Array | int  # i32[], largest number of steps in all
+    longest: Array | int  # i32[], largest number of steps in an epoch
+    shortest: Array | int  # i32[], smallest
 
 
 def check_work(work: LocalWork) -> LocalWork:
@@ -81,7 +82,7 @@ def examples_seen(size: Any, work: LocalWork) -> Any:
     return work.steps // per_epoch * size + work.steps % per_epoch * work.batch_size * (size > 0)
 
 
-def loop_bounds(size: Array, work: LocalWork) -> Bounds:
+def loop_bounds(size: Any, work: LocalWork) -> Bounds:
     """Bounds for clients of `size: i32[W]` (or `i32[]`) that run in one chunk.
 
     Exact for a single client or clients of one size; else an upper bound, and steps that are not a
@@ -92,12 +93,19 @@ def loop_bounds(size: Array, work: LocalWork) -> Bounds:
     return Bounds(epochs.max(), steps.max(), per_epoch.max(), per_epoch.min())
 
 
+def _fixed_bounds(size: int, work: LocalWork) -> Bounds:
+    """`loop_bounds` of clients of one size, as numbers of Python's."""
+    bounds: Any = loop_bounds(np.int32(size), work)
+    return Bounds(*(int(bound) for bound in bounds))
+
+
 def local_update(
     task: Task,
     optimizer: optax.GradientTransformation,
     work: LocalWork,
     even_size: int | None,
     alone: bool,
+    all_train: bool = True,
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
@@ -109,6 +117,8 @@ def local_update(
       work: epochs or steps, and the batch size.
       even_size: the size of every client if it is the same; allows to leave out masks.
       alone: the client is not vmapped with others, so every step is its own.
+      all_train: with `even_size`, that no client takes fewer steps. Trip counts are then constants
+        of the program: an accelerator need not ask the host after every step whether to go on.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
@@ -117,6 +127,7 @@ def local_update(
     batch_size = work.batch_size
     full_batches = even_size is not None and even_size % batch_size == 0
     select = not alone and even_size is None
+    fixed = None if even_size is None or not all_train else _fixed_bounds(even_size, work)
 
     def train(
         variables: Variables,
@@ -129,6 +140,7 @@ def local_update(
     ) -> tuple[Variables, ClientMetrics]:
         key_shuffle = client_key(key, round, client.id, Purpose.SHUFFLE)
         key_train = client_key(key, round, client.id, Purpose.TRAIN)
+        bounds = bounds if fixed is None else fixed
         own_per_epoch = steps_per_epoch(client.size, work)
         own_steps = local_steps(client.size, work)
 
@@ -148,8 +160,10 @@ def local_update(
                 own = (in_epoch < own_per_epoch) & (number < own_steps)
                 return jax.tree.map(lambda n, o: jnp.where(own, n, o), new, carry)
 
-            left = bounds.steps - index * bounds.shortest
-            return jax.lax.fori_loop(0, jnp.minimum(bounds.longest, left), step, carry)
+            trips = bounds.longest
+            if fixed is None or work.steps is not None:
+                trips = jnp.minimum(trips, bounds.steps - index * bounds.shortest)
+            return jax.lax.fori_loop(0, trips, step, carry)
 
         with jax.numpy_dtype_promotion("standard"):
             state = optimizer.init(variables["params"])

@@ -36,6 +36,7 @@ from fedlp_jax.config_field import (
 from fedlp_jax.types import shown
 
 _PRESET = BEHAVIOURS[DEFAULT]
+_HIDDEN = (512, 128, 128, 64, 32)  # of the MLP
 
 # DATA
 
@@ -115,45 +116,45 @@ Partition = Annotated[
 
 # MODEL
 
-_HIDDEN = (512, 128, 128, 64, 32)
-Init = Annotated[str, Checked(choice("flax", "pytorch"))]
+
+class Network(Section):
+    """What all of them have."""
+
+    name: str
+    init: Annotated[str, Checked(choice("flax", "pytorch"))] = _PRESET.init
+    dtype: Annotated[str, Checked(choice("float32", "bfloat16"))] = "float32"  # of activations
 
 
-class FedLPCNN(Section):
+class FedLPCNN(Network):
     """The reference CNN of FedLP, with exits at depths 1 to 5."""
 
     name: Literal["fedlp_cnn"]
     depth: Annotated[int, Checked(whole(1, 5))] = 5
-    init: Init = _PRESET.init
 
 
-class MNISTCNN(Section):
+class MNISTCNN(Network):
     """Two convolutions and two dense layers."""
 
     name: Literal["mnist_cnn"]
-    init: Init = _PRESET.init
 
 
-class MLP(Section):
+class MLP(Network):
     """Dense layers with ReLU between them."""
 
     name: Literal["mlp"]
     hidden: Annotated[tuple[int, ...], Checked(several(whole(1), minimum=0))] = _HIDDEN
-    init: Init = _PRESET.init
 
 
-class ResNet(Section):
+class ResNet(Network):
     """Three stages of two blocks with 16, 32 and 64 channels."""
 
     name: Literal["resnet"]
-    init: Init = _PRESET.init
 
 
-class Logistic(Section):
+class Logistic(Network):
     """One dense layer."""
 
     name: Literal["logistic"]
-    init: Init = _PRESET.init
 
 
 Model = Annotated[FedLPCNN | MNISTCNN | MLP | ResNet | Logistic, Field(discriminator="name")]
@@ -255,10 +256,8 @@ class _Local(Section):
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> _Local:
         if self.epochs is not None and self.steps is not None:
-            raise refuse(
-                f"has {self.epochs} epochs and {self.steps} steps, but takes only one of them; "
-                "set the other to null"
-            )
+            both = f"{self.epochs} epochs and {self.steps} steps"
+            raise refuse(f"has {both}, but takes only one of them; set the other to null")
         return self
 
 

@@ -26,6 +26,7 @@ DEVICE, HOST = PLACES = ("device", "host")
 # A loop of plain GEMMs beats vmapped clients on CPU (measured); an accelerator wants many at once.
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 64
+_DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops"
 _COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
@@ -79,17 +80,23 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
         raise FedLPError(f"plan.devices={plan.devices} but jax sees {have}{hint}.")
     hosts.share(plan.devices)
     devices = hosts.evenly(min(plan.devices or have, cohort))
-    width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
-    width = min(width, -(-cohort // devices))
+    each = -(-cohort // devices)
+    width = min(each, plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH))
+    if plan.width is None:
+        width = -(-each // -(-each // width))  # as many chunks, without idle lanes in the last
     at_once = plan.rounds_at_once or 1
     return dataclasses.replace(plan, devices=devices, width=width, rounds_at_once=at_once)
 
 
 def setup(cpu_devices: int | None = None) -> None:
-    """Gives this process several CPU devices. Call it before the first jax operation.
+    """Makes jax ready: several CPU devices, and GPUs that repeat. Call it before using jax.
 
     A device per core, each with one stream of clients, is faster on CPU than one device with all
-    cores. Importing fedlp_jax changes no setting of jax; this does.
+    cores. On GPUs XLA by default tries several kernels for each product as it compiles, takes the
+    one that was the quickest that time, and so computes other bits in another process. This turns
+    that off, and such programs compile several times sooner; `XLA_FLAGS` with
+    `--xla_gpu_deterministic_ops=false` leaves it on, for the quickest rounds. Importing fedlp_jax
+    changes no setting of jax; this does.
 
     Args:
       cpu_devices: number of CPU devices; None = one per usable core.
@@ -102,7 +109,10 @@ def setup(cpu_devices: int | None = None) -> None:
     if _COLLECTIVE_TIMEOUT_FLAG not in flags:
         # XLA aborts the process when one device waits over a minute for another at the end of a
         # round; uneven clients on a slow machine may well take longer.
-        os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT_FLAG}=86400".strip()
+        flags = f"{flags} {_COLLECTIVE_TIMEOUT_FLAG}=86400".strip()
+    if _DETERMINISTIC_FLAG not in flags:
+        flags = f"{flags} {_DETERMINISTIC_FLAG}=true"
+    os.environ["XLA_FLAGS"] = flags
     try:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 All but `robustness` and `behaviours`, which train for minutes even with `--smoke`.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ from benchmarks import (
     step,
     tuning,
 )
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, made_up, smoke
 
 
 @pytest.fixture
@@ -198,19 +199,135 @@ def test_curves(run):
 
 def test_speed(run, monkeypatch):
     two = {name: how for name, how in speed._CONTENDERS.items() if name in ("ours", "naive JAX")}
-    monkeypatch.setattr(speed, "_CONTENDERS", two)
-    end = speed.Contender.close
-
-    def close(contender):
-        end(contender)
-        contender.process.stdout.close()  # one that is left open is a warning here
-
-    monkeypatch.setattr(speed.Contender, "close", close)
-    (result,) = run(speed, "--workload", "W2")["results"]
+    monkeypatch.setattr(speed, "_CONTENDERS", two | {"cannot start": ("nobody", {})})
+    (result,) = run(speed, "--workload", "W2", "--made-up")["results"]
+    assert result["data"] == "synthetic"
+    assert result["contenders"].pop("cannot start") == {"error": "KeyError: 'nobody'"}
     assert set(result["contenders"]) == set(two) and result["ratio_to_best_torch"] is None
     for row in result["contenders"].values():
         assert is_spread(row["ms_per_client_step"])
         assert row["difference_after_5_steps"] < 1e-8
+
+
+def test_contenders_of_speed_are_those_of_the_device():
+    names = [*speed.chosen(cuda=False, wanted=("ours", "naive"))]
+    assert names == ["ours", "ours, 1 device of 1 thread", "naive JAX"]
+    assert [*speed.chosen(cuda=True, wanted=("naive",))] == ["ours", "naive JAX"]
+
+
+def test_contenders_of_speed_in_pytorch():
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[bench]'")
+    assert [*speed.chosen(cuda=False, wanted=("torch",))] == [
+        "ours",
+        "torch, 2 processes x 1 thread",
+        "torch, 1 process x 2 threads",
+    ]
+    assert [*speed.chosen(cuda=True)] == [
+        "ours",
+        "torch, CUDA graphs on 10 streams",
+        "torch, CUDA graphs on 1 stream",
+        "torch, CUDA eager",
+        "naive JAX",
+    ]
+    assert [*speed.chosen(cuda=True, wanted=("torch, CUDA e",))] == ["ours", "torch, CUDA eager"]
+
+
+def test_made_up_images_are_as_many_and_as_large():
+    for workload in WORKLOADS.values():
+        made = made_up(workload)
+        assert made.data == "synthetic" and made.client_steps == workload.client_steps
+        assert dataclasses.replace(made, data=workload.data) == workload
+
+
+# Answers once it is set up and once more; a shell, which starts at once.
+_CONTENDER = r"""
+echo '{"compile_s": 1.5, "peak_rss_mb": 2}'
+read -r command
+echo '{"seconds": 3, "compile_s": 1.5, "peak_rss_mb": 4}'
+read -r command
+exit 7
+"""
+
+
+@pytest.fixture
+def dying(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "_WORKER", ("sh", "-c", _CONTENDER))
+
+    def start(label):
+        contender = speed.Contender(label, "any", tmp_path, {})
+        contender.ready()
+        assert contender.ask(do="round", number=1)["seconds"] == 3
+        assert contender.readings == {"compile_s": 1.5, "peak_rss_mb": 4}
+        return contender
+
+    return start
+
+
+def test_a_contender_that_dies_is_asked_no_more(dying):
+    contender = dying("torch")
+    assert contender.ask(do="round", number=2) == {}
+    assert contender.error == "the process ended with exit code 7"
+    assert contender.ask(do="round", number=3) == {}
+
+
+def test_speed_ends_where_ours_dies(dying):
+    with pytest.raises(SystemExit, match="ours: the process ended with exit code 7"):
+        dying("ours").ask(do="round", number=2)
+
+
+def staged(folder, w):
+    """What `stage.write` writes, in a second: made of noise."""
+    from benchmarks import torch_contender, torch_networks
+
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(w.clients * w.per_client).reshape(w.clients, w.per_client)
+    np.save(folder / "inputs.npy", rng.integers(256, size=(rows.size, *w.image), dtype=np.uint8))
+    np.save(folder / "labels.npy", rng.integers(10, size=rows.size))
+    np.save(folder / "normalize.npy", np.float32([3 * [1 / 64], 3 * [-2]]))
+    np.save(folder / "rows.npy", rows)
+    np.save(folder / "check.npy", rows[0])
+    named = torch_networks.named(torch_contender._MODELS[w.model]())
+    initial = {name: torch_networks.to_flax(tensor.numpy()) for name, tensor in named.items()}
+    np.savez(folder / "initial.npz", **initial)
+
+
+@pytest.mark.parametrize("workload", ["W1", "W2"])
+def test_what_becomes_a_cuda_graph_trains_as_the_plain_loop(tmp_path, workload):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[bench]'")
+    from benchmarks import torch_contender, torch_cuda
+
+    w = smoke(WORKLOADS[workload])
+    staged(tmp_path, w)
+    plain = torch_contender.Trainer(tmp_path, w)
+    graph = torch_cuda.Graph(tmp_path, w, device="cpu")
+    plain.orders = graph.orders  # which differ, as they are drawn at once
+    for number in (1, 2):  # nothing is left of the first round, nor of a client
+        sums = [trainer.clients([3, 1], number) for trainer in (plain, graph)]
+        for a, b in zip(*sums, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        for trainer, total in zip((plain, graph), sums, strict=True):
+            trainer.finish(total)
+    order = np.load(tmp_path / "check.npy").astype(np.int64)
+    checks = [trainer.check(order) for trainer in (plain, graph)]
+    for name, expected in checks[0].items():
+        np.testing.assert_allclose(checks[1][name], expected, rtol=1e-9, atol=1e-12)
+    after = graph.clients([3, 1], 1)  # which captures anew, from the initial weights
+    for a, b in zip(plain.clients([3, 1], 1), after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_orders_drawn_at_once_are_permutations_of_each_client(tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[bench]'")
+    from benchmarks import torch_cuda
+
+    w = smoke(WORKLOADS["W2"])
+    staged(tmp_path, w)
+    trainer = torch_cuda.Eager(tmp_path, w, device="cpu")
+    first, second = (np.stack([*trainer.orders([2, 0], number)]) for number in (1, 2))
+    rows = np.load(tmp_path / "rows.npy")[[2, 0]]
+    for orders in (first, second):
+        np.testing.assert_array_equal(np.sort(orders), np.sort(rows))
+    assert (first != second).any() and (first != rows).any()
 
 
 def test_soak(run):

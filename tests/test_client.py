@@ -104,6 +104,29 @@ def test_masks_that_even_clients_do_not_need_change_nothing():
     np.testing.assert_allclose(flat(plain), flat(chosen), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("work", [LocalWork(4, epochs=2), LocalWork(4, steps=5)])
+def test_clients_of_one_size_need_not_be_asked_whether_to_go_on(work):
+    """An accelerator runs a loop whose trips the program knows without a word with the host."""
+
+    def trips(even_size, all_train=True):
+        update = local_update(
+            TASK, optax.sgd(0.1), work, even_size, alone=False, all_train=all_train
+        )
+        variables = TASK.init(ROOT, example)
+        bounds = loop_bounds(jnp.int32(8), work)
+        run = jax.jit(lambda v, client, b: update(v, EXAMPLES, client, b, ROOT, ROUND, None))
+        text = run.lower(variables, one(8), bounds).compile().as_text()
+        loops = [line for line in text.splitlines() if "= (" in line and " while(" in line]
+        return len(loops), sum("known_trip_count" in line for line in loops)
+
+    example = Batch(EXAMPLES.inputs[:1], EXAMPLES.labels[:1], None, EXAMPLES.normalize)
+    loops, known = trips(even_size=8)
+    unknown = loops - known
+    assert unknown == (0 if work.steps is None else 1)  # 5 steps are 2, 2 and 1 in an epoch
+    loops, known = trips(even_size=8, all_train=False)
+    assert loops - known == unknown + (2 if work.steps is None else 1)
+
+
 def test_a_scale_of_a_unit_rate_is_the_rate():
     work = LocalWork(4, epochs=1)
     _, scaled, _ = train(12, work, optax.adam(1.0), scale=jnp.float32(0.01))

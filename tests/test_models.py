@@ -468,3 +468,42 @@ def test_the_jitted_network_has_the_gradient_of_plain_flax(source):
             plain = plain_stats[layer]["norm"]
             np.testing.assert_allclose(biased, plain["var"], rtol=1e-10)
             np.testing.assert_allclose(statistics["norm"]["mean"], plain["mean"], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "module", [FedLPCNN, functools.partial(FedLPCNN, depth=2), MNISTCNN, ResNet, MLP, Logistic]
+)
+def test_activations_of_a_short_dtype_leave_variables_in_float32(module):
+    """And every layer in between computes in it, so that none is written in float32."""
+    image = MNIST if module is MNISTCNN else CIFAR
+    short, x = module(dtype="bfloat16"), jnp.zeros((2, *image))
+    rngs = {"params": KEY, "dropout": KEY}
+    variables = jax.eval_shape(lambda: short.init(rngs, x, True))
+    assert variables == jax.eval_shape(lambda: module().init(rngs, x, True))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+
+    def outputs(variables):
+        mutable = ["batch_stats", "intermediates"]
+        return short.apply(
+            variables, x, True, rngs=rngs, capture_intermediates=True, mutable=mutable
+        )
+
+    out, updated = jax.eval_shape(outputs, variables)
+    between = jax.tree.leaves(updated["intermediates"])
+    assert len(between) > 1
+    assert {y.dtype for y in (out, *between)} == {jnp.dtype(jnp.bfloat16)}
+    assert updated.get("batch_stats", {}) == variables.get("batch_stats", {})
+
+
+def test_a_short_dtype_computes_the_same_to_its_digits():
+    variables = some_variables(FedLPCNN(), *CIFAR)
+    x = jnp.asarray(RNG.normal(size=(4, *CIFAR)), jnp.float32)
+    wide, short = (FedLPCNN(dtype=d).apply(variables, x, False) for d in (None, "bfloat16"))
+    error = np.linalg.norm(short.astype(jnp.float32) - wide) / np.linalg.norm(wide)
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["bfloat", "int32", 3])
+def test_a_dtype_that_is_no_float_is_refused(dtype):
+    with pytest.raises(FedLPError, match=f"dtype={dtype!r} is no floating-point type; give 'bf"):
+        MLP(dtype=dtype)

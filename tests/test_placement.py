@@ -1,6 +1,9 @@
 """Slots and chunks: every client once, on any plan, and one reduction a round."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +97,28 @@ def test_plans_are_completed_for_the_machine():
     assert resolve(None, 10) == Plan(4, 1)  # a device a stream of clients, one client at a time
     assert resolve(Plan(width=99), 10) == Plan(4, 3)
     assert resolve(Plan(devices=4), 2) == Plan(2, 1)
+
+
+def test_a_width_that_is_chosen_leaves_no_lane_idle(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    widths = {cohort: resolve(Plan(devices=1), cohort).width for cohort in (1, 64, 65, 100, 1000)}
+    assert widths == {1: 1, 64: 64, 65: 33, 100: 50, 1000: 63}
+    assert resolve(Plan(devices=1, width=64), 100).width == 64  # given is given
+
+
+@pytest.mark.parametrize("given", [None, "--xla_gpu_deterministic_ops=false"])
+def test_setup_asks_for_gpus_that_repeat_unless_told_otherwise(given):
+    code = "import os, fedlp_jax as fl; fl.setup(2); print(os.environ['XLA_FLAGS']); import jax; "
+    code += "print(jax.numpy.ones(3).sum(), len(jax.devices()))"
+    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environ |= {} if given is None else {"XLA_FLAGS": given}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environ, text=True, capture_output=True, check=True
+    )
+    flags, result = run.stdout.splitlines()
+    assert flags.count("deterministic") == 1
+    assert (given or "--xla_gpu_deterministic_ops=true") in flags.split()
+    assert result == "3.0 2"
 
 
 def test_setup_after_the_first_operation_says_so():

@@ -225,8 +225,14 @@ class Composition:
             task = level.task
             if corruption == "label_flip" and lane.lot is not None:
                 task = with_flipped_labels(task, lane.lot)
+            alone = plan.width == 1
             train = local_update(
-                task, self.client_optimizer, self.work, cohort.even_size, alone=plan.width == 1
+                task,
+                self.client_optimizer,
+                self.work,
+                cohort.even_size,
+                alone,
+                all_train=not alone or lane.lot is None,
             )
             start = level.extract(shared.variables)
             if self.submodels.persist:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.conv.choice import PATCHES, WINOGRAD, Convolution
 from fedlp_jax.conv.general import conv_general_dilated
-from fedlp_jax.conv.window import out_shape
 from fedlp_jax.conv.winograd import supported
 from fedlp_jax.types import Array
 
@@ -29,8 +27,7 @@ FORMS = (
     "winograd_2x2",
     "winograd_4x4",
 )
-_SECONDS = 0.15  # a turn, on a device of 5e10 floating-point operations a second
-_FLOPS = 5e10
+_SECONDS = 0.15  # a turn
 
 
 def forms_of(convolution: Convolution) -> list[str]:
@@ -48,28 +45,40 @@ def measure(
     forms: Sequence[str],
     repeats: int = 5,
     seconds: float = _SECONDS,
+    width: int = 1,
 ) -> dict[str, float]:
     """Median milliseconds of a convolution with both its gradients, contenders taking turns.
 
     Args:
-      convolution: its shapes and window.
+      convolution: its shapes and window, of one client.
       forms: "patches" and Winograd forms.
       repeats: turns of each form that count.
       seconds: about as long a turn is.
+      width: W, clients vmapped; the time is that of all of them.
     """
-    programs = {name: _program(name, convolution) for name in forms}
-    lhs, rhs = _arrays(convolution)
-    pixels = lhs.shape[0] * math.prod(out_shape(lhs, rhs, convolution.window))
-    loops = max(3, int(seconds * _FLOPS / (3 * 2 * pixels * math.prod(rhs.shape))))
+    programs = {name: _program(name, convolution, width) for name in forms}
+    loops = {name: _loops(program, seconds) for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, program in programs.items():
-            start = time.perf_counter()
-            program(loops)
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start) / loops)
+            times[name].append(1e3 * _seconds(program, loops[name]) / loops[name])
     # Not rounded to nothing, whatever the device.
     return {name: float(f"{statistics.median(t):.4g}") for name, t in times.items()}
+
+
+def _loops(program: Callable[[int], None], seconds: float) -> int:
+    """Repetitions that take about so long, three at least."""
+    loops, took = 3, _seconds(program, 3)
+    while took < seconds / 4:  # too short to tell
+        loops *= 4
+        took = _seconds(program, loops)
+    return max(3, int(seconds * loops / took))
+
+
+def _seconds(program: Callable[[int], None], loops: int) -> float:
+    start = time.perf_counter()
+    program(loops)
+    return time.perf_counter() - start
 
 
 def _arrays(convolution: Convolution) -> tuple[Any, Any]:
@@ -78,8 +87,8 @@ def _arrays(convolution: Convolution) -> tuple[Any, Any]:
     return jax.ShapeDtypeStruct(lhs, jnp.float32), jax.ShapeDtypeStruct(rhs, jnp.float32)
 
 
-def _program(name: str, convolution: Convolution) -> Callable[[int], None]:
-    """A function of a number of repetitions, one stream on each device."""
+def _program(name: str, convolution: Convolution, width: int) -> Callable[[int], None]:
+    """A function of a number of repetitions, of W clients on each device."""
     lhs, rhs, window = convolution
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
@@ -101,6 +110,9 @@ def _program(name: str, convolution: Convolution) -> Callable[[int], None]:
         dx, d_kernel = transpose(jax.nn.relu(y))
         return x - 1e-6 * dx, kernel - 1e-6 * d_kernel
 
+    if width > 1:
+        step = jax.vmap(step, (None, 0))
+
     def stream(x: Array, kernel: Array, loops: Array) -> tuple[Array, Array]:
         x, kernel = jax.lax.fori_loop(0, loops[0], step, (x[0], kernel[0]))
         return x[None], kernel[None]
@@ -115,8 +127,9 @@ def _program(name: str, convolution: Convolution) -> Callable[[int], None]:
         )
     )
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(devices, *lhs)).astype(np.float32)
-    kernel = rng.normal(size=(devices, *rhs)).astype(np.float32) * np.float32(0.05)
+    lead = (devices, width) if width > 1 else (devices,)
+    x = rng.normal(size=(*lead, *lhs)).astype(np.float32)
+    kernel = rng.normal(size=(*lead, *rhs)).astype(np.float32) * np.float32(0.05)
 
     def run(loops: int) -> None:
         jax.block_until_ready(program(x, kernel, jnp.array([loops])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 
 from fedlp_jax.models.init import Init, Model, conv, dense
@@ -19,12 +21,14 @@ class ConvLayer(nn.Module):
 
     features: int
     initial: Init = "flax"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """`f32[B, H, W, channels] -> f32[B, H, W, features]`."""
-        x = nn.relu(conv(self.features, (3, 3), x.shape[-1], self.initial, "conv")(x))
-        return BatchNorm(use_running_average=not train, name="norm")(x)
+        layer = conv(self.features, (3, 3), x.shape[-1], self.initial, "conv", dtype=self.dtype)
+        norm = BatchNorm(use_running_average=not train, dtype=self.dtype, name="norm")
+        return norm(nn.relu(layer(x)))
 
 
 class FedLPCNN(Model):
@@ -62,13 +66,13 @@ class FedLPCNN(Model):
             )
         convolutions = len(_CHANNELS) if self.depth == _DEEPEST else self.depth + 1
         for i in range(1, convolutions + 1):
-            x = ConvLayer(_CHANNELS[i - 1], self.initial, name=f"conv{i}")(x, train)
+            x = ConvLayer(_CHANNELS[i - 1], self.initial, self.dtype, name=f"conv{i}")(x, train)
             if i % 2 == 0 or i == convolutions:
                 x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
         head = "" if self.depth == _DEEPEST else f"exit{self.depth}_"
-        x = dense(_HIDDEN, x.shape[-1], self.initial, f"{head}fc1")(x)
-        return dense(self.num_classes, _HIDDEN, self.initial, f"{head}fc2")(x)
+        x = dense(_HIDDEN, x.shape[-1], self.initial, f"{head}fc1", self.dtype)(x)
+        return dense(self.num_classes, _HIDDEN, self.initial, f"{head}fc2", self.dtype)(x)
 
 
 class MNISTCNN(Model):
@@ -93,12 +97,14 @@ class MNISTCNN(Model):
                 "MNISTCNN needs images [B, H, W, channels] of height and width 16 or more, not "
                 f"{list(x.shape)}."
             )
-        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", padding="VALID")(x)
+        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", padding="VALID", dtype=self.dtype)(
+            x
+        )
         x = nn.relu(max_pool(x))
-        x = conv(20, (5, 5), 10, self.initial, "conv2", padding="VALID")(x)
+        x = conv(20, (5, 5), 10, self.initial, "conv2", padding="VALID", dtype=self.dtype)(x)
         x = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = nn.relu(max_pool(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(dense(50, x.shape[-1], self.initial, "fc1")(x))
+        x = nn.relu(dense(50, x.shape[-1], self.initial, "fc1", self.dtype)(x))
         x = nn.Dropout(0.5, deterministic=not train)(x)
-        return dense(self.num_classes, 50, self.initial, "fc2")(x)
+        return dense(self.num_classes, 50, self.initial, "fc2", self.dtype)(x)

@@ -23,9 +23,9 @@ class MLP(Model):
         del train
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.hidden, 1):
-            x = nn.relu(dense(features, x.shape[-1], self.initial, f"fc{i}")(x))
+            x = nn.relu(dense(features, x.shape[-1], self.initial, f"fc{i}", self.dtype)(x))
         last = len(self.hidden) + 1
-        return dense(self.num_classes, x.shape[-1], self.initial, f"fc{last}")(x)
+        return dense(self.num_classes, x.shape[-1], self.initial, f"fc{last}", self.dtype)(x)
 
 
 class Logistic(Model):
@@ -38,4 +38,4 @@ class Logistic(Model):
         """`f32[B, ...] -> logits f32[B, classes]`."""
         del train
         x = x.reshape(x.shape[0], -1)
-        return dense(self.num_classes, x.shape[-1], self.initial, "fc")(x)
+        return dense(self.num_classes, x.shape[-1], self.initial, "fc", self.dtype)(x)

@@ -31,6 +31,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     unbiased: bool = True  # False: the running variance is the biased one, as in flax
     param_dtype: Any = jnp.float32
+    dtype: Any = None  # of the result; None: the wider of the input's and the parameters'
 
     @nn.compact
     def __call__(
@@ -45,7 +46,7 @@ class BatchNorm(nn.Module):
             it False: they stay as they are.
 
         Returns:
-          Like `x`, in the wider dtype of `x` and the parameters.
+          Like `x`, in `dtype`.
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -53,8 +54,8 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
-        dtype = _widest(x.dtype, scale.dtype)
-        compute = _widest(dtype, jnp.float32)
+        dtype = self.dtype or _widest(x.dtype, scale.dtype)
+        compute = _widest(x.dtype, scale.dtype, jnp.float32)
         running = _widest(self.param_dtype, jnp.float32)
         ra_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, running)
         ra_var = self.variable("batch_stats", "var", jnp.ones, channels, running)

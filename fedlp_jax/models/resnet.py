@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 
 from fedlp_jax.models.init import Init, Model, conv, dense
@@ -21,15 +23,16 @@ class ResidualBlock(nn.Module):
     features: int
     stride: int = 1
     initial: Init = "flax"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """`f32[B, H, W, channels] -> f32[B, H / stride, W / stride, features]`."""
         shortcut = x
-        y = _conv_norm(x, self.features, self.stride, train, self.initial, "1")
-        y = _conv_norm(nn.relu(y), self.features, 1, train, self.initial, "2")
+        y = _conv_norm(self, x, self.stride, train, "1")
+        y = _conv_norm(self, nn.relu(y), 1, train, "2")
         if x.shape != y.shape:
-            shortcut = _conv_norm(x, self.features, self.stride, train, self.initial, "_shortcut")
+            shortcut = _conv_norm(self, x, self.stride, train, "_shortcut")
         return nn.relu(y + shortcut)
 
 
@@ -38,11 +41,12 @@ class Stem(nn.Module):
 
     features: int
     initial: Init = "flax"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """`f32[B, H, W, channels] -> f32[B, H, W, features]`."""
-        return nn.relu(_conv_norm(x, self.features, 1, train, self.initial, ""))
+        return nn.relu(_conv_norm(self, x, 1, train, ""))
 
 
 class ResNet(Model):
@@ -64,25 +68,29 @@ class ResNet(Model):
         """
         if x.ndim != 4:
             raise FedLPError(f"ResNet needs images [B, H, W, channels], not {list(x.shape)}.")
-        x = Stem(_STAGES[0], self.initial, name="stem")(x, train)
+        x = Stem(_STAGES[0], self.initial, self.dtype, name="stem")(x, train)
         for s, features in enumerate(_STAGES, 1):
             for b in range(1, _BLOCKS + 1):
                 stride = 2 if s > 1 and b == 1 else 1
-                block = ResidualBlock(features, stride, self.initial, name=f"stage{s}_block{b}")
-                x = block(x, train)
-        return dense(self.num_classes, _STAGES[-1], self.initial, "fc")(x.mean((1, 2)))
+                name = f"stage{s}_block{b}"
+                x = ResidualBlock(features, stride, self.initial, self.dtype, name=name)(x, train)
+        return dense(self.num_classes, _STAGES[-1], self.initial, "fc", self.dtype)(x.mean((1, 2)))
 
 
-def _conv_norm(x: Array, features: int, stride: int, train: bool, init: Init, suffix: str) -> Array:
+def _conv_norm(
+    module: Stem | ResidualBlock, x: Array, stride: int, train: bool, suffix: str
+) -> Array:
     """Convolution and normalisation, named `conv{suffix}` and `norm{suffix}`, of a module."""
     layer = conv(
-        features,
+        module.features,
         (3, 3),
         x.shape[-1],
-        init,
+        module.initial,
         f"conv{suffix}",
         strides=stride,
         padding=1,
         use_bias=False,
+        dtype=module.dtype,
     )
-    return BatchNorm(use_running_average=not train, name=f"norm{suffix}")(layer(x))
+    norm = BatchNorm(use_running_average=not train, dtype=module.dtype, name=f"norm{suffix}")
+    return norm(layer(x))
