@@ -94,7 +94,7 @@ def _accelerator_cells() -> Iterator[Cell]:
     few = {"kind": "rounds", "steps": 5}
     yield few | {"workload": "W1", "cohort": 256, "dtype": "bfloat16"}
     for workload in ("W1", "W3"):
-        for width in (256, 16, 4):  # 64 is the default, and below
+        for width in (256, 32, 8):  # 128 is the default
             yield few | {"workload": workload, "cohort": 256, "width": width}
     for workload in ("W1", "W3"):
         for cohort in (256, 1024, 4096, 64):

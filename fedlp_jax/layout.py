@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,11 +61,7 @@ def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: P
     devices, width = plan.devices or 1, plan.width or 1
     capacity = slots_per_device(len(steps), devices)
     work = steps * np.asarray(cost, np.float64)[level]
-    load, count = np.zeros(devices), np.zeros(devices, np.int64)
-    device = np.empty(len(steps), np.int64)
-    for i in np.argsort(-work, kind="stable"):
-        d = int(np.argmin(np.where(count < capacity, load, np.inf)))
-        device[i], load[d], count[d] = d, load[d] + work[i], count[d] + 1
+    device, load = _to_the_least_busy(work, devices, capacity)
 
     levels = len(cost)
     member = np.full((devices, capacity), -1, np.int32)
@@ -80,3 +77,22 @@ def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: P
             computed += width * int(steps[mine[a:b]][::width].sum())
     padded = 1.0 - steps.sum() / computed if computed else 0.0
     return Layout(member.ravel(), segment, float(padded), float(load.max() * devices / load.sum()))
+
+
+def _to_the_least_busy(
+    work: np.ndarray, devices: int, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`i64[C]`, the device of each client, and `f64[D]`, the work of each device."""
+    device, load = np.zeros(len(work), np.int64), np.zeros(devices)
+    if devices == 1:
+        return device, load + work.sum()
+    room = [capacity] * devices
+    idlest = [(0.0, d) for d in range(devices)]  # a heap, of those that have room
+    for i in np.argsort(-work, kind="stable").tolist():
+        busy, d = idlest[0]
+        device[i], load[d], room[d] = d, busy + work[i], room[d] - 1
+        if room[d]:
+            heapq.heapreplace(idlest, (load[d].item(), d))
+        else:
+            heapq.heappop(idlest)
+    return device, load

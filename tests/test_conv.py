@@ -219,19 +219,6 @@ def test_what_is_chosen_can_be_seen_and_changed():
         pass
 
 
-@pytest.mark.parametrize("case", TABLE)
-def test_what_a_gpu_unfolds_at_once_is_what_is_unfolded_in_turn(case, monkeypatch):
-    lhs, rhs, strides, padding, dilation = case
-    x, w = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in (lhs, rhs))
-    run = functools.partial(conv_general_dilated, lowering="patches")
-    arguments = (x, w, strides, padding, None, dilation)
-    in_turn = value_and_gradients(run, *arguments)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    at_once = value_and_gradients(run, *arguments)
-    for a, b in zip(in_turn, at_once, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-
-
 def test_products_of_short_floats_are_short_on_accelerators(monkeypatch):
     """They sum in float32 by themselves; asked to, they would write float32, forth and back."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -101,9 +101,9 @@ def test_plans_are_completed_for_the_machine():
 
 def test_a_width_that_is_chosen_leaves_no_lane_idle(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    widths = {cohort: resolve(Plan(devices=1), cohort).width for cohort in (1, 64, 65, 100, 1000)}
-    assert widths == {1: 1, 64: 64, 65: 33, 100: 50, 1000: 63}
-    assert resolve(Plan(devices=1, width=64), 100).width == 64  # given is given
+    widths = {cohort: resolve(Plan(devices=1), cohort).width for cohort in (1, 128, 129, 200, 1000)}
+    assert widths == {1: 1, 128: 128, 129: 65, 200: 100, 1000: 125}
+    assert resolve(Plan(devices=1, width=128), 200).width == 128  # given is given
 
 
 @pytest.mark.parametrize("given", [None, "--xla_gpu_deterministic_ops=false"])

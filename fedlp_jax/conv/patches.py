@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,12 +20,9 @@ def patches(lhs: Array, rhs: Array, window: Window, precision: Any, preferred: A
     shifted copies instead of 9, and adding their gradients up takes as few.
     """
     shape = (lhs.shape[0], *out_shape(lhs, rhs, window), rhs.shape[-1])
-    if jax.default_backend() == "gpu":
-        unfolded = _unfold_at_once(lhs, rhs.shape[:-2], shape[1:-1], window)
-    else:
-        unfolded = lhs
-        for axis in reversed(range(1, lhs.ndim - 1)):
-            unfolded = _unfold(unfolded, axis, rhs.shape[axis - 1], shape[axis], window)
+    unfolded = lhs
+    for axis in reversed(range(1, lhs.ndim - 1)):
+        unfolded = _unfold(unfolded, axis, rhs.shape[axis - 1], shape[axis], window)
     rows, depth, features = math.prod(shape[:-1]), math.prod(rhs.shape[:-1]), shape[-1]
     kernel = rhs.reshape(depth, features)
     contract = ((1,), (0,))
@@ -43,28 +38,6 @@ def patches(lhs: Array, rhs: Array, window: Window, precision: Any, preferred: A
         preferred_element_type=sum_dtype(lhs.dtype) if preferred is None else preferred,
     )
     return out.astype(lhs.dtype if preferred is None else preferred).reshape(shape)
-
-
-def _unfold_at_once(x: Array, kernel: Sequence[int], out: Sequence[int], window: Window) -> Array:
-    """All spatial axes together, `[B, *out, kernel elements * channels]`, as `_unfold` in turn.
-
-    A GPU writes it in one pass either way, and what bounds that pass is working out where an
-    element comes from: once here, and not once for each axis.
-    """
-    if any(any(pads) for pads in window.pads):
-        margins = [(0, 0, 0), *((*pads, 0) for pads in window.pads), (0, 0, 0)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), margins)
-    parts = []
-    for element in itertools.product(*(range(size) for size in kernel)):
-        first = [i * step for i, step in zip(element, window.dilation, strict=True)]
-        last = [
-            i + (n - 1) * stride + 1
-            for i, n, stride in zip(first, out, window.strides, strict=True)
-        ]
-        parts.append(
-            lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *window.strides, 1))
-        )
-    return parts[0] if len(parts) == 1 else lax.concatenate(parts, x.ndim - 1)
 
 
 def _unfold(x: Array, axis: int, size: int, out: int, window: Window) -> Array:
