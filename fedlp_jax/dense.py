@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from fedlp_jax.types import Array
 
@@ -91,17 +92,34 @@ def _product(precision: Any) -> Callable[[Array, Array], Array]:
     def product(x: Array, kernel: Array) -> Array:
         return dot(x, kernel, (((1,), (0,)), ((), ())))
 
-    def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-        return product(x, kernel), (x, kernel)
+    def forward(x: Any, kernel: Any) -> tuple[Array, Any]:
+        # The input of a first layer needs no gradient, and nothing must ask for it.
+        saved = (x.value, kernel.value if x.perturbed else None)
+        return product(x.value, kernel.value), saved
 
-    def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+    def backward(saved: Any, dy: Any) -> tuple[Array | None, Array]:
         x, kernel = saved
-        dx = dot(dy, kernel, (((1,), (1,)), ((), ())))
+        if isinstance(dy, SymbolicZero):
+            dy = jnp.zeros(dy.shape, dy.dtype)
+        dx = None
+        if kernel is not None:
+            dx = dot(dy, kernel, (((1,), (1,)), ((), ())))
+            dy = _after(dx, dy)
         outer = (a[:, None] * b[None, :] for a, b in zip(x, dy, strict=True))
         return dx, functools.reduce(lax.add, outer)
 
-    product.defvjp(forward, backward)
+    product.defvjp(forward, backward, symbolic_zeros=True)
     return product
+
+
+def _after(first: Array, x: Array) -> Array:
+    """`x`, of which XLA believes that it depends on `first`.
+
+    What `x` becomes steps the kernel that `first` was computed with. Were there no order between
+    the two, XLA would copy the kernel in each step, so as to be able to step it first.
+    """
+    never = first.ravel()[0] < -jnp.inf
+    return jnp.where(never, jnp.zeros((), x.dtype), x)
 
 
 def dense_interceptor(

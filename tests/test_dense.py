@@ -1,5 +1,7 @@
 """Dense layers: the gradient as outer products is the gradient, for whoever's module it is."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -129,3 +131,42 @@ def test_a_users_module_takes_it_and_learns_the_same(module, width, monkeypatch)
     assert len(calls) >= 2
     monkeypatch.setattr(dense, "_ROWS", {})
     np.testing.assert_allclose(ours, trained(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_input_of_a_first_layer_gets_no_gradient():
+    x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
+    first = jax.make_jaxpr(jax.grad(lambda k: dense.outer(x, k).sum()))(kernel)
+    later = jax.make_jaxpr(jax.grad(lambda k: dense.outer(x * k[0, 0], k).sum()))(kernel)
+    assert [str(jaxpr).count("dot_general") for jaxpr in (first, later)] == [1, 2]
+
+
+def test_a_kernel_is_stepped_in_place():
+    """It was copied in each step, as nothing said that its step comes after its last use."""
+    rng = np.random.default_rng(0)
+    kernels = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 96), (96, 32), (32, 8))]
+    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.float32)
+
+    def loss(kernels):
+        y = x
+        for kernel in kernels:
+            y = jax.nn.relu(dense.outer(y, kernel))
+        return jnp.square(y).sum()
+
+    def train(kernels):
+        def step(_, kernels):
+            gradients = jax.grad(loss)(kernels)
+            return [k - 1e-3 * g for k, g in zip(kernels, gradients, strict=True)]
+
+        return jax.lax.fori_loop(0, 10, step, kernels)
+
+    text = jax.jit(train, donate_argnums=0).lower(kernels).compile().as_text()
+    assert not re.findall(r"= f32\[(?:64,96|96,32|32,8)\]\S* copy\(", text)
+
+
+def test_an_input_that_is_not_finite_changes_no_gradient_but_its_own():
+    x = jnp.asarray([[jnp.inf, 1.0], [1.0, 1.0]])
+    kernel, dy = -jnp.ones((2, 3)), jnp.ones((2, 3))
+    _, transpose = jax.vjp(dense.outer, x, kernel)
+    dx, d_kernel = transpose(dy.at[0].set(jnp.inf))
+    assert np.isneginf(dx[0]).all() and np.isfinite(dx[1]).all()
+    np.testing.assert_array_equal(d_kernel, np.full((2, 3), np.inf))
