@@ -25,6 +25,7 @@ from benchmarks.workloads import WORKLOADS
 
 _SECONDS = 4.0  # of timed rounds, but at least _LEAST of them and at most _MOST
 _LEAST, _MOST = 3, 20
+_READING, _TOGETHER = 0.5, 50  # seconds of a reading, and the most rounds in it
 
 
 def main() -> None:
@@ -73,6 +74,9 @@ def rounds(
 ) -> dict[str, Any]:
     """Rounds in which all clients of a population take part.
 
+    A reading is of rounds that follow each other for about half a second, each laid out while the
+    one before runs, as `simulate` does it.
+
     Args:
       workload: whose model, optimizer and batches.
       steps: S, of each client in a round.
@@ -97,9 +101,10 @@ def rounds(
         )
     begin = time.perf_counter()
     first = once()
+    together = max(1, min(_TOGETHER, int(_READING / once())))
     times: list[float] = []
     while len(times) < _LEAST or (time.perf_counter() - begin < _SECONDS and len(times) < _MOST):
-        times.append(once())
+        times.append(once(range(1, together + 1)) / together)
     per_step = spread(times, 1 / chosen.client_steps)
     memory = once.run.round_program.memory_analysis()
     plan = once.run.plan
@@ -107,6 +112,7 @@ def rounds(
         "plan": {"devices": plan.devices, "width": plan.width},
         "compile_seconds": once.compile_seconds,
         "first_round_seconds": first,
+        "rounds_a_reading": together,
         "measured_seconds": spread(times),
         "measured_ms_per_client_step": {k: 1e3 * v for k, v in per_step.items()},
         "flop_per_second": {

@@ -2,7 +2,8 @@
 
     python -m benchmarks.convolutions [--json FILE] [--write] [--smoke]
 
-A convolution with both its gradients, repeated in a loop on every device at once, as clients train.
+A convolution with both its gradients, repeated in a loop on every device at once, as clients train:
+one of them on a CPU, on an accelerator as many as are vmapped there.
 `--write` puts the times of this backend into the package's own table. (`fedlp tune CONFIG
 --convolutions` measures the shapes of one model, for a table of your own.)
 """
@@ -20,6 +21,7 @@ from benchmarks.machine import machine
 from fedlp_jax.conv.choice import Convolution
 from fedlp_jax.conv.measure import FORMS, measure
 from fedlp_jax.conv.window import Window
+from fedlp_jax.placement import resolve
 
 _LOWERINGS = FORMS
 _CHANNELS = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
@@ -38,6 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     fl.setup()
     shapes = [(size, *channels) for size in _SIZES for channels in _CHANNELS]
+    width = resolve(None, 10**6).width or 1  # clients vmapped at once: one on a CPU
     rows = []
     for size, channels, features in [(8, 3, 32)] if options.smoke else shapes:
         convolution = Convolution(
@@ -46,7 +49,7 @@ def main() -> None:
             Window((1, 1), ((1, 1), (1, 1)), (1, 1)),
         )
         repeats = 2 if options.smoke else 5
-        times = measure(convolution, _LOWERINGS, repeats, _TARGET_SECONDS)
+        times = measure(convolution, _LOWERINGS, repeats, _TARGET_SECONDS, width)
         row = {"pixels": _BATCH * size * size, "channels": channels, "features": features}
         rows.append(row | {"milliseconds": times})
         print(json.dumps(rows[-1]), flush=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
@@ -27,8 +28,9 @@ def flops(devices: int, precision: str = "float32", smoke: bool = False) -> floa
 
     Args:
       devices: how many work at once.
-      precision: of the products: "float32", "tensorfloat32" or "bfloat16", as in
-        `jax_default_matmul_precision`. A CPU computes all of them in float32.
+      precision: of the products: "float32" or "tensorfloat32", as in
+        `jax_default_matmul_precision`; or "bfloat16", in which the matrices then are. A CPU
+        computes all of them in float32.
       smoke: one small product.
 
     Returns:
@@ -55,6 +57,8 @@ def _product(devices: int, size: int, precision: str, seconds: float) -> float:
         # As many columns as rows, of unit length: repeated products neither grow nor vanish.
         program, put = _on_each(devices, lambda x, y: x @ y)
         x = put(matrix / np.float32(math.sqrt(size)))
+        if precision == "bfloat16" and jax.default_backend() != "cpu":
+            x = x.astype(jnp.bfloat16)
         return devices * 2 * size**3 / _least(lambda y: program(x, y), x, seconds)
 
 

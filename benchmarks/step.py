@@ -30,7 +30,9 @@ class StepCost(NamedTuple):
 
     macs: int  # of convolutions and products, one example, forward
     written: float  # operations of these as written: forward, and two gradients but the input's
-    lowered: float  # operations of the step's program, in the forms that convolutions really take
+    # Operations of the step's program, in the forms that convolutions really take; NaN where jax is
+    # kept from having a CPU.
+    lowered: float
     activation_bytes: float  # memory traffic, if no cache held anything
     parameter_bytes: float
 
@@ -109,6 +111,9 @@ def _lowered(
             updates, state = optimizer.update(gradient, state, variables["params"])
             return optax.apply_updates(variables["params"], updates), state, aux
 
-    # Counted by the CPU's part of XLA, which every jax has: that of GPUs and TPUs does not count.
-    with jax.default_device(jax.devices("cpu")[0]):
+    try:  # counted by the CPU's part of XLA, as that of GPUs does not count
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return math.nan
+    with jax.default_device(cpu):
         return float(jax.jit(step).lower(variables, state).cost_analysis()["flops"])

@@ -149,7 +149,7 @@ class Torch:
 
     @property
     def compile_seconds(self) -> float:
-        """None, unless there is a graph to capture."""
+        """0, unless there are graphs to capture."""
         return self.trainer.compile_seconds
 
     def check(self) -> dict[str, np.ndarray]:

@@ -145,6 +145,11 @@ class TorchCuda(Torch):
         with torch.cuda.stream(self.streams[0]):
             return super().check()
 
+    @property
+    def compile_seconds(self) -> float:
+        """Of capturing graphs, with the clients that warm up for it."""
+        return sum(trainer.compile_seconds for trainer in (self.trainer, *self.others))
+
     def round(self, number: int) -> float:
         """Seconds of a round."""
         rng = np.random.default_rng(number)

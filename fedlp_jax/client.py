@@ -105,7 +105,7 @@ def local_update(
     work: LocalWork,
     even_size: int | None,
     alone: bool,
-    all_train: bool = True,
+    all_train: bool,
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
@@ -117,8 +117,9 @@ def local_update(
       work: epochs or steps, and the batch size.
       even_size: the size of every client if it is the same; allows to leave out masks.
       alone: the client is not vmapped with others, so every step is its own.
-      all_train: with `even_size`, that no client takes fewer steps. Trip counts are then constants
-        of the program: an accelerator need not ask the host after every step whether to go on.
+      all_train: no client has its `size` set to 0, as one that is lost and trains alone has. With
+        `even_size`, trip counts are then constants of the program: an accelerator need not ask the
+        host after every step whether to go on.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
@@ -43,6 +44,22 @@ def most_clients(cohort: int, devices: int, evenness: float) -> int:
         if most + elsewhere <= cohort:
             return most
     return 1
+
+
+def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
+    """A resolved plan whose width was chosen, narrowed to leave few lanes idle.
+
+    A chunk is of clients of one level, so a cohort of many levels wants narrower ones.
+
+    Args:
+      plan: resolved.
+      cohort: C.
+      assigned: `i32[K]`, submodel level of each client.
+    """
+    share = np.bincount(assigned).max() / len(assigned)
+    most = max(math.ceil(cohort * share / (plan.devices or 1) - 1e-9), 1)  # of a level, expected
+    width = min(plan.width or 1, most)
+    return dataclasses.replace(plan, width=-(-most // -(-most // width)))
 
 
 def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: Plan) -> Layout:

@@ -23,9 +23,8 @@ from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, whole_numbe
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")
-# A loop of plain GEMMs beats vmapped clients on CPU (measured); an accelerator wants many at once:
-# a step of an MLP is 42 kernels on a GPU, and 64 clients keep it busy no longer than it takes to
-# start them.
+# A loop of plain GEMMs beats vmapped clients on CPU (measured). An accelerator wants many at once:
+# starting the 42 kernels of an MLP's step takes a GPU as long as 64 clients. 128 are not measured.
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 128
 _DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops"
@@ -82,10 +81,8 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
         raise FedLPError(f"plan.devices={plan.devices} but jax sees {have}{hint}.")
     hosts.share(plan.devices)
     devices = hosts.evenly(min(plan.devices or have, cohort))
-    each = -(-cohort // devices)
-    width = min(each, plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH))
-    if plan.width is None:
-        width = -(-each // -(-each // width))  # as many chunks, without idle lanes in the last
+    width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
+    width = min(width, -(-cohort // devices))
     at_once = plan.rounds_at_once or 1
     return dataclasses.replace(plan, devices=devices, width=width, rounds_at_once=at_once)
 
@@ -107,17 +104,18 @@ def setup(cpu_devices: int | None = None) -> None:
       FedLPError: jax was used before, so its devices are fixed.
     """
     cpu_devices = cpu_devices or _usable_cores()
-    flags = os.environ.get("XLA_FLAGS", "")
+    before = flags = os.environ.get("XLA_FLAGS", "")
     if _COLLECTIVE_TIMEOUT_FLAG not in flags:
         # XLA aborts the process when one device waits over a minute for another at the end of a
         # round; uneven clients on a slow machine may well take longer.
         flags = f"{flags} {_COLLECTIVE_TIMEOUT_FLAG}=86400".strip()
     if _DETERMINISTIC_FLAG not in flags:
         flags = f"{flags} {_DETERMINISTIC_FLAG}=true"
-    os.environ["XLA_FLAGS"] = flags
+    os.environ["XLA_FLAGS"] = flags.strip()
     try:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     except RuntimeError as error:
+        os.environ["XLA_FLAGS"] = before  # for processes that this one starts later
         raise FedLPError(
             f"cannot set {cpu_devices} CPU devices: jax is already in use. Call fl.setup() first."
         ) from error
@@ -275,8 +273,12 @@ def _chunks(
         chosen = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], clients)
         bounds = level.bounds(chosen)
         part, output = jax.vmap(level.run, (None, 0, 0, None))(shared, chosen, active, bounds)
-        lanes = jnp.where(active, lanes, slots)  # idle lanes write nowhere
-        stack = jax.tree.map(lambda s, x: s.at[lanes].set(x, mode="drop"), stack, output)
+        # Idle lanes write nowhere, each past the end in a place of its own: of places that may
+        # repeat, a GPU asked to repeat to the bit would write one after the other.
+        lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
+        stack = jax.tree.map(
+            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True), stack, output
+        )
         part = jax.tree.map(lambda x: x.sum(axis=0), part)
         return jax.tree.map(jnp.add, total, part), stack
 

@@ -72,8 +72,9 @@ class Readout:
     def start(self, metrics: RoundMetrics) -> Any:
         """Makes a round's numbers readable here; waits for nothing."""
         if not self._several:
-            for leaf in jax.tree.leaves(metrics):
-                leaf.copy_to_host_async()  # as soon as it is there, not when it is asked for
+            with jax.transfer_guard_device_to_host("allow"):  # it is meant, as device_get is
+                for leaf in jax.tree.leaves(metrics):
+                    leaf.copy_to_host_async()  # once it is there, not when it is asked for
             return metrics
         split = metrics._replace(halted=cast(Any, ()))
         slots = metrics.upload.shape[0]

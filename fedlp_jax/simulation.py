@@ -24,6 +24,7 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.fate import Fate, Outcome, fate_metrics
 from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
+from fedlp_jax.layout import with_even_chunks
 from fedlp_jax.memory import check_private, compile_to_fit, with_place
 from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
@@ -73,6 +74,8 @@ class Simulation:
         example = example_of(on_host(data.train, data.normalize))
         checks.check_model(algorithm, example, data, root)
         assigned = algorithm.assign(root, self.population)
+        if self._width_is_open:
+            self.plan = with_even_chunks(self.plan, self.size, assigned)
         shapes = checks.initial_state(algorithm, example, root, self.population)
         checks.check_size(shapes.variables)
         checks.check_steps(algorithm, clients)
@@ -159,9 +162,9 @@ class Simulation:
             self.padded_share += layout.padded_share
             self.imbalance += layout.imbalance
         count, key = np.int32(len(rounds)), self.stage.key
-        self.state, metrics = self.round_program(
-            self.state, self.stage.train, staged.cohorts, count, key
-        )
+        several = (self.state, self.stage.train, staged.cohorts, count, key)
+        self.state, metrics = self.round_program(*several)
+        metrics = self.readout.start(metrics)
         tested = len(rounds[:-1]) * [None] + [self._tested(rounds[-1])]
         return [
             Pending(round, host, metrics, test, place, len(rounds), stacked=True)

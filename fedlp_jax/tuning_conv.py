@@ -27,11 +27,16 @@ class Measured(NamedTuple):
     now: str  # that it takes by these times
 
 
-def convolutions(arguments: Mapping[str, Any]) -> tuple[dict[str, Convolution], dict[str, str]]:
-    """The convolutions of a round that have a choice of forms, and the form each takes, by shapes.
+def convolutions(
+    arguments: Mapping[str, Any],
+) -> tuple[dict[str, Convolution], dict[str, str], int]:
+    """The convolutions of a round that have a choice of forms, and the form that each takes.
 
     Args:
       arguments: of `simulate`, as from `experiment.build`.
+
+    Returns:
+      Both by shapes, as "10x32x32x3 * 3x3x3x32", and W, how many clients are vmapped at once.
     """
     run = Simulation(**without_plan(arguments), rounds=1)
     staged = run.stage(1)
@@ -39,7 +44,8 @@ def convolutions(arguments: Mapping[str, Any]) -> tuple[dict[str, Convolution], 
         one_round(run.algorithm, run.plan).trace(
             run.state, staged.private, staged.examples, staged.cohort, run.stage.key
         )
-    return {shapes: found for shapes, found in met.items() if len(forms_of(found)) > 1}, taken
+    met = {shapes: found for shapes, found in met.items() if len(forms_of(found)) > 1}
+    return met, taken, run.plan.width or 1
 
 
 def tune_convolutions(
@@ -56,14 +62,14 @@ def tune_convolutions(
       file: the table, as from `table.path`; None = write nothing.
       seconds: no convolution is begun after so long, but the first always is.
       say: called after each.
-      clock: `(convolution, forms) -> times`.
+      clock: `(convolution, forms, width=W) -> times`.
 
     Raises:
       FedLPError: the model has no convolution with a choice, `seconds` is no positive number, or
         the table cannot be written.
     """
     end = time.monotonic() + check_seconds(seconds)
-    met, before = convolutions(arguments)
+    met, before, width = convolutions(arguments)
     if not met:
         raise FedLPError(
             "this model has no convolutions to measure: only those of two spatial axes, stride 1 "
@@ -73,7 +79,7 @@ def tune_convolutions(
     for shapes, convolution in met.items():
         if found and time.monotonic() > end:
             break
-        times = clock(convolution, forms_of(convolution))
+        times = clock(convolution, forms_of(convolution), width=width)
         measured = Measured(shapes, times, before[shapes], quickest(times))
         if file is not None:
             try:

@@ -35,7 +35,7 @@ def train(size, work, optimizer, alone=True, even_size=None, scale=None):
     variables = TASK.init(ROOT, example)
     if jax.config.jax_enable_x64:
         variables = in_float64(variables)
-    update = local_update(TASK, optimizer, work, even_size, alone)
+    update = local_update(TASK, optimizer, work, even_size, alone, all_train=True)
     client = one(size)
     bounds = loop_bounds(client.size, work)
     run = jax.jit(lambda v: update(v, EXAMPLES, client, bounds, ROOT, ROUND, scale))

@@ -11,7 +11,8 @@ from small import Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax import faults as module
-from fedlp_jax.client import LocalWork, examples_seen
+from fedlp_jax.algorithms import round as round_module
+from fedlp_jax.client import LocalWork, examples_seen, local_update
 from fedlp_jax.cohort import sample
 
 SEED, CLIENTS, COHORT, CHOSEN, BATCH, EPOCHS, ROUNDS = 4, 12, 5, 9, 4, 2, 6
@@ -322,3 +323,22 @@ def test_faults_are_refused_where_they_would_do_nothing():
         run(cohort=lambda *_: [1, 2], faults=dataclasses.replace(EVERYTHING, deadline=None))
     with pytest.raises(fl.FedLPError, match="faults is a dict"):
         run(faults={"dropout": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("plan", "faults", "trips"),
+    [(ONE, None, True), (ONE, fl.Faults(dropout=0.3), False)]
+    + [(fl.Plan(devices=1, width=3), faults, True) for faults in (None, fl.Faults(dropout=0.3))],
+)
+def test_only_clients_that_are_alone_skip_what_they_are_lost_for(plan, faults, trips, monkeypatch):
+    """Where all take the same steps, the program knows how many, and need not ask."""
+    told = []
+
+    def spy(*arguments, all_train, **rest):
+        told.append(all_train)
+        return local_update(*arguments, all_train=all_train, **rest)
+
+    monkeypatch.setattr(round_module, "local_update", spy)
+    even = fl.partition.iid(DATA.train.labels, clients=CLIENTS)
+    run(clients=even, faults=faults, plan=plan, rounds=1)
+    assert set(told) == {trips}

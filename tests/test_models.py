@@ -474,7 +474,7 @@ def test_the_jitted_network_has_the_gradient_of_plain_flax(source):
     "module", [FedLPCNN, functools.partial(FedLPCNN, depth=2), MNISTCNN, ResNet, MLP, Logistic]
 )
 def test_activations_of_a_short_dtype_leave_variables_in_float32(module):
-    """And every layer in between computes in it, so that none is written in float32."""
+    """And every layer in between puts out that dtype."""
     image = MNIST if module is MNISTCNN else CIFAR
     short, x = module(dtype="bfloat16"), jnp.zeros((2, *image))
     rngs = {"params": KEY, "dropout": KEY}

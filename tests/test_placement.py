@@ -13,7 +13,7 @@ import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
-from fedlp_jax.layout import lay_out, slots_per_device
+from fedlp_jax.layout import lay_out, slots_per_device, with_even_chunks
 from fedlp_jax.placement import Level, Plan, map_sum, resolve
 
 
@@ -99,11 +99,64 @@ def test_plans_are_completed_for_the_machine():
     assert resolve(Plan(devices=4), 2) == Plan(2, 1)
 
 
-def test_a_width_that_is_chosen_leaves_no_lane_idle(monkeypatch):
+def test_a_width_that_is_chosen_leaves_few_lanes_idle(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    widths = {cohort: resolve(Plan(devices=1), cohort).width for cohort in (1, 128, 129, 200, 1000)}
-    assert widths == {1: 1, 128: 128, 129: 65, 200: 100, 1000: 125}
-    assert resolve(Plan(devices=1, width=128), 200).width == 128  # given is given
+
+    def width(cohort, assigned, given=None):
+        plan = resolve(Plan(devices=1, width=given), cohort)
+        return with_even_chunks(plan, cohort, np.asarray(assigned)).width
+
+    one = np.zeros(1000, np.int32)
+    cohorts = (1, 128, 129, 200, 1000)
+    assert [width(c, one) for c in cohorts] == [1, 128, 65, 100, 125]
+    fifths = np.repeat(np.arange(5), 200)
+    assert [width(c, fifths) for c in (3, 100, 1000)] == [1, 20, 100]
+    assert width(100, np.repeat([0, 1], [900, 100])) == 90
+    given = resolve(Plan(devices=1, width=128), 200)
+    assert given.width == 128  # which simulations leave as it is
+
+    task = fl.classification(Steps())
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=12)
+    local = {"client_optimizer": optax.sgd(0.1), "batch_size": 2}
+    hetero = fl.fedlp_hetero(task, depths="uniform", heads="shared", **local)
+    for plan, wide in ((Plan(devices=1), 4), (Plan(devices=1, width=12), 12)):
+        run = fl.Simulation(hetero, data, clients, rounds=1, cohort=12, plan=plan)
+        assert run.plan.width == wide
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_no_write_of_a_chunk_waits_for_another(width):
+    """Scattered to places that may repeat, lanes would be written one by one where bits count."""
+    run = fl.Simulation(
+        fl.fedavg(fl.classification(Steps()), client_optimizer=optax.sgd(0.1), batch_size=2),
+        dataset(),
+        fl.partition.iid(dataset().train.labels, clients=12),
+        rounds=1,
+        cohort=7,
+        plan=Plan(1, width),
+    )
+    staged = run.stage(1)
+    arguments = (run.state, staged.private, staged.examples, staged.cohort, run.stage.key)
+    jaxpr = str(jax.make_jaxpr(lambda *a: run.algorithm.round(*a, run.plan))(*arguments))
+    assert jaxpr.count(" scatter[") > 5
+    assert jaxpr.count(" scatter[") == jaxpr.count("unique_indices=True")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 5])
+def test_clients_go_to_the_first_of_the_least_busy_devices_with_room(devices):
+    rng = np.random.default_rng(devices)
+    for ties in (1, 3, 40):
+        steps = rng.integers(1, ties + 1, 23)
+        layout = lay_out(steps, np.zeros(23, np.int32), [1.0], Plan(devices, 1))
+        room = slots_per_device(23, devices)
+        load, members = [0] * devices, [[] for _ in range(devices)]
+        for i in sorted(range(23), key=lambda i: (-steps[i], i)):
+            d = min((d for d in range(devices) if len(members[d]) < room), key=lambda d: load[d])
+            load[d] += int(steps[i])
+            members[d].append(i)
+        for d, row in enumerate(layout.member.reshape(devices, -1)):
+            assert row[row >= 0].tolist() == members[d]  # longest first, then by id
 
 
 @pytest.mark.parametrize("given", [None, "--xla_gpu_deterministic_ops=false"])
@@ -123,8 +176,10 @@ def test_setup_asks_for_gpus_that_repeat_unless_told_otherwise(given):
 
 def test_setup_after_the_first_operation_says_so():
     jnp.zeros(1).block_until_ready()
+    before = os.environ.get("XLA_FLAGS", "")
     with pytest.raises(fl.FedLPError, match="jax is already in use"):
         fl.setup(cpu_devices=3)
+    assert os.environ.get("XLA_FLAGS", "") == before
 
 
 def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small import Steps, flat
 
@@ -106,3 +107,24 @@ def test_the_flag_of_a_model_of_one_depth_is_for_all():
 def test_refusals(depths, message):
     with pytest.raises(fl.FedLPError, match=message):
         assign_depths(depths, KEY, 3, 5)
+
+
+@pytest.mark.parametrize("heads", ["persist", "shared"])
+def test_submodels_with_activations_in_bfloat16_train_and_keep_their_variables(heads):
+    data = fl.load("synthetic", examples=64, shape=(8, 8, 3), num_classes=10, seed=0)
+    run = fl.simulate(
+        fl.fedlp_hetero(
+            fl.classification(fl.models.FedLPCNN(dtype="bfloat16")),
+            depths=[1, 2, 1, 2],
+            heads=heads,
+            client_optimizer=optax.sgd(0.01),
+            batch_size=4,
+        ),
+        data,
+        fl.partition.iid(data.train.labels, clients=4, seed=0),
+        rounds=2,
+        cohort=4,
+        plan=fl.Plan(devices=1, width=2),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.variables)} == {jnp.dtype("float32")}
+    assert np.isfinite(run.history["train_loss"]).all()

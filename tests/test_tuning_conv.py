@@ -123,6 +123,8 @@ def test_forms_are_measured_where_they_can_compute():
     assert measure.forms_of(strided) == ["patches"]
     times = measure.measure(small, ("patches", "winograd_1x2"), repeats=2, seconds=1e-6)
     assert set(times) == {"patches", "winograd_1x2"} and min(times.values()) > 0
+    many = measure.measure(small, ("patches", "winograd_2x2"), repeats=1, seconds=1e-6, width=3)
+    assert set(many) == {"patches", "winograd_2x2"} and min(many.values()) > 0
 
 
 def arguments(model, shape=(8, 8, 3)):
@@ -144,7 +146,7 @@ def test_the_convolutions_of_a_model_are_measured_and_taken(file):
     given = arguments(fl.models.FedLPCNN(num_classes=4))
     said = []
 
-    def clock(convolution, forms):
+    def clock(convolution, forms, width):
         assert "patches" in forms and len(forms) > 1
         return {form: 1.0 if form == "winograd_2x2" else 2.0 for form in forms}
 
@@ -164,7 +166,7 @@ def test_time_ends_the_measuring_and_nothing_is_written_unless_it_is_wanted(file
     before = file.read_text()
     given = arguments(fl.models.FedLPCNN(num_classes=4))
     found = tuning_conv.tune_convolutions(
-        given, None, seconds=1e-9, clock=lambda _, forms: dict.fromkeys(forms, 1.0)
+        given, None, seconds=1e-9, clock=lambda _, forms, width: dict.fromkeys(forms, 1.0)
     )
     assert len(found) == 1 and found[0].now == "patches" and file.read_text() == before
 
@@ -179,7 +181,7 @@ def test_models_without_convolutions_are_told(file):
     given = arguments(fl.models.FedLPCNN(num_classes=4))
     with pytest.raises(fl.FedLPError, match="cannot be written .* name another place with FEDLP"):
         tuning_conv.tune_convolutions(
-            given, file / "below", clock=lambda _, forms: dict.fromkeys(forms, 1.0)
+            given, file / "below", clock=lambda _, forms, width: dict.fromkeys(forms, 1.0)
         )
 
 

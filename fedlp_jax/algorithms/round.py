@@ -199,7 +199,7 @@ class Composition:
         if fate is not None:
             arrives = fate.outcome == Outcome.ARRIVED
             lot = Lot(arrives, fate.corrupt, cohort.conditions.strength)
-            if plan.width == 1:  # vmapped clients take the same steps, whatever becomes of them
+            if _lost_skip(cohort, plan):
                 size = jnp.where(arrives, size, 0)
         return Lane(Client(cohort.client, size, rows), sent, private, lot)
 
@@ -225,14 +225,13 @@ class Composition:
             task = level.task
             if corruption == "label_flip" and lane.lot is not None:
                 task = with_flipped_labels(task, lane.lot)
-            alone = plan.width == 1
             train = local_update(
                 task,
                 self.client_optimizer,
                 self.work,
                 cohort.even_size,
-                alone,
-                all_train=not alone or lane.lot is None,
+                alone=plan.width == 1,
+                all_train=not _lost_skip(cohort, plan),
             )
             start = level.extract(shared.variables)
             if self.submodels.persist:
@@ -269,6 +268,11 @@ class Composition:
             return self.combination.embed(total, level, shared.variables)
 
         return Level(run, lambda lanes: loop_bounds(lanes.client.size, self.work), embed)
+
+
+def _lost_skip(cohort: Cohort, plan: Plan) -> bool:
+    """Lost clients take no step; but those vmapped with others take theirs all the same."""
+    return cohort.conditions is not None and plan.width == 1
 
 
 def _part(level: Submodel, variables: Variables, whole: LayerTable, rule: LayerRule) -> LayerTable:

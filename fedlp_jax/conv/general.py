@@ -51,7 +51,7 @@ def conv_general_dilated(
       batch_group_count: groups of the batch.
       precision: of the products.
       preferred_element_type: dtype of sums and result. None: the input's, with sums in float32
-        where that is shorter.
+        where that is shorter, as accelerators sum unasked.
       out_sharding: of the result.
       lowering: one of `LOWERINGS`; None = as `using` says, which is "auto" unless told otherwise.
 

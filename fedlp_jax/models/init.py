@@ -32,9 +32,9 @@ class Model(nn.Module, kw_only=True, metaclass=_InitKeyword):
     Flax: kernels are truncated normal of variance 1 / fan_in, biases 0. PyTorch: kernels and biases
     are uniform in ±1 / sqrt(fan_in).
 
-    `dtype="bfloat16"` halves the memory traffic of activations, which is what limits convolutions
-    on accelerators. Parameters, what optimizers keep, averages, the statistics of normalisation and
-    the loss stay float32. None = the dtype of the parameters.
+    With `dtype="bfloat16"` layers put out half the bytes, and accelerators multiply faster.
+    Parameters, what optimizers keep, averages, the statistics of normalisation and the loss stay
+    float32. None = the dtype of the parameters.
 
     Raises:
       FedLPError: another `init`, or a `dtype` that is no float.
