@@ -60,8 +60,7 @@ class Simulation:
     ):
         self.rounds, self.seed, self.eval_every = checks.check_numbers(rounds, seed, eval_every)
         checks.check_partition(clients, data)
-        self.algorithm = algorithm
-        self.clients, self.population = clients, clients.clients
+        self.algorithm, self.clients, self.population = algorithm, clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
         self._width_is_open = plan is None or plan.width is None
         root = jax.random.key(seed)

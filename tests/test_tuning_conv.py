@@ -202,7 +202,7 @@ def test_the_command_and_the_summary(file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         tuning_conv.tune_convolutions,
         "__defaults__",
-        (120.0, lambda _: None, lambda _, forms: {f: 1.0 + len(f) for f in forms}),
+        (120.0, lambda _: None, lambda _, forms, width: {f: 1.0 + len(f) for f in forms}),
     )
     file.write_text('{"format": "fedlp_jax convolutions 1", "devices": {}}')
     config = tmp_path / "mine.yaml"
