@@ -23,8 +23,8 @@ from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, whole_numbe
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")
-# A loop of plain GEMMs beats vmapped clients on CPU (measured). An accelerator wants many at once:
-# starting the 42 kernels of an MLP's step takes a GPU as long as 64 clients. 128 are not measured.
+# A loop of plain GEMMs beats vmapped clients on CPU (measured). An accelerator wants many at once, as
+# it takes time to start each kernel of a step; how many has not been measured.
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 128
 _DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops"
@@ -93,7 +93,7 @@ def setup(cpu_devices: int | None = None) -> None:
     A device per core, each with one stream of clients, is faster on CPU than one device with all
     cores. On GPUs XLA by default tries several kernels for each product as it compiles, takes the
     one that was the quickest that time, and so computes other bits in another process. This turns
-    that off, and such programs compile several times sooner; `XLA_FLAGS` with
+    that off, which also leaves less to compile; `XLA_FLAGS` with
     `--xla_gpu_deterministic_ops=false` leaves it on, for the quickest rounds. Importing fedlp_jax
     changes no setting of jax; this does.
 
