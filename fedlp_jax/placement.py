@@ -23,8 +23,8 @@ from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, whole_numbe
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")
-# A loop of plain GEMMs beats vmapped clients on CPU (measured). An accelerator wants many at once, as
-# it takes time to start each kernel of a step; how many has not been measured.
+# A loop of plain GEMMs beats vmapped clients on CPU (measured). An accelerator wants many at once,
+# as it takes time to start each kernel of a step; how many has not been measured.
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 128
 _DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops"
