@@ -23,6 +23,7 @@ from flax import nnx
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from fedlp_jax.fusion import after
 from fedlp_jax.types import Array
 
 # Rows of a batch up to which outer products win, by backend (measured: `benchmarks.dense`).
@@ -104,22 +105,14 @@ def _product(precision: Any) -> Callable[[Array, Array], Array]:
         dx = None
         if kernel is not None:
             dx = dot(dy, kernel, (((1,), (1,)), ((), ())))
-            dy = _after(dx, dy)
+            # What dy becomes steps the kernel that dx is computed with. Without an order between
+            # the two XLA would copy the kernel in each step, so as to be able to step it first.
+            dy = after(dx, dy)
         outer = (a[:, None] * b[None, :] for a, b in zip(x, dy, strict=True))
         return dx, functools.reduce(lax.add, outer)
 
     product.defvjp(forward, backward, symbolic_zeros=True)
     return product
-
-
-def _after(first: Array, x: Array) -> Array:
-    """`x`, of which XLA believes that it depends on `first`.
-
-    What `x` becomes steps the kernel that `first` was computed with. Were there no order between
-    the two, XLA would copy the kernel in each step, so as to be able to step it first.
-    """
-    never = first.ravel()[0] < -jnp.inf
-    return jnp.where(never, jnp.zeros((), x.dtype), x)
 
 
 def dense_interceptor(

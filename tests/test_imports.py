@@ -28,6 +28,7 @@ ORDER = [
     "data.holdings",
     "data.partition",
     "data.batching",
+    "fusion",
     "conv.window",
     "conv.toom",
     "conv.patches",

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from small import in_float64
 
+from fedlp_jax import dense
 from fedlp_jax.models import MLP, MNISTCNN, BatchNorm, FedLPCNN, Logistic, ResNet, cnn
 from fedlp_jax.models import init as initial_values
 from fedlp_jax.models.pool import max_pool
@@ -391,6 +393,35 @@ def test_not_a_number_is_the_largest(place):
     out, gradient = gradient_of(max_pool, jnp.asarray(x.reshape(1, 2, 2, 1)))
     assert np.isnan(out).all()
     assert np.flatnonzero(gradient).tolist() == [place]
+
+
+def test_a_pooling_is_computed_once():
+    """XLA computed it, and what came before, for every weight of the dense layer behind it."""
+    x = jnp.asarray(RNG.normal(size=(4, 8, 8, 16)), jnp.float32)
+    parameters = {
+        "scale": jnp.ones((1, 1, 1, 16)),
+        "kernel": jnp.asarray(RNG.normal(size=(256, 32)), jnp.float32),
+    }
+
+    def loss(p):
+        pooled = max_pool(jnp.sin(x) * p["scale"] + 1)
+        return jnp.square(dense.outer(pooled.reshape(4, -1), p["kernel"])).sum()
+
+    def train(p):
+        def step(_, p):
+            return jax.tree.map(lambda p, g: p - 1e-3 * g, p, jax.grad(loss)(p))
+
+        return lax.fori_loop(0, 10, step, p)
+
+    text = jax.jit(train).lower(parameters).compile().as_text()
+    shape_of = dict(re.findall(r"%([\w.-]+) = \w+\[([\d,]*)\]", text))
+    steps = re.findall(r"= f32\[256,32\]\S* fusion\(([^)]*)\)", text)
+    assert steps
+    for operands in steps:
+        shapes_read = [shape_of[name] for name in re.findall(r"%([\w.-]+)", operands)]
+        sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes_read]
+        assert 256 * 32 in sizes  # the kernel
+        assert x.size not in sizes
 
 
 # --- the whole network ----------------------------------------------------------------------

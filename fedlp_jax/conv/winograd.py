@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from fedlp_jax.conv.toom import Toom, toom
 from fedlp_jax.conv.window import Window, out_shape
+from fedlp_jax.fusion import in_memory
 from fedlp_jax.types import Array
 
 Grid = list[list[Array]]  # one array for each product of the outer and the inner axis
@@ -160,7 +160,7 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
 
     def kept(row: Array) -> Array:
         # What two axes of tiles combine in turn would be combined anew for each product.
-        return _in_memory(row) if inner.tile > 1 else row
+        return in_memory(row) if inner.tile > 1 else row
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
         tiles = [inner.split(kept(row)) for row in outer.split(x)]
@@ -202,7 +202,7 @@ def _turned(outer: Axis, inner: Axis, y: Array) -> Array:
         y = _pad(y, axis.axis, 0, axis.tiles * axis.tile)
     y = y.reshape(y.shape[0], low.tiles, low.tile, high.tiles, high.tile, y.shape[-1])
     phases = (2, 4) if outer is low else (4, 2)
-    y = _in_memory(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
+    y = in_memory(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
     return y.reshape(*y.shape[:3], -1)
 
 
@@ -229,11 +229,6 @@ def _filters_transposed(outer: Axis, inner: Axis, grid: Grid) -> Array:
 
 def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
     return [[f(entry, i, j) for j, entry in enumerate(row)] for i, row in enumerate(grid)]
-
-
-def _in_memory(x: Array) -> Array:
-    """Lays an array out as its axes say, where XLA would only read another one in that order."""
-    return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
 
 def _mix(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:

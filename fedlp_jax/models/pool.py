@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from fedlp_jax.fusion import in_memory
 from fedlp_jax.types import Array
 
 
@@ -27,22 +29,25 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
     kh, kw = window
     batch, height, width, channels = x.shape
     h, w = height // kh, width // kw
-    return _largest(x[:, : h * kh, : w * kw].reshape(batch, h, kh, w, kw, channels))
+    x = x[:, : h * kh, : w * kw]
+    if _fuses_anew():
+        x = lax.optimization_barrier(x)  # going back: one gradient for all that is done with it
+    return _largest(x.reshape(batch, h, kh, w, kw, channels))
 
 
 @jax.custom_jvp
 def _largest(x: Array) -> Array:
     """`[B, h, kh, w, kw, channels] -> [B, h, w, channels]`; NaN counts as the largest."""
     _, _, kh, _, kw, _ = x.shape
-    # Maxima alone, which vectorize; which element it was is worked out on the way back.
+    # Maxima alone, which vectorize; which element it was is worked out for the way back.
     rows = [functools.reduce(jnp.maximum, [x[:, :, i, :, j] for j in range(kw)]) for i in range(kh)]
-    return functools.reduce(jnp.maximum, rows)
+    return _once(functools.reduce(jnp.maximum, rows))
 
 
 @_largest.defjvp
 def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    index = _winner(x)
+    index = _once(_winner(x))
     # One element of a window is selected by its place, never by a comparison with the maximum: XLA
     # may compute the two in separate fusions that differ in the last bit, and then none is equal.
     place = jnp.arange(x.shape[2] * x.shape[4], dtype=index.dtype)
@@ -54,7 +59,9 @@ def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 def _winner(x: Array) -> Array:
     """The place of the largest element of each window, row-major; NaN counts as the largest."""
     kh, kw = x.shape[2], x.shape[4]
-    places = jnp.int8 if kh * kw < 128 else jnp.int32
+    short = jnp.int8 if kh * kw < 128 else jnp.int32
+    # On a CPU as wide as what is selected by it; LLVM does not vectorize that with integers.
+    places = jnp.float32 if _fuses_anew() else short
     best = x[:, :, 0, :, 0]
     index = jnp.zeros(best.shape, places)
     for place in range(1, kh * kw):
@@ -63,3 +70,17 @@ def _winner(x: Array) -> Array:
         best = jnp.where(better, other, best)
         index = jnp.where(better, jnp.asarray(place, places), index)
     return index
+
+
+def _once(x: Array) -> Array:
+    """`[B, h, w, channels]`, computed but once.
+
+    The dense layer behind a pooling would compute a maximum, and the normalisation before it, for
+    every weight: first in its product, again where its kernel's gradient is used.
+    """
+    return in_memory(x, (1, 2, 0, 3)) if _fuses_anew() else x
+
+
+def _fuses_anew() -> bool:
+    # On accelerators memory is what is short, and arithmetic is free.
+    return jax.default_backend() == "cpu"

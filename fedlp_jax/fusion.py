@@ -1,0 +1,34 @@
+"""What XLA may compute anew where it is used, and what must be in memory once.
+
+XLA's CPU backend fuses a cheap computation into everything that reads its result, however often
+that does. A loop that reads each number a hundred times then computes it a hundred times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from fedlp_jax.types import Array
+
+
+def in_memory(x: Array, order: Sequence[int] | None = None) -> Array:
+    """`x`, laid out in memory with its axes in this order, the last one contiguous.
+
+    In another order than XLA would choose it is written once, and whatever reads it reads that.
+
+    Args:
+      x: any array.
+      order: a permutation of its axes; None = as they are.
+    """
+    layout = Layout(tuple(range(x.ndim) if order is None else order))
+    return lax.optimization_barrier(with_layout_constraint(x, layout))
+
+
+def after(first: Array, x: Array) -> Array:
+    """`x`, of which XLA believes that it depends on `first`: an order between two computations."""
+    never = first.ravel()[0] < -jnp.inf
+    return jnp.where(never, jnp.zeros((), x.dtype), x)
