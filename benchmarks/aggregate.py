@@ -149,15 +149,15 @@ def _at_once(stack: Variables, mask: Array, layers: LayerTable) -> Variables:
 def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort: int) -> Variables:
     aggregator = masked_mean()
 
-    def lift(shared: Any, client: Any, active: Array, bounds: Any) -> Any:
+    def lift(shared: Any, client: Any, kept: Any, active: Array, bounds: Any) -> Any:
         update, sent = client
         one = jnp.ones((), jnp.float32)
-        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}
+        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}, kept
 
     level = Level(lift, bounds=lambda clients: (), embed=lambda shared, total: total)
     devices = plan.devices or 1
     segment = jnp.array([[0, cohort // devices]] * devices, jnp.int32)
-    total, _ = map_sum([level], (), (stack, mask), segment, plan)
+    total, _, _ = map_sum([level], (), (stack, mask), segment, plan)
     return aggregator.lower(total, (), layers)[0]
 
 

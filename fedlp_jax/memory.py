@@ -15,6 +15,7 @@ from fedlp_jax import hosts
 from fedlp_jax.layout import slots_per_device
 from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import DEVICE, HOST, Plan
+from fedlp_jax.store import rows_at_once
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import FedLPError
 
@@ -57,8 +58,8 @@ def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int,
       plan: resolved.
 
     Returns:
-      Modelled bytes on each device: the store, and twice the rows of a cohort, which a round takes
-      and all devices are given afterwards.
+      Modelled bytes on each device: the store, the rows of its slots, which a round changes, and
+      those that all devices hand round afterwards at once.
 
     Raises:
       FedLPError: with both sizes.
@@ -66,7 +67,9 @@ def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int,
     per_client = [size_bytes(level.private_shapes) for level in levels]
     store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
     devices = plan.devices or 1
-    need = store + 2 * devices * slots_per_device(cohort, devices) * max(per_client)
+    slots = slots_per_device(cohort, devices)
+    handed = (devices + 1) * rows_at_once(slots, max(per_client))
+    need = store + (slots + handed) * max(per_client)
     free = _least_free(plan)
     if free is not None and need > free:
         raise FedLPError(

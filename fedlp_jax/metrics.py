@@ -49,13 +49,14 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples
         segment = np.stack([np.zeros_like(stop), stop], axis=1).astype(np.int32)
 
         def test(level: Submodel) -> Sums:
-            def run(shared: PyTree, first: Array, active: Array, bounds: Any) -> Any:
+            def run(shared: PyTree, first: Array, kept: Any, active: Array, bounds: Any) -> Any:
                 own, examples = shared
-                return level.task.evaluate(own, slice_batch(examples, first, batch_size)), ()
+                batch = slice_batch(examples, first, batch_size)
+                return level.task.evaluate(own, batch), (), kept
 
             own = level.extract(variables)
             work = Level(run, bounds=lambda first: (), embed=lambda shared, total: total)
-            total, _ = map_sum(
+            total, _, _ = map_sum(
                 [work], (own, examples), jnp.asarray(first), jnp.asarray(segment), Plan(devices, 1)
             )
             return total

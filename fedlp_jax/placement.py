@@ -145,8 +145,9 @@ def over_columns(rows: Array, plan: Plan) -> Array:
 class Level(NamedTuple):
     """The work of one submodel level, for one client. Only `run` is vmapped."""
 
-    # (shared, client, active bool[], bounds) -> (summable, output); all levels' outputs are alike
-    run: Callable[[PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree]]
+    # (shared, client, kept, active bool[], bounds) -> (summable, output, kept)
+    # All levels' outputs are alike, and so is what is kept.
+    run: Callable[[PyTree, PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
 
@@ -158,7 +159,8 @@ def map_sum(
     segment: Array,
     plan: Plan,
     dealt: PyTree = False,
-) -> tuple[PyTree, PyTree]:
+    kept: PyTree = (),
+) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
     Memory is O(W x model) on each device: a sum is carried, never a stack of models. A level's loop
@@ -173,31 +175,32 @@ def map_sum(
       plan: resolved.
       dealt: a prefix of the tree `shared`, True where the first axis of an array is dealt to the
         devices, `[D * R, ...]`, so that each reads its own R entries.
+      kept: tree of `[D * P, ...]`, of which each client changes its own entry, in place.
 
     Returns:
-      `(sum over clients, outputs [D * P, ...])`; slots that did not run hold zeros.
+      `(sum over clients, outputs [D * P, ...], kept)`; slots that did not run have zeros as output.
     """
     width = plan.width or 1
     # Traced once, for the shapes of what it returns and for the loop; then no call remains.
     levels = [level._replace(run=jax.jit(level.run, inline=True)) for level in levels]
 
-    def on_device(shared: PyTree, clients: PyTree, segment: Array) -> Any:
+    def on_device(shared: PyTree, clients: PyTree, kept: PyTree, segment: Array) -> Any:
         slots = jax.tree.leaves(clients)[0].shape[0]
         total, outputs = None, None
         for g, level in enumerate(levels):
-            one = jax.tree.map(lambda x: jax.typeof(x[0]), clients)
-            shapes = jax.eval_shape(_alone(level), shared, one, jnp.ones((), bool))
+            one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, kept))
+            shapes = jax.eval_shape(_alone(level), shared, *one, jnp.ones((), bool))
             outputs = _zeros(shapes[1], slots) if outputs is None else outputs
-            carry = (_zeros(shapes[0]), outputs)
-            part, outputs = _chunks(
+            carry = (_zeros(shapes[0]), outputs, kept)
+            part, outputs, kept = _chunks(
                 level, shared, clients, segment[0, g], segment[0, g + 1], width, carry
             )
             part = level.embed(shared, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-        return _sum_over_devices(total), outputs
+        return _sum_over_devices(total), outputs, kept
 
-    mapped = on_each_device(on_device, plan, (dealt, True, True), (False, True))
-    return mapped(shared, clients, segment)
+    mapped = on_each_device(on_device, plan, (dealt, True, True, True), (False, True, True))
+    return mapped(shared, clients, kept, segment)
 
 
 def on_each_device(
@@ -245,9 +248,11 @@ def _sum_over_devices(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, totals)
 
 
-def _alone(level: Level) -> Callable[[PyTree, PyTree, Array], Any]:
+def _alone(level: Level) -> Callable[[PyTree, PyTree, PyTree, Array], Any]:
     """One client with the loop bounds of its own."""
-    return lambda shared, client, active: level.run(shared, client, active, level.bounds(client))
+    return lambda shared, client, kept, active: level.run(
+        shared, client, kept, active, level.bounds(client)
+    )
 
 
 def _chunks(
@@ -258,29 +263,31 @@ def _chunks(
     if width == 1:
 
         def body(slot: Array, carry: Any) -> Any:
-            total, stack = carry
-            client = entry(clients, slot)
-            part, output = _alone(level)(shared, client, jnp.ones((), bool))
-            return jax.tree.map(jnp.add, total, part), with_entry(stack, slot, output)
+            total, stack, kept = carry
+            client, own = entry(clients, slot), entry(kept, slot)
+            part, *new = _alone(level)(shared, client, own, jnp.ones((), bool))
+            stack, kept = with_entry((stack, kept), slot, tuple(new))
+            return jax.tree.map(jnp.add, total, part), stack, kept
 
         return jax.lax.fori_loop(start, stop, body, carry)
 
     def chunk(i: Array, carry: Any) -> Any:
-        total, stack = carry
+        total, *stacks = carry
         lanes = start + i * width + jnp.arange(width, dtype=jnp.int32)
         active = lanes < stop
         # Idle lanes repeat the last client, so that the chunk's loop bounds stay those of its own.
-        chosen = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], clients)
+        chosen, own = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], (clients, stacks[1]))
         bounds = level.bounds(chosen)
-        part, output = jax.vmap(level.run, (None, 0, 0, None))(shared, chosen, active, bounds)
+        run = jax.vmap(level.run, (None, 0, 0, 0, None))
+        part, *new = run(shared, chosen, own, active, bounds)
         # Idle lanes write nowhere, each past the end in a place of its own: of places that may
         # repeat, a GPU asked to repeat to the bit would write one after the other.
         lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
-        stack = jax.tree.map(
-            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True), stack, output
+        stacks = jax.tree.map(
+            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True), stacks, new
         )
         part = jax.tree.map(lambda x: x.sum(axis=0), part)
-        return jax.tree.map(jnp.add, total, part), stack
+        return jax.tree.map(jnp.add, total, part), *stacks
 
     return jax.lax.fori_loop(0, -(-(stop - start) // width), chunk, carry)
 

@@ -1,25 +1,33 @@
 """What clients keep between rounds: private variables, one stack per level.
 
-The store lies outside the round, whole on every device. A round takes its cohort's rows and returns
-them changed, so what is copied follows the cohort, not the population. Any device may have a client
-the next time, which costs a gather of the cohort's rows after each round.
+The store lies outside the round, whole on every device. A round takes its cohort's rows and changes
+them in place, so what is copied follows the cohort, not the population. Any device may have a
+client the next time, so after each round all devices are given the cohort's rows, some at a time.
+One buffer for rows is used again and again: fresh memory is what heads of megabytes would wait for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.keys import head_key
-from fedlp_jax.packing import Packed, entry, pack, room, unpack, with_entry
-from fedlp_jax.placement import Plan, of_all_devices, on_each_device, replicated
+from fedlp_jax.packing import Packed, entry, pack, room, size_bytes, unpack, with_entry
+from fedlp_jax.placement import (
+    Plan,
+    of_all_devices,
+    on_each_device,
+    over_clients,
+    replicated,
+)
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, FedLPError, PyTree
+
+_BLOCK_BYTES = 4 * 2**20  # of rows that each device hands round at once
 
 
 class PrivateStore:
@@ -66,8 +74,14 @@ class PrivateStore:
             )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
             self.stacks += (stack,)
         wanted = room(shapes)
-        self._gather = jax.jit(partial(_gather, wanted=wanted, plan=plan))
-        self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=0)
+        self._empty = jax.jit(
+            lambda slots: {dtype: jnp.zeros((slots, n), dtype) for dtype, n in wanted.items()},
+            static_argnums=0,
+            out_shardings=over_clients(plan),
+        )
+        self._spare: Packed | None = None  # rows that were put back
+        self._gather = jax.jit(partial(_gather, plan=plan), donate_argnums=3)
+        self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=(0, 3))
 
     def rows(self, client: np.ndarray, segment: np.ndarray) -> Packed:
         """The private variables of a cohort.
@@ -77,16 +91,30 @@ class PrivateStore:
           segment: `i32[D, G + 1]`, the slots of each level.
 
         Returns:
-          `[D * P, n]` for each dtype; zeros in empty slots.
+          `[D * P, n]` for each dtype; what empty slots have is nobody's.
         """
-        return self._gather(self.stacks, self._row_of(client), segment)
+        rows, self._spare = self._spare, None
+        if rows is None:
+            rows = self._empty(len(client))
+        return self._gather(self.stacks, self._row_of(client), segment, rows)
 
     def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
-        """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is."""
-        self.stacks = self._scatter(self.stacks, self._row_of(client), segment, rows, halted)
+        """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is.
+
+        The store keeps `rows`, to put the next cohort's there.
+        """
+        # As a result of the same program: to donate what another still reads would wait for that.
+        self.stacks, self._spare = self._scatter(
+            self.stacks, self._row_of(client), segment, rows, halted
+        )
 
     def _row_of(self, client: np.ndarray) -> np.ndarray:
         return self._row[np.maximum(client, 0)]
+
+
+def rows_at_once(slots: int, row_bytes: int) -> int:
+    """How many of a device's slots are handed round at once, to every other device."""
+    return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))
 
 
 def _check_shapes(
@@ -105,12 +133,12 @@ def _check_shapes(
 
 
 def _gather(
-    stacks: tuple[PyTree, ...], row: Array, segment: Array, wanted: dict[str, int], plan: Plan
+    stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, plan: Plan
 ) -> Packed:
     """Copies each slot's head once, level by level; a `gather` would read one of every level."""
+    wanted = {dtype: x.shape[1] for dtype, x in rows.items()}
 
-    def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array) -> Packed:
-        rows = {dtype: jnp.zeros((len(row), n), dtype) for dtype, n in wanted.items()}
+    def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed) -> Packed:
         for g, stack in enumerate(stacks):
 
             def copy(slot: Array, rows: Packed, stack: PyTree = stack) -> Packed:
@@ -120,7 +148,8 @@ def _gather(
                 rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
         return rows
 
-    rows: Packed = on_each_device(on_device, plan, (False, True, True), True)(stacks, row, segment)
+    mapped = on_each_device(on_device, plan, (False, True, True, True), True)
+    rows = mapped(stacks, row, segment, rows)
     return rows
 
 
@@ -132,31 +161,40 @@ def _scatter(
     halted: Array,
     shapes: Sequence[PyTree],
     plan: Plan,
-) -> tuple[PyTree, ...]:
-    """Every device copies the heads of all slots into its own store."""
+) -> tuple[tuple[PyTree, ...], Packed]:
+    """Every device copies the heads of all slots into its own store, a block of slots at a time."""
     devices = plan.devices or 1
+    slots = len(row) // devices
+    block = rows_at_once(slots, size_bytes(rows) // len(row))
 
     def on_device(
         stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
     ) -> tuple[PyTree, ...]:
-        rows = of_all_devices(rows)
-        slots = len(row) // devices
-        stop = jnp.where(halted, segment[:, :-1], segment[:, 1:])
-        stored = []
-        for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
+        def hand_round(i: Array, stacks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            # The last block starts earlier, so as to end with the slots.
+            first = jnp.minimum(i * block, slots - block)
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block), rows)
+            given = of_all_devices(mine)
+            stored = []
+            for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
 
-            def copy(slot: Array, stack: PyTree, like: PyTree = like) -> PyTree:
-                return with_entry(stack, row[slot], unpack(entry(rows, slot), like))
+                def of_device(d: Array, stack: PyTree, g: int = g, like: PyTree = like) -> PyTree:
+                    def copy(slot: Array, stack: PyTree) -> PyTree:
+                        head = unpack(entry(given, d * block + slot - first), like)
+                        return with_entry(stack, row[d * slots + slot], head)
 
-            def of_device(d: Array, stack: PyTree, g: int = g, copy: Any = copy) -> PyTree:
-                first = d * slots
-                return jax.lax.fori_loop(first + segment[d, g], first + stop[d, g], copy, stack)
+                    start = jnp.maximum(segment[d, g], first)
+                    stop = jnp.minimum(segment[d, g + 1], first + block)
+                    return jax.lax.fori_loop(start, stop, copy, stack)
 
-            if jax.tree.leaves(stack):
-                stack = jax.lax.fori_loop(0, devices, of_device, stack)
-            stored.append(stack)
-        return tuple(stored)
+                if jax.tree.leaves(stack):
+                    stack = jax.lax.fori_loop(0, devices, of_device, stack)
+                stored.append(stack)
+            return tuple(stored)
+
+        blocks = -(-segment[:, -1].max() // block)  # as many on every device
+        return jax.lax.fori_loop(0, jnp.where(halted, 0, blocks), hand_round, stacks)
 
     mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
     stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)
-    return stored
+    return stored, rows

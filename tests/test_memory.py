@@ -118,7 +118,8 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
     arguments = (hetero, DATA, CLIENTS)
     run = fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
     store = sum(x.nbytes for x in jax.tree.leaves(run.stage.store.stacks))
-    need = store + 2 * 2 * 8 * 4 * (512 + 1) * 3  # and the rows of 2 x 8 slots, twice
+    # And the rows of a device's 8 slots; then the same from both devices, and its own in a block.
+    need = store + (8 + 3 * 8) * 4 * (512 + 1) * 3
     assert run.readings["private_bytes"] == need
     # Data and model go first; then the heads.
     monkeypatch.setattr(memory, "free_bytes", lambda plan: need - 1)

@@ -51,7 +51,6 @@ class Lane(NamedTuple):
 
     client: Client
     sent: Sent
-    private: Packed  # empty unless stored
     lot: Lot | None  # None = a run without faults
 
 
@@ -120,7 +119,7 @@ class Composition:
         dealt, whole = cast(Any, plan.data == HOST), cast(Any, False)
         weight = cohort.size.astype(jnp.float32)
         sent = Sent(weight if self.by_examples else jnp.ones_like(weight), masks.upload, masks.keep)
-        total, (metrics, stack, private) = map_sum(
+        total, (metrics, stack), private = map_sum(
             [
                 self._level(level, part, example, cohort, plan)
                 for level, part in zip(levels, parts, strict=True)
@@ -133,10 +132,11 @@ class Composition:
                 self._scale(state, number),
                 self.combination.bound(state.aggregator),
             ),
-            self._lanes(cohort, sent, private, fate, plan, examples),
+            self._lanes(cohort, sent, fate, plan, examples),
             cohort.segment,
             plan,
             dealt=Shared(whole, Examples(dealt, dealt, whole), *4 * (whole,)),
+            kept=private,
         )
 
         # Combine, and step the server.
@@ -188,7 +188,6 @@ class Composition:
         self,
         cohort: Cohort,
         sent: Sent,
-        private: Packed,
         fate: Fate | None,
         plan: Plan,
         examples: Examples,
@@ -201,7 +200,7 @@ class Composition:
             lot = Lot(arrives, fate.corrupt, cohort.conditions.strength)
             if _lost_skip(cohort, plan):
                 size = jnp.where(arrives, size, 0)
-        return Lane(Client(cohort.client, size, rows), sent, private, lot)
+        return Lane(Client(cohort.client, size, rows), sent, lot)
 
     def _scale(self, state: ServerState, number: Array) -> Array | None:
         if self.client_schedule is None:
@@ -221,7 +220,7 @@ class Composition:
         """One client at one level: train, then make of the update what is summed or stacked."""
         corruption = None if cohort.conditions is None else cohort.conditions.kind
 
-        def run(shared: Shared, lane: Lane, active: Array, bounds: Any) -> Any:
+        def run(shared: Shared, lane: Lane, kept: Packed, active: Array, bounds: Any) -> Any:
             task = level.task
             if corruption == "label_flip" and lane.lot is not None:
                 task = with_flipped_labels(task, lane.lot)
@@ -235,7 +234,7 @@ class Composition:
             )
             start = level.extract(shared.variables)
             if self.submodels.persist:
-                head = unpack(lane.private, level.private_shapes)
+                head = unpack(kept, level.private_shapes)
             else:
                 head = level.private(head_key(shared.key, lane.client.id), example)
             end, metrics = train(
@@ -258,11 +257,10 @@ class Composition:
             summed, stacked = self.combination.of_client(
                 update, lane.sent, counted, shared.bound, table, level, shared.variables
             )
-            kept: Packed = {}
             if self.submodels.persist:
                 new_head = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
-                kept = pack(new_head, {dtype: x.size for dtype, x in lane.private.items()})
-            return summed, (metrics._replace(finite=counted), stacked, kept)
+                kept = pack(new_head, {dtype: x.size for dtype, x in kept.items()})
+            return summed, (metrics._replace(finite=counted), stacked), kept
 
         def embed(shared: Shared, total: Any) -> Any:
             return self.combination.embed(total, level, shared.variables)
