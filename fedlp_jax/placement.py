@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -145,8 +146,7 @@ def over_columns(rows: Array, plan: Plan) -> Array:
 class Level(NamedTuple):
     """The work of one submodel level, for one client. Only `run` is vmapped."""
 
-    # (shared, client, kept, active bool[], bounds) -> (summable, output, kept)
-    # All levels' outputs are alike, and so is what is kept.
+    # (shared, client, kept, active bool[], bounds) -> (summable, output, kept): alike at all levels
     run: Callable[[PyTree, PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
@@ -189,7 +189,7 @@ def map_sum(
         total, outputs = None, None
         for g, level in enumerate(levels):
             one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, kept))
-            shapes = jax.eval_shape(_alone(level), shared, *one, jnp.ones((), bool))
+            shapes = jax.eval_shape(partial(_alone, level), shared, *one)
             outputs = _zeros(shapes[1], slots) if outputs is None else outputs
             carry = (_zeros(shapes[0]), outputs, kept)
             part, outputs, kept = _chunks(
@@ -215,19 +215,10 @@ def on_each_device(
         the devices, and False where all have it whole.
       returns_dealt: the same for the results.
     """
-
-    def specs(dealt: PyTree) -> PyTree:
-        return jax.tree.map(lambda own: Spec(AXIS) if own else Spec(), dealt)
-
+    specs = jax.tree.map(lambda own: Spec(AXIS) if own else Spec(), (dealt, returns_dealt))
     # Loop carries start as constants, equal on all devices, and become different ones: the check of
     # varying axes would ask for a cast of each.
-    return jax.shard_map(
-        f,
-        mesh=plan.mesh,
-        in_specs=specs(dealt),
-        out_specs=specs(returns_dealt),
-        check_vma=False,
-    )
+    return jax.shard_map(f, mesh=plan.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def of_all_devices(tree: PyTree) -> PyTree:
@@ -248,11 +239,9 @@ def _sum_over_devices(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, totals)
 
 
-def _alone(level: Level) -> Callable[[PyTree, PyTree, PyTree, Array], Any]:
+def _alone(level: Level, shared: PyTree, client: PyTree, kept: PyTree) -> Any:
     """One client with the loop bounds of its own."""
-    return lambda shared, client, kept, active: level.run(
-        shared, client, kept, active, level.bounds(client)
-    )
+    return level.run(shared, client, kept, jnp.ones((), bool), level.bounds(client))
 
 
 def _chunks(
@@ -264,8 +253,7 @@ def _chunks(
 
         def body(slot: Array, carry: Any) -> Any:
             total, stack, kept = carry
-            client, own = entry(clients, slot), entry(kept, slot)
-            part, *new = _alone(level)(shared, client, own, jnp.ones((), bool))
+            part, *new = _alone(level, shared, entry(clients, slot), entry(kept, slot))
             stack, kept = with_entry((stack, kept), slot, tuple(new))
             return jax.tree.map(jnp.add, total, part), stack, kept
 
@@ -277,9 +265,8 @@ def _chunks(
         active = lanes < stop
         # Idle lanes repeat the last client, so that the chunk's loop bounds stay those of its own.
         chosen, own = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], (clients, stacks[1]))
-        bounds = level.bounds(chosen)
         run = jax.vmap(level.run, (None, 0, 0, 0, None))
-        part, *new = run(shared, chosen, own, active, bounds)
+        part, *new = run(shared, chosen, own, active, level.bounds(chosen))
         # Idle lanes write nowhere, each past the end in a place of its own: of places that may
         # repeat, a GPU asked to repeat to the bit would write one after the other.
         lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
