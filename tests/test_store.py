@@ -10,6 +10,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
+from fedlp_jax import store as store_module
 from fedlp_jax.keys import head_key
 from fedlp_jax.layout import lay_out
 from fedlp_jax.packing import unpack
@@ -66,12 +67,16 @@ def test_rows_have_room_for_the_largest_head_of_a_slot_and_not_for_all():
 
 
 @pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
+@pytest.mark.parametrize("block", [1, 3, None], ids="{}_at_once".format)
 @pytest.mark.parametrize("halted", [False, True])
-def test_rows_are_put_back_where_they_came_from_and_nowhere_else(plan, halted):
+def test_rows_are_put_back_where_they_came_from_and_nowhere_else(plan, halted, block, monkeypatch):
     _, store = make(plan)
     before = jax.tree.map(np.asarray, store.stacks)
     client, segment = slots_of([0, 3, 4, 1], plan)  # of levels 0, 0, 2 and 2
     rows = {k: x + 1.0 for k, x in store.rows(client, segment).items()}
+    if block is not None:  # by default all of so small ones
+        one = sum(x.nbytes for x in rows.values()) // len(client)
+        monkeypatch.setattr(store_module, "_BLOCK_BYTES", block * one)
     store.put(client, segment, rows, jnp.asarray(halted))
     changed = np.isin(np.flatnonzero(ASSIGNED == 0), [0, 3])
     for old, new in zip(jax.tree.leaves(before[0]), jax.tree.leaves(store.stacks[0]), strict=True):
@@ -81,6 +86,17 @@ def test_rows_are_put_back_where_they_came_from_and_nowhere_else(plan, halted):
         jax.tree.leaves(before[1:]), jax.tree.leaves(store.stacks[1:]), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(new), old)
+
+
+def test_the_next_rows_are_where_those_that_were_put_back_have_been():
+    _, store = make()
+    rows = store.rows(*slots_of([0, 1, 4], TWO))
+    was = rows["float32"].addressable_data(0).unsafe_buffer_pointer()
+    store.put(*slots_of([0, 1, 4], TWO), rows, jnp.asarray(False))
+    client, segment = slots_of([0, 2, 3], TWO)
+    again = store.rows(client, segment)
+    assert rows["float32"].is_deleted()
+    assert again["float32"].addressable_data(0).unsafe_buffer_pointer() == was
 
 
 def heads_seen(policy, rounds):
