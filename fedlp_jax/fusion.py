@@ -22,13 +22,24 @@ def in_memory(x: Array, order: Sequence[int] | None = None) -> Array:
 
     Args:
       x: any array.
-      order: a permutation of its axes; None = as they are.
+      order: a permutation of its axes, the slowest first; None = as they are.
+
+    Returns:
+      The same numbers in the same shape.
     """
     layout = Layout(tuple(range(x.ndim) if order is None else order))
     return lax.optimization_barrier(with_layout_constraint(x, layout))
 
 
 def after(first: Array, x: Array) -> Array:
-    """`x`, of which XLA believes that it depends on `first`: an order between two computations."""
+    """`x`, of which XLA believes that it depends on `first`: an order between two computations.
+
+    Args:
+      first: of one number at least.
+      x: any array.
+
+    Returns:
+      `x`; zeros if the first number of `first` were less than minus infinity, which none is.
+    """
     never = first.ravel()[0] < -jnp.inf
     return jnp.where(never, jnp.zeros((), x.dtype), x)

@@ -101,7 +101,11 @@ class PrivateStore:
     def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
         """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is.
 
-        The store keeps `rows`, to put the next cohort's there.
+        Args:
+          client: `i32[D * P]`, of each slot.
+          segment: `i32[D, G + 1]`, the slots of each level.
+          rows: `[D * P, n]` for each dtype; used up, since the next cohort's will be put there.
+          halted: see above.
         """
         # As a result of the same program: to donate what another still reads would wait for that.
         self.stacks, self._spare = self._scatter(
@@ -113,7 +117,12 @@ class PrivateStore:
 
 
 def rows_at_once(slots: int, row_bytes: int) -> int:
-    """How many of a device's slots are handed round at once, to every other device."""
+    """How many of a device's slots are handed round at once, to every other device.
+
+    Args:
+      slots: P, slots of a device.
+      row_bytes: of the private variables of one slot.
+    """
     return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))
 
 

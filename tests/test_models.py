@@ -395,6 +395,11 @@ def test_not_a_number_is_the_largest(place):
     assert np.flatnonzero(gradient).tolist() == [place]
 
 
+def test_an_image_without_a_batch_is_no_input_of_a_pooling():
+    with pytest.raises(FedLPError, match=r"\[B, H, W, channels\], not \[8, 8, 3\]"):
+        max_pool(jnp.zeros((8, 8, 3)))
+
+
 def test_a_pooling_is_computed_once():
     """XLA computed it, and what came before, for every weight of the dense layer behind it."""
     x = jnp.asarray(RNG.normal(size=(4, 8, 8, 16)), jnp.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedlp_jax.fusion import in_memory
-from fedlp_jax.types import Array
+from fedlp_jax.types import Array, FedLPError
 
 
 def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
@@ -25,8 +25,13 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
 
     Returns:
       `[B, height // window height, width // window width, channels]`.
+
+    Raises:
+      FedLPError: `x` has not four axes.
     """
     kh, kw = window
+    if x.ndim != 4:
+        raise FedLPError(f"max_pool needs images [B, H, W, channels], not {list(x.shape)}.")
     batch, height, width, channels = x.shape
     h, w = height // kh, width // kw
     x = x[:, : h * kh, : w * kw]
@@ -82,5 +87,6 @@ def _once(x: Array) -> Array:
 
 
 def _fuses_anew() -> bool:
+    """Whether XLA's backend here computes in every reader what could be read from memory."""
     # On accelerators memory is what is short, and arithmetic is free.
     return jax.default_backend() == "cpu"
