@@ -7,6 +7,7 @@ import pytest
 
 from fedlp_jax.layers import layer_table
 from fedlp_jax.server import server_step
+from fedlp_jax.types import FedLPError
 
 VARIABLES = {
     "params": {"a": {"w": jnp.array([1.0, -2.0])}, "b": {"w": jnp.array([0.5, 3.0])}},
@@ -79,3 +80,9 @@ def test_momentum_follows_the_equation():
 def test_statistics_take_the_plain_update_whatever_the_optimizer():
     new, _ = step(optax.adam(10.0))
     np.testing.assert_array_equal(new["batch_stats"]["a"]["var"], [0.5])
+
+
+@pytest.mark.parametrize("optimizer", [optax.polyak_sgd(0.1), optax.lbfgs()])
+def test_an_optimizer_that_needs_a_loss_is_refused_with_a_way_out(optimizer):
+    with pytest.raises(FedLPError, match=r"server knows no loss: .*'value'.*optax\.sgd"):
+        step(optimizer)
