@@ -149,10 +149,10 @@ def _at_once(stack: Variables, mask: Array, layers: LayerTable) -> Variables:
 def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort: int) -> Variables:
     aggregator = masked_mean()
 
-    def lift(shared: Any, client: Any, kept: Any, active: Array, bounds: Any) -> Any:
+    def lift(shared: Any, client: Any, own: Any, active: Array, bounds: Any) -> Any:
         update, sent = client
         one = jnp.ones((), jnp.float32)
-        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}, kept
+        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}, own
 
     level = Level(lift, bounds=lambda clients: (), embed=lambda shared, total: total)
     devices = plan.devices or 1

@@ -1,7 +1,8 @@
-"""What XLA may compute anew where it is used, and what must be in memory once.
+"""What XLA may compute anew where it is used, what must be in memory once, and in which order.
 
 XLA's CPU backend fuses a cheap computation into everything that reads its result, however often
-that does. A loop that reads each number a hundred times then computes it a hundred times.
+that does. A loop that reads each number a hundred times then computes it a hundred times. And it
+copies what one computation changes in place unless all that read it are known to come before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fedlp_jax.types import Array
 def in_memory(x: Array, order: Sequence[int] | None = None) -> Array:
     """`x`, laid out in memory with its axes in this order, the last one contiguous.
 
-    In another order than XLA would choose it is written once, and whatever reads it reads that.
+    In another order than XLA would choose it is written once, and whatever reads it reads that. In
+    the order that XLA would choose by itself, that is not sure: it may fuse as before.
 
     Args:
       x: any array.
@@ -35,7 +37,7 @@ def after(first: Array, x: Array) -> Array:
     """`x`, of which XLA believes that it depends on `first`: an order between two computations.
 
     Args:
-      first: of one number at least.
+      first: of one float at least.
       x: any array.
 
     Returns:

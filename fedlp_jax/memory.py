@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlp_jax import hosts
 from fedlp_jax.layout import slots_per_device
-from fedlp_jax.packing import size_bytes
+from fedlp_jax.packing import room, room_bytes, size_bytes
 from fedlp_jax.placement import DEVICE, HOST, Plan
 from fedlp_jax.store import rows_at_once
 from fedlp_jax.submodel import Submodel
@@ -48,7 +48,9 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
     return dataclasses.replace(plan, data=HOST)
 
 
-def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan) -> int:
+def check_private(
+    levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan, beside: int = 0
+) -> int:
     """Refuses private variables that do not fit the devices, each of which keeps everyone's.
 
     Args:
@@ -56,26 +58,30 @@ def check_private(levels: Sequence[Submodel], assigned: np.ndarray, cohort: int,
       assigned: `i32[K]`, level of each client.
       cohort: C.
       plan: resolved.
+      beside: bytes of what else is going to lie on each device: the data and the model.
 
     Returns:
       Modelled bytes on each device: the store, the rows of its slots, which a round changes, and
-      those that all devices hand round afterwards at once.
+      those that are handed round afterwards at once, a device's own block and that of each.
 
     Raises:
       FedLPError: with both sizes.
     """
-    per_client = [size_bytes(level.private_shapes) for level in levels]
+    shapes = [level.private_shapes for level in levels]
+    row = room_bytes(room(shapes))
+    per_client = [size_bytes(heads) for heads in shapes]
     store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
     devices = plan.devices or 1
     slots = slots_per_device(cohort, devices)
-    handed = (devices + 1) * rows_at_once(slots, max(per_client))
-    need = store + (slots + handed) * max(per_client)
+    handed = (devices + 1) * rows_at_once(slots, row)
+    need = store + (slots + handed) * row
     free = _least_free(plan)
-    if free is not None and need > free:
+    if free is not None and need + beside > free:
         raise FedLPError(
             f"heads='persist' keeps {_size(store)} for {len(assigned)} clients, and takes "
-            f"{_size(need)} on each of {devices} device(s), where {_size(free)} are free; use "
-            "heads='shared' or 'reset_to_init', or fewer clients."
+            f"{_size(need)} on each of {devices} device(s), where {_size(free)} are free and data "
+            f"and model take {_size(beside)}; use heads='shared' or 'reset_to_init', or fewer "
+            "clients."
         )
     return need
 
@@ -86,11 +92,11 @@ def compile_to_fit(
     """Compiles a round, with fewer clients side by side if it needs more memory than is free.
 
     Args:
-      compile: plan -> compiled program. Its arguments are on the devices already.
+      compile: plan -> compiled program. Its arguments are on the devices already, but for `ahead`.
       plan: resolved.
       width_is_open: whether the width may be lowered; if it was asked for, what does not fit is
         refused, with a width that does.
-      ahead: bytes that are put on each device while the round runs, for the next one.
+      ahead: bytes that are put on each device for this round and, while it runs, for the next one.
 
     Returns:
       The program, and the plan it is for.

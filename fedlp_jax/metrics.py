@@ -49,15 +49,15 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples
         segment = np.stack([np.zeros_like(stop), stop], axis=1).astype(np.int32)
 
         def test(level: Submodel) -> Sums:
-            def run(shared: PyTree, first: Array, kept: Any, active: Array, bounds: Any) -> Any:
-                own, examples = shared
+            def run(shared: PyTree, first: Array, own: Any, active: Array, bounds: Any) -> Any:
+                held, examples = shared
                 batch = slice_batch(examples, first, batch_size)
-                return level.task.evaluate(own, batch), (), kept
+                return level.task.evaluate(held, batch), (), own
 
-            own = level.extract(variables)
+            held = level.extract(variables)
             work = Level(run, bounds=lambda first: (), embed=lambda shared, total: total)
             total, _, _ = map_sum(
-                [work], (own, examples), jnp.asarray(first), jnp.asarray(segment), Plan(devices, 1)
+                [work], (held, examples), jnp.asarray(first), jnp.asarray(segment), Plan(devices, 1)
             )
             return total
 

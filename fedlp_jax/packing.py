@@ -26,6 +26,11 @@ def room(shapes: Iterable[PyTree]) -> dict[str, int]:
     return most
 
 
+def room_bytes(room: dict[str, int]) -> int:
+    """Bytes of a packed tree with this room."""
+    return sum(n * jnp.dtype(dtype).itemsize for dtype, n in room.items())
+
+
 def pack(tree: PyTree, room: dict[str, int]) -> Packed:
     """The leaves of a tree, dtype -> `[n]` for n of `room`, which has room for it."""
     leaves, packed = _by_dtype(tree), {}

@@ -146,7 +146,7 @@ def over_columns(rows: Array, plan: Plan) -> Array:
 class Level(NamedTuple):
     """The work of one submodel level, for one client. Only `run` is vmapped."""
 
-    # (shared, client, kept, active bool[], bounds) -> (summable, output, kept): alike at all levels
+    # (shared, client, own, active bool[], bounds) -> (summable, output, own): alike at all levels
     run: Callable[[PyTree, PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
@@ -159,7 +159,7 @@ def map_sum(
     segment: Array,
     plan: Plan,
     dealt: PyTree = False,
-    kept: PyTree = (),
+    own: PyTree = (),
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
@@ -175,32 +175,34 @@ def map_sum(
       plan: resolved.
       dealt: a prefix of the tree `shared`, True where the first axis of an array is dealt to the
         devices, `[D * R, ...]`, so that each reads its own R entries.
-      kept: tree of `[D * P, ...]`, of which each client changes its own entry, in place.
+      own: tree of `[D * P, ...]`, of which each client changes its own entry; in place, if whoever
+        compiles this donates it.
 
     Returns:
-      `(sum over clients, outputs [D * P, ...], kept)`; slots that did not run have zeros as output.
+      `(sum over clients, outputs [D * P, ...], own)`; slots that did not run have zeros as output,
+      and their own entries as they were.
     """
     width = plan.width or 1
     # Traced once, for the shapes of what it returns and for the loop; then no call remains.
     levels = [level._replace(run=jax.jit(level.run, inline=True)) for level in levels]
 
-    def on_device(shared: PyTree, clients: PyTree, kept: PyTree, segment: Array) -> Any:
+    def on_device(shared: PyTree, clients: PyTree, own: PyTree, segment: Array) -> Any:
         slots = jax.tree.leaves(clients)[0].shape[0]
         total, outputs = None, None
         for g, level in enumerate(levels):
-            one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, kept))
+            one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, own))
             shapes = jax.eval_shape(partial(_alone, level), shared, *one)
             outputs = _zeros(shapes[1], slots) if outputs is None else outputs
-            carry = (_zeros(shapes[0]), outputs, kept)
-            part, outputs, kept = _chunks(
+            carry = (_zeros(shapes[0]), outputs, own)
+            part, outputs, own = _chunks(
                 level, shared, clients, segment[0, g], segment[0, g + 1], width, carry
             )
             part = level.embed(shared, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-        return _sum_over_devices(total), outputs, kept
+        return _sum_over_devices(total), outputs, own
 
     mapped = on_each_device(on_device, plan, (dealt, True, True, True), (False, True, True))
-    return mapped(shared, clients, kept, segment)
+    return mapped(shared, clients, own, segment)
 
 
 def on_each_device(
@@ -239,9 +241,9 @@ def _sum_over_devices(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, totals)
 
 
-def _alone(level: Level, shared: PyTree, client: PyTree, kept: PyTree) -> Any:
+def _alone(level: Level, shared: PyTree, client: PyTree, own: PyTree) -> Any:
     """One client with the loop bounds of its own."""
-    return level.run(shared, client, kept, jnp.ones((), bool), level.bounds(client))
+    return level.run(shared, client, own, jnp.ones((), bool), level.bounds(client))
 
 
 def _chunks(
@@ -252,29 +254,31 @@ def _chunks(
     if width == 1:
 
         def body(slot: Array, carry: Any) -> Any:
-            total, stack, kept = carry
-            part, *new = _alone(level, shared, entry(clients, slot), entry(kept, slot))
-            stack, kept = with_entry((stack, kept), slot, tuple(new))
-            return jax.tree.map(jnp.add, total, part), stack, kept
+            total, outputs, own = carry
+            part, *new = _alone(level, shared, entry(clients, slot), entry(own, slot))
+            outputs, own = with_entry((outputs, own), slot, tuple(new))
+            return jax.tree.map(jnp.add, total, part), outputs, own
 
         return jax.lax.fori_loop(start, stop, body, carry)
 
     def chunk(i: Array, carry: Any) -> Any:
-        total, *stacks = carry
+        total, outputs, own = carry
         lanes = start + i * width + jnp.arange(width, dtype=jnp.int32)
         active = lanes < stop
         # Idle lanes repeat the last client, so that the chunk's loop bounds stay those of its own.
-        chosen, own = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], (clients, stacks[1]))
+        chosen, mine = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], (clients, own))
         run = jax.vmap(level.run, (None, 0, 0, 0, None))
-        part, *new = run(shared, chosen, own, active, level.bounds(chosen))
+        part, *new = run(shared, chosen, mine, active, level.bounds(chosen))
         # Idle lanes write nowhere, each past the end in a place of its own: of places that may
         # repeat, a GPU asked to repeat to the bit would write one after the other.
         lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
-        stacks = jax.tree.map(
-            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True), stacks, new
+        outputs, own = jax.tree.map(
+            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True),
+            (outputs, own),
+            tuple(new),
         )
         part = jax.tree.map(lambda x: x.sum(axis=0), part)
-        return jax.tree.map(jnp.add, total, part), *stacks
+        return jax.tree.map(jnp.add, total, part), outputs, own
 
     return jax.lax.fori_loop(0, -(-(stop - start) // width), chunk, carry)
 

@@ -26,6 +26,7 @@ from fedlp_jax.faults import Exposure, Faults
 from fedlp_jax.layers import layer_table
 from fedlp_jax.layout import with_even_chunks
 from fedlp_jax.memory import check_private, compile_to_fit, with_place
+from fedlp_jax.packing import size_bytes
 from fedlp_jax.placement import HOST, Plan, replicated, resolve
 from fedlp_jax.privacy import accountant
 from fedlp_jax.readout import Readout
@@ -85,7 +86,7 @@ class Simulation:
         # Private variables take the dtype of what is given.
         held = shapes.variables if variables is None else variables
         self.levels = algorithm.levels(held, example)
-        self.readings = self._predicted_bytes(shapes.variables, assigned)
+        self.readings = self._predicted(shapes.variables, assigned, data)
         self.epsilon = accountant(
             algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
         )
@@ -112,7 +113,6 @@ class Simulation:
           FedLPError: the round needs more memory than is free, and the width was asked for or
             cannot be lowered.
         """
-        self.clock = time.perf_counter()
         if self.rounds == 0:
             return
         self.round_program, plan = compile_to_fit(
@@ -157,9 +157,8 @@ class Simulation:
             return [self.dispatch(round) for round in rounds]
         self._check_ready(min(rounds))
         staged = self.stage.several(rounds)
-        for layout in staged.layouts:
-            self.padded_share += layout.padded_share
-            self.imbalance += layout.imbalance
+        self.padded_share = sum((x.padded_share for x in staged.layouts), self.padded_share)
+        self.imbalance = sum((x.imbalance for x in staged.layouts), self.imbalance)
         count, key = np.int32(len(rounds)), self.stage.key
         several = (self.state, self.stage.train, staged.cohorts, count, key)
         self.state, metrics = self.round_program(*several)
@@ -280,14 +279,16 @@ class Simulation:
             self.readings[f"{name}_{part}_seconds"] = seconds
         return made.program
 
-    def _predicted_bytes(self, variables: Variables, assigned: np.ndarray) -> dict[str, float]:
-        """Of what a run may keep beside its model; refuses what does not fit."""
+    def _predicted(self, model: Variables, assigned: np.ndarray, data: Dataset) -> dict[str, float]:
+        """Bytes of what a run may keep beside its model; refuses what does not fit."""
         found: dict[str, float] = {}
-        size, plan = self.size, self.plan
         if self.algorithm.stacked:
-            found["stacked_bytes"] = checks.check_stack(variables, self.layers, size, plan)
+            found["stacked_bytes"] = checks.check_stack(model, self.layers, self.size, self.plan)
         if self.algorithm.persist:
-            found["private_bytes"] = check_private(self.levels, assigned, size, plan)
+            train = 0 if self.plan.data == HOST else data.train.nbytes
+            held = size_bytes(model) + train + data.test.nbytes
+            private = check_private(self.levels, assigned, self.size, self.plan, held)
+            found["private_bytes"] = private
         return found
 
     def _expose(

@@ -104,7 +104,9 @@ def put_back(run: Simulation, snapshot: Snapshot) -> None:
             return old  # it has no elements
         if is_key(old):
             new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
-        return hosts.put(new, old.sharding)
+        sharding = old.sharding
+        old.delete()  # before its successor is made: a store may take over half of the memory
+        return hosts.put(new, sharding)
 
     trees = tree_map_with_path(filled, _trees(run))
     run.state = trees["state"]

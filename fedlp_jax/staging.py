@@ -15,7 +15,7 @@ from fedlp_jax.cohort import CohortBuilder, CohortRule, members
 from fedlp_jax.data.arrays import Dataset, Split
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.faults import Exposure
-from fedlp_jax.layout import Layout
+from fedlp_jax.layout import Layout, slots_per_device
 from fedlp_jax.packing import Packed
 from fedlp_jax.placement import HOST, Plan, over_clients, over_clients_of_rounds, replicated
 from fedlp_jax.store import PrivateStore
@@ -112,9 +112,11 @@ class Stage:
 
     @property
     def bytes_ahead(self) -> int:
-        """Bytes that each device is sent for a round, while the one before may run."""
+        """Bytes on each device for one round: examples, also of the next one, and private rows."""
         one = sum(x[:1].nbytes for x in (self.train.inputs, self.train.labels))
-        return self._rows * one
+        row = 0 if self.store is None else self.store.row_bytes
+        slots = slots_per_device(self._population.size, self._plan.devices or 1)
+        return 2 * self._rows * one + slots * row
 
     def __call__(self, round: int) -> Staged:
         """What a round reads, on its way to the devices; waits for nothing."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.keys import head_key
-from fedlp_jax.packing import Packed, entry, pack, room, size_bytes, unpack, with_entry
+from fedlp_jax.packing import Packed, entry, pack, room, room_bytes, unpack, with_entry
 from fedlp_jax.placement import (
     Plan,
     of_all_devices,
@@ -27,7 +27,9 @@ from fedlp_jax.placement import (
 from fedlp_jax.submodel import Submodel
 from fedlp_jax.types import Array, Batch, FedLPError, PyTree
 
-_BLOCK_BYTES = 4 * 2**20  # of rows that each device hands round at once
+# Of rows that each device hands round at once: every device has room for the blocks of all, and a
+# block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).
+_BLOCK_BYTES = 4 * 2**20
 
 
 class PrivateStore:
@@ -36,6 +38,7 @@ class PrivateStore:
     Attributes:
       stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level; one row that is
         nobody's for a level without clients, since loops over no slots still need an array.
+      row_bytes: of the private variables of one slot, which has room for those of any level.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class PrivateStore:
             )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
             self.stacks += (stack,)
         wanted = room(shapes)
+        self.row_bytes = room_bytes(wanted)
         self._empty = jax.jit(
             lambda slots: {dtype: jnp.zeros((slots, n), dtype) for dtype, n in wanted.items()},
             static_argnums=0,
@@ -91,10 +95,11 @@ class PrivateStore:
           segment: `i32[D, G + 1]`, the slots of each level.
 
         Returns:
-          `[D * P, n]` for each dtype; what empty slots have is nobody's.
+          `[D * P, n]` for each dtype. A slot that is empty, or of a level without private
+          variables, has what an earlier cohort has left there, and must not be read.
         """
         rows, self._spare = self._spare, None
-        if rows is None:
+        if rows is None or any(len(x) != len(client) for x in rows.values()):
             rows = self._empty(len(client))
         return self._gather(self.stacks, self._row_of(client), segment, rows)
 
@@ -107,7 +112,8 @@ class PrivateStore:
           rows: `[D * P, n]` for each dtype; used up, since the next cohort's will be put there.
           halted: see above.
         """
-        # As a result of the same program: to donate what another still reads would wait for that.
+        # The rows are a result, too. Were they given to the next `_gather` as they are, the host
+        # would wait until this has read them.
         self.stacks, self._spare = self._scatter(
             self.stacks, self._row_of(client), segment, rows, halted
         )
@@ -158,8 +164,8 @@ def _gather(
         return rows
 
     mapped = on_each_device(on_device, plan, (False, True, True, True), True)
-    rows = mapped(stacks, row, segment, rows)
-    return rows
+    filled: Packed = mapped(stacks, row, segment, rows)
+    return filled
 
 
 def _scatter(
@@ -174,13 +180,14 @@ def _scatter(
     """Every device copies the heads of all slots into its own store, a block of slots at a time."""
     devices = plan.devices or 1
     slots = len(row) // devices
-    block = rows_at_once(slots, size_bytes(rows) // len(row))
+    block = rows_at_once(slots, room_bytes({dtype: x.shape[1] for dtype, x in rows.items()}))
 
     def on_device(
         stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
     ) -> tuple[PyTree, ...]:
         def hand_round(i: Array, stacks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            # The last block starts earlier, so as to end with the slots.
+            # The last block starts earlier, so as to end with the slots; what the one before had
+            # is not stored again.
             first = jnp.minimum(i * block, slots - block)
             mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block), rows)
             given = of_all_devices(mine)
@@ -192,7 +199,7 @@ def _scatter(
                         head = unpack(entry(given, d * block + slot - first), like)
                         return with_entry(stack, row[d * slots + slot], head)
 
-                    start = jnp.maximum(segment[d, g], first)
+                    start = jnp.maximum(segment[d, g], i * block)
                     stop = jnp.minimum(segment[d, g + 1], first + block)
                     return jax.lax.fori_loop(start, stop, copy, stack)
 

@@ -121,8 +121,12 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
     # And the rows of a device's 8 slots; then the same from both devices, and its own in a block.
     need = store + (8 + 3 * 8) * 4 * (512 + 1) * 3
     assert run.readings["private_bytes"] == need
-    # Data and model go first; then the heads.
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: need - 1)
+    # They lie there beside the data and the model.
+    model = sum(x.nbytes for x in jax.tree.leaves(run.state.variables))
+    beside = DATA.train.nbytes + DATA.test.nbytes + model
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + beside)
+    fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + beside - 1)
     with pytest.raises(
         fl.FedLPError, match=r"heads='persist' keeps .* MiB for 12 clients, .* 2 dev"
     ):

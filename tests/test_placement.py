@@ -62,30 +62,30 @@ def test_map_sum_runs_each_client_at_its_level(plan):
     value = np.where(layout.member >= 0, clients[layout.member], -1000).astype(np.int32)
 
     def make(factor):
-        def run(shared, x, kept, active, bounds):
+        def run(shared, x, own, active, bounds):
             counted = jnp.where(active, x * factor + shared, 0)
-            return counted, {"out": x * factor}, kept + x
+            return counted, {"out": x * factor}, own + x
 
         return Level(run, lambda x: x.max(), lambda shared, total: total)
 
     before = np.arange(len(value), dtype=np.int32)
-    total, outputs, kept = jax.jit(
-        lambda v, s, k: map_sum([make(1), make(10)], jnp.int32(7), v, s, plan, kept=k)
+    total, outputs, own = jax.jit(
+        lambda v, s, k: map_sum([make(1), make(10)], jnp.int32(7), v, s, plan, own=k)
     )(jnp.asarray(value), jnp.asarray(layout.segment), jnp.asarray(before))
     assert int(total) == (clients * np.where(level, 10, 1)).sum() + 7 * len(clients)
     ran = layout.member >= 0
     expected = np.where(ran, value * np.where(value % 2, 10, 1), 0)
     np.testing.assert_array_equal(np.asarray(outputs["out"]), expected)
-    np.testing.assert_array_equal(np.asarray(kept), before + np.where(ran, value, 0))
+    np.testing.assert_array_equal(np.asarray(own), before + np.where(ran, value, 0))
 
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_level_is_traced_once_for_its_shapes_and_its_loop(width):
     traced = []
 
-    def run(shared, x, kept, active, bounds):
+    def run(shared, x, own, active, bounds):
         traced.append(x.shape)
-        return jnp.where(active, x, 0), x, kept
+        return jnp.where(active, x, 0), x, own
 
     level = Level(run, lambda x: x.max(), lambda shared, total: total)
     layout = lay_out(np.arange(1, 7), np.zeros(6, int), [1.0], Plan(2, width))

@@ -58,7 +58,7 @@ def test_each_device_is_sent_the_rows_of_its_own_clients(clients):
         staged = prepared.stage(round)
         inputs, labels = np.asarray(staged.examples.inputs), np.asarray(staged.examples.labels)
         room = len(labels) // 2
-        assert prepared.stage.bytes_ahead == room * (4 * 4 + 4)
+        assert prepared.stage.bytes_ahead == 2 * room * (4 * 4 + 4)  # and those of the next
         assert {s.data.shape for s in staged.examples.inputs.addressable_shards} == {(room, 4)}
         assert staged.examples.normalize.gain.sharding.is_fully_replicated
         slots = slots_per_device(7, 2)

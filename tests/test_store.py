@@ -51,8 +51,6 @@ def test_rows_are_each_clients_own_first_draw(plan):
         assert np.array_equal(flat(got), flat(expected))
         kernels[client[slot]] = np.asarray(got["params"]["head1"]["kernel"])
     assert not np.array_equal(kernels[0], kernels[3])
-    for slot in np.flatnonzero(client < 0):
-        assert not flat({k: x[slot] for k, x in rows.items()}).any()
 
 
 def test_rows_have_room_for_the_largest_head_of_a_slot_and_not_for_all():
@@ -62,8 +60,7 @@ def test_rows_have_room_for_the_largest_head_of_a_slot_and_not_for_all():
     heads = [level.private(ROOT, EXAMPLE) for level in levels]
     largest = max(sum(x.size for x in jax.tree.leaves(head)) for head in heads)
     assert {k: x.shape for k, x in rows.items()} == {"float32": (len(client), largest)}
-    for slot in np.flatnonzero(client == 4):  # the deepest level has nothing private
-        assert not np.asarray(rows["float32"][slot]).any()
+    assert store.row_bytes == 4 * largest
 
 
 @pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
@@ -181,27 +178,53 @@ def level(shapes):
     return SimpleNamespace(private=private, private_shapes=like)
 
 
-@pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
-def test_heads_of_different_structures_share_the_rows(plan):
-    levels = [level({"a": (3,), "b": (2, 2)}), level({"a": (4, 5)}), level({})]
-    assigned = np.array([0, 1, 0, 2, 1, 1], np.int32)
-    store = PrivateStore(levels, assigned, ROOT, EXAMPLE, plan)
-    ids = np.array([1, 2, 3, 5])
-    layout = lay_out(np.ones(4, int), assigned[ids], [1.0, 2.0, 3.0], plan)
-    client = np.where(layout.member >= 0, ids[layout.member], -1)
-    rows = store.rows(client, layout.segment)
-    assert rows["float32"].shape == (len(client), 20)
+MIXED = [level({"a": (3,), "b": (2, 2)}), level({"a": (4, 5)}), level({})]
+OF_MIXED = np.array([0, 1, 0, 2, 1, 1], np.int32)
+
+
+def mixed_slots(ids, plan):
+    ids = np.asarray(ids)
+    layout = lay_out(np.ones(len(ids), int), OF_MIXED[ids], [1.0, 2.0, 3.0], plan)
+    return np.where(layout.member >= 0, ids[layout.member], -1), layout.segment
+
+
+def check_heads(rows, client, factor):
+    """That each slot has its client's first head, times the factor of that client."""
     for slot in np.flatnonzero(client >= 0):
-        of = levels[assigned[client[slot]]]
+        of = MIXED[OF_MIXED[client[slot]]]
         got = unpack({"float32": rows["float32"][slot]}, of.private_shapes)
         expected = of.private(head_key(ROOT, client[slot]), EXAMPLE)
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        for name in expected:
+            np.testing.assert_array_equal(
+                np.asarray(got[name]), factor[client[slot]] * np.asarray(expected[name])
+            )
+
+
+@pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
+def test_heads_of_different_structures_share_the_rows(plan):
+    store = PrivateStore(MIXED, OF_MIXED, ROOT, EXAMPLE, plan)
+    client, segment = mixed_slots([1, 2, 3, 5], plan)
+    rows = store.rows(client, segment)
+    assert rows["float32"].shape == (len(client), 20)
+    check_heads(rows, client, dict.fromkeys(range(6), 1))
     before = jax.tree.map(np.asarray, store.stacks)
-    store.put(client, layout.segment, {"float32": rows["float32"] * 2}, jnp.asarray(False))
-    again = store.rows(client, layout.segment)
-    np.testing.assert_array_equal(np.asarray(again["float32"]), 2 * np.asarray(rows["float32"]))
+    store.put(client, segment, {"float32": rows["float32"] * 2}, jnp.asarray(False))
+    twice = dict.fromkeys(range(6), 1) | dict.fromkeys([1, 2, 3, 5], 2)
     np.testing.assert_array_equal(np.asarray(store.stacks[0]["b"][0]), before[0]["b"][0])  # of 0
     np.testing.assert_array_equal(np.asarray(store.stacks[1]["a"][1]), before[1]["a"][1])  # of 4
+    # Another cohort, whose rows are those of the first: short heads where long ones have been.
+    client, segment = mixed_slots([0, 2, 3, 4], plan)
+    check_heads(store.rows(client, segment), client, twice)
+
+
+def test_a_cohort_of_another_size_has_rows_of_its_own():
+    store = PrivateStore(MIXED, OF_MIXED, ROOT, EXAMPLE, Plan(1, 1))
+    client, segment = mixed_slots([1, 2], Plan(1, 1))
+    store.put(client, segment, store.rows(client, segment), jnp.asarray(False))
+    client, segment = mixed_slots([0, 1, 2, 5], Plan(1, 1))
+    rows = store.rows(client, segment)
+    assert rows["float32"].shape == (4, 20)
+    check_heads(rows, client, dict.fromkeys(range(6), 1))
 
 
 def test_a_level_that_names_other_shapes_than_it_makes_is_refused():

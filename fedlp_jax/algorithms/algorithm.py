@@ -36,6 +36,8 @@ class Algorithm(NamedTuple):
     init: Callable[[Array, Batch, int, Variables | None], ServerState]
     # (state, private variables of the slots, split, cohort, root key, plan)
     #   -> (state, private variables, which count only if the run goes on, metrics)
+    # Slots that are empty, or have nothing private, hold what other clients left there: not to be
+    # read.
     round: Callable[
         [ServerState, Packed, Examples, Cohort, Array, Plan],
         tuple[ServerState, Packed, RoundMetrics],

@@ -136,7 +136,7 @@ class Composition:
             cohort.segment,
             plan,
             dealt=Shared(whole, Examples(dealt, dealt, whole), *4 * (whole,)),
-            kept=private,
+            own=private,
         )
 
         # Combine, and step the server.
@@ -220,7 +220,7 @@ class Composition:
         """One client at one level: train, then make of the update what is summed or stacked."""
         corruption = None if cohort.conditions is None else cohort.conditions.kind
 
-        def run(shared: Shared, lane: Lane, kept: Packed, active: Array, bounds: Any) -> Any:
+        def run(shared: Shared, lane: Lane, own: Packed, active: Array, bounds: Any) -> Any:
             task = level.task
             if corruption == "label_flip" and lane.lot is not None:
                 task = with_flipped_labels(task, lane.lot)
@@ -234,7 +234,7 @@ class Composition:
             )
             start = level.extract(shared.variables)
             if self.submodels.persist:
-                head = unpack(kept, level.private_shapes)
+                head = unpack(own, level.private_shapes)
             else:
                 head = level.private(head_key(shared.key, lane.client.id), example)
             end, metrics = train(
@@ -259,8 +259,8 @@ class Composition:
             )
             if self.submodels.persist:
                 new_head = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
-                kept = pack(new_head, {dtype: x.size for dtype, x in kept.items()})
-            return summed, (metrics._replace(finite=counted), stacked), kept
+                own = pack(new_head, {dtype: x.size for dtype, x in own.items()})
+            return summed, (metrics._replace(finite=counted), stacked), own
 
         def embed(shared: Shared, total: Any) -> Any:
             return self.combination.embed(total, level, shared.variables)

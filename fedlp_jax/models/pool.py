@@ -36,7 +36,8 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
     h, w = height // kh, width // kw
     x = x[:, : h * kh, : w * kw]
     if _fuses_anew():
-        x = lax.optimization_barrier(x)  # going back: one gradient for all that is done with it
+        # Its transpose makes XLA write the gradient of `x` once, not work it out in each reader.
+        x = lax.optimization_barrier(x)
     return _largest(x.reshape(batch, h, kh, w, kw, channels))
 
 
@@ -65,7 +66,8 @@ def _winner(x: Array) -> Array:
     """The place of the largest element of each window, row-major; NaN counts as the largest."""
     kh, kw = x.shape[2], x.shape[4]
     short = jnp.int8 if kh * kw < 128 else jnp.int32
-    # On a CPU as wide as what is selected by it; LLVM does not vectorize that with integers.
+    # On a CPU floats, as wide as what is usually selected by them: LLVM does not vectorize a select
+    # by integers.
     places = jnp.float32 if _fuses_anew() else short
     best = x[:, :, 0, :, 0]
     index = jnp.zeros(best.shape, places)
@@ -83,6 +85,8 @@ def _once(x: Array) -> Array:
     The dense layer behind a pooling would compute a maximum, and the normalisation before it, for
     every weight: first in its product, again where its kernel's gradient is used.
     """
+    # That layer reads them in order, the batch first; the batch third is an order of our own, with
+    # channels still contiguous.
     return in_memory(x, (1, 2, 0, 3)) if _fuses_anew() else x
 
 
