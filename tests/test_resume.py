@@ -21,7 +21,7 @@ import yaml
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax import cli, experiment, leaves, masks, placement, resumption
+from fedlp_jax import cli, experiment, hosts, leaves, masks, placement, resumption, snapshot
 from fedlp_jax.interruption import Interruption
 from fedlp_jax.report import read_metrics
 
@@ -104,6 +104,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     assert_same_run(finished, whole)
     twice = run(ALGORITHMS[name](), eval_every=2, resume=start)  # a snapshot is not used up
     assert_same_run(twice, whole)
+
+
+def test_what_a_run_has_is_freed_before_its_successor_is_there():
+    """Heads of all clients may take over half of the memory: there is no room for them twice."""
+    algorithm = ALGORITHMS["hetero with heads that persist"]()
+
+    def begun():
+        return fl.Simulation(algorithm, DATA, CLIENTS, rounds=6, cohort=4, plan=fl.Plan(2, 1))
+
+    taken, other = snapshot.take(begun()), begun()
+    old = jax.tree.leaves((other.state, other.stage.store.stacks))
+    assert len(old) > 10
+    freed = []
+    put = hosts.put
+
+    def watched(tree, sharding):
+        freed.append(sum(x.is_deleted() for x in old))
+        return put(tree, sharding)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "put", watched)
+        snapshot.put_back(other, taken)
+    assert freed == list(range(1, len(freed) + 1))
+    assert freed[-1] == len(taken.leaves)
 
 
 def test_numbers_of_numpy_are_as_good(tmp_path):
