@@ -132,7 +132,7 @@ def plans(smoke: bool) -> Rows:
         run = runs[name].run
         needed = needed_bytes(run.round_program)
         # What a round is given is put there anew each time, where the data are on the host.
-        given = (plan.devices or 1) * run.stage.bytes_ahead
+        given = (plan.devices or 1) * run.stage.round_bytes
         predicted = None if needed is None else (run.plan.devices or 1) * needed + given
         measured = peak_of(runs[name])
         rows.append(

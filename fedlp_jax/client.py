@@ -12,6 +12,7 @@ import optax
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.keys import Purpose, client_key
+from fedlp_jax.optimizer import updates_of
 from fedlp_jax.task import Task
 from fedlp_jax.types import (
     Array,
@@ -192,7 +193,9 @@ def _sgd_step(
     (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     # optax's adam, adamw and schedules need standard promotion, whatever the user's setting.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = _updates(optimizer, gradient, state, params, loss)
+        updates, state = updates_of(
+            optimizer, gradient, state, params, "client", value=loss, grad=gradient
+        )
         if scale is not None:
             updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
@@ -205,22 +208,6 @@ def _sgd_step(
         steps=metrics.steps + 1,
     )
     return {**aux.statistics, "params": params}, state, metrics
-
-
-def _updates(
-    optimizer: optax.GradientTransformation, gradient: Any, state: Any, params: Any, loss: Array
-) -> tuple[Any, Any]:
-    """The optimizer's updates; one such as `optax.polyak_sgd` is told the loss, too."""
-    told = optax.with_extra_args_support(optimizer)
-    try:
-        return told.update(gradient, state, params, value=loss, grad=gradient)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise FedLPError(
-            "the client's optimizer asks for more than the gradient, the parameters and the loss "
-            f"of a batch: {error}."
-        ) from error
 
 
 def _zero_metrics() -> ClientMetrics:

@@ -49,7 +49,7 @@ def with_place(plan: Plan, train_bytes: int, test_bytes: int) -> Plan:
 
 
 def check_private(
-    levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan, beside: int = 0
+    levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan, beside: int
 ) -> int:
     """Refuses private variables that do not fit the devices, each of which keeps everyone's.
 
@@ -87,16 +87,17 @@ def check_private(
 
 
 def compile_to_fit(
-    compile: Callable[[Plan], Any], plan: Plan, width_is_open: bool, ahead: int = 0
+    compile: Callable[[Plan], Any], plan: Plan, width_is_open: bool, beside: int = 0
 ) -> tuple[Any, Plan]:
     """Compiles a round, with fewer clients side by side if it needs more memory than is free.
 
     Args:
-      compile: plan -> compiled program. Its arguments are on the devices already, but for `ahead`.
+      compile: plan -> compiled program. Its arguments are on the devices already, but for
+        those of `beside`.
       plan: resolved.
       width_is_open: whether the width may be lowered; if it was asked for, what does not fit is
         refused, with a width that does.
-      ahead: bytes that are put on each device for this round and, while it runs, for the next one.
+      beside: bytes of what each device is given for a round and, while that runs, for the next one.
 
     Returns:
       The program, and the plan it is for.
@@ -106,7 +107,7 @@ def compile_to_fit(
     """
     program = compile(plan)
     free, asked = _least_free(plan), needed_bytes(program)
-    free = None if free is None else max(free - ahead, 0)
+    free = None if free is None else max(free - beside, 0)
     if free is None or asked is None or asked <= free:
         return program, plan
     need, fitting = asked, plan

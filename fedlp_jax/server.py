@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from fedlp_jax.layers import LayerTable
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables
+from fedlp_jax.optimizer import updates_of
+from fedlp_jax.types import Array, PyTree, Variables
 
 
 def server_step(
@@ -43,7 +44,7 @@ def server_step(
     update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, variables)
     gradient = jax.tree.map(jnp.negative, update["params"])
     with jax.numpy_dtype_promotion("standard"):
-        steps, new_state = _updates(optimizer, gradient, state, variables["params"])
+        steps, new_state = updates_of(optimizer, gradient, state, variables["params"], "server")
         params = optax.apply_updates(variables["params"], steps)
     moved = {
         name: params if name == "params" else jax.tree.map(jnp.add, tree, update[name])
@@ -59,17 +60,3 @@ def server_step(
         transform_non_params=lambda _: jnp.ones((), bool),
     )
     return new, jax.tree.map(lambda s, n, o: jnp.where(s, n, o), moves, new_state, state)
-
-
-def _updates(
-    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree
-) -> tuple[PyTree, PyTree]:
-    try:
-        return optimizer.update(gradient, state, params)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise FedLPError(
-            "the server's optimizer asks for more than the aggregate and the parameters, and the "
-            f"server knows no loss: {error}. Take one such as optax.sgd or optax.adam."
-        ) from error

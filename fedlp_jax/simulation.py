@@ -116,7 +116,7 @@ class Simulation:
         if self.rounds == 0:
             return
         self.round_program, plan = compile_to_fit(
-            self._compiled_round, self.plan, self._width_is_open, self.stage.bytes_ahead
+            self._compiled_round, self.plan, self._width_is_open, self.stage.round_bytes
         )
         if plan != self.plan:
             self.plan = plan

@@ -111,7 +111,7 @@ class Stage:
         self._rows = self.builder.most_rows(p.size) if plan.data == HOST else 0
 
     @property
-    def bytes_ahead(self) -> int:
+    def round_bytes(self) -> int:
         """Bytes on each device for one round: examples, also of the next one, and private rows."""
         one = sum(x[:1].nbytes for x in (self.train.inputs, self.train.labels))
         row = 0 if self.store is None else self.store.row_bytes

@@ -53,6 +53,7 @@ ORDER = [
     "costs",
     "submodel",
     "masks",
+    "optimizer",
     "client",
     "profile",
     "fate",

@@ -121,7 +121,7 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
     # And the rows of a device's 8 slots; then the same from both devices, and its own in a block.
     need = store + (8 + 3 * 8) * 4 * (512 + 1) * 3
     assert run.readings["private_bytes"] == need
-    assert run.stage.bytes_ahead == 8 * 4 * (512 + 1) * 3  # the rows, while it is compiled
+    assert run.stage.round_bytes == 8 * 4 * (512 + 1) * 3  # the rows, while it is compiled
     # They lie there beside the data and the model.
     model = sum(x.nbytes for x in jax.tree.leaves(run.state.variables))
     beside = DATA.train.nbytes + DATA.test.nbytes + model

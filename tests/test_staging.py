@@ -58,7 +58,7 @@ def test_each_device_is_sent_the_rows_of_its_own_clients(clients):
         staged = prepared.stage(round)
         inputs, labels = np.asarray(staged.examples.inputs), np.asarray(staged.examples.labels)
         room = len(labels) // 2
-        assert prepared.stage.bytes_ahead == 2 * room * (4 * 4 + 4)  # and those of the next
+        assert prepared.stage.round_bytes == 2 * room * (4 * 4 + 4)  # and those of the next
         assert {s.data.shape for s in staged.examples.inputs.addressable_shards} == {(room, 4)}
         assert staged.examples.normalize.gain.sharding.is_fully_replicated
         slots = slots_per_device(7, 2)
@@ -155,9 +155,9 @@ def test_what_is_sent_ahead_counts_as_memory(monkeypatch):
     prepared = fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host"))
     prepared.compile()
     need = memory.needed_bytes(prepared.round_program)
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.bytes_ahead)
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes)
     fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host")).compile()
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.bytes_ahead - 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes - 1)
     again = fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host"))
     with pytest.raises(fl.FedLPError, match="a smaller batch or model"):
         again.compile()
