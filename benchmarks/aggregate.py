@@ -31,9 +31,9 @@ import numpy as np
 import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.timing import alternate, spread
-from fedlp_jax.aggregate import masked_mean
-from fedlp_jax.layers import LayerTable, layer_table
-from fedlp_jax.placement import Level, Plan, map_sum, over_clients, resolve
+from fedlp_jax.aggregation.means import masked_mean
+from fedlp_jax.execution.map_clients import Level, Plan, map_sum, over_clients, resolve
+from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.types import Array, Batch, Normalize, Variables
 
 _TURN_SECONDS = 0.1

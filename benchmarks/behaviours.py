@@ -25,9 +25,9 @@ import optax
 
 import fedlp_jax as fl
 from benchmarks.machine import machine
-from fedlp_jax.behaviour import BEHAVIOURS, Behaviour
-from fedlp_jax.models.cnn import ConvLayer
-from fedlp_jax.models.init import Model, dense
+from fedlp_jax.algorithms.presets import BEHAVIOURS, Behaviour
+from fedlp_jax.nn.models.base import Model, dense
+from fedlp_jax.nn.models.cnn import ConvLayer
 
 SEEDS, ROUNDS, LAST = 8, 20, 5
 NOTHING, EVERYTHING = "nothing", "everything"  # no setting is called so

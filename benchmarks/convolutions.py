@@ -18,10 +18,10 @@ import jax
 
 import fedlp_jax as fl
 from benchmarks.machine import machine
-from fedlp_jax.conv.choice import Convolution
-from fedlp_jax.conv.measure import FORMS, measure
-from fedlp_jax.conv.window import Window
-from fedlp_jax.placement import resolve
+from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.nn.conv.lowering import Convolution
+from fedlp_jax.nn.conv.measure import FORMS, measure
+from fedlp_jax.nn.conv.window import Window
 
 _LOWERINGS = FORMS
 _CHANNELS = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.curves [--workload W1|W4] [--rounds N] [--json FILE] [--smoke] [RUN ...]
 
-A RUN is FORM:SEED, a form of the convolutions as `fedlp_jax.conv.using` takes it, and a seed;
+A RUN is FORM:SEED, a form of the convolutions as `fedlp_jax.nn.conv.using` takes it, and a seed;
 without any, `auto:0 auto:1 auto:2 direct:0`. `direct` is `lax.conv` itself, on a CPU tens of times
 slower: W1 takes about five minutes a round. Runs of one seed have the same initial weights, cohorts
 and batches, so a form may differ from `auto` by what other rounding grows into; what another seed
@@ -21,7 +21,7 @@ import numpy as np
 import fedlp_jax as fl
 from benchmarks import command, parts
 from benchmarks.workloads import WORKLOADS, Workload, smoke
-from fedlp_jax import conv
+from fedlp_jax.nn import conv
 
 _RUNS = ["auto:0", "auto:1", "auto:2", "direct:0"]
 _CURVES = ("train_loss", "test_loss", "test_accuracy")

@@ -3,7 +3,7 @@
     python -m benchmarks.dense [--json FILE] [--smoke]
 
 The MLP and the small CNN of `benchmarks.speed` at several batch sizes; the two forms take turns, a
-round each. `fedlp_jax/dense.py` takes outer products up to the batch where the GEMM wins.
+round each. `fedlp_jax/nn/dense.py` takes outer products up to the batch where the GEMM wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.timing import alternate, rounds_of
 from benchmarks.workloads import WORKLOADS, Workload, smoke
-from fedlp_jax import dense
+from fedlp_jax.nn import dense
 
 _BATCHES = {"W2": (5, 10, 15, 20, 30), "W4": (5, 10, 25)}
 _TURNS = 7

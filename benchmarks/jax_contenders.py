@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import fedlp_jax as fl
 from benchmarks import parts, stage, workloads
-from fedlp_jax import conv
+from fedlp_jax.nn import conv
 from fedlp_jax.types import Array
 
 

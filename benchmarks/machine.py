@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.environment import environment
+from fedlp_jax.reporting.environment import environment
 
 
 def machine() -> dict[str, Any]:

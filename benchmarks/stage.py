@@ -17,7 +17,7 @@ import fedlp_jax as fl
 from benchmarks import parts
 from benchmarks.workloads import Workload
 from fedlp_jax.data.batching import shuffled_rows
-from fedlp_jax.keys import Purpose, client_key
+from fedlp_jax.prng import Purpose, client_key
 
 CHECK_STEPS = 5  # rounding in float32 grows about tenfold a step
 

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import fedlp_jax as fl
 from benchmarks.machine import machine
 from fedlp_jax import theory
-from fedlp_jax.task import Aux, Sums, Task
+from fedlp_jax.tasks.task import Aux, Sums, Task
 
 RATES = (0.1, 0.3, 0.5, 1.0)  # p
 CURVATURE = (2.0, 1.0, 0.5)  # h, of the numbers of a layer

@@ -19,8 +19,8 @@ import fedlp_jax as fl
 from benchmarks import command, parts
 from benchmarks.timing import Rounds, alternate, spread
 from benchmarks.workloads import WORKLOADS, Workload, smoke
-from fedlp_jax.placement import DEVICE, HOST, resolve
-from fedlp_jax.tuning import tune, words
+from fedlp_jax.execution.map_clients import DEVICE, HOST, resolve
+from fedlp_jax.simulation.tuning import tune, words
 
 _DROPPED = 2.0  # times as slow as the quickest
 _TURN = 16  # rounds, so that the largest `rounds_at_once` fills a call; one, where they take long

@@ -1,117 +1,120 @@
 """fedlp_jax: federated learning in which the client axis is an array axis.
 
-The modules in the order in which data flows through them:
+The rooms in the order in which data flows through them; a room imports only from rooms above it:
 
-    data.datasets, data.partition   name -> arrays -> who has which examples
-    task, layers, submodel, masks   what is learnt, cut into layers, held by whom, sent by whom
-    client, aggregate, server       train one client, average what was sent, step the server
-    faults, robust, privacy         clients that fail or lie, and what holds against them
-    hosts, placement                several processes as one; map over clients and sum, anywhere
-    algorithms                      short compositions: fedavg, fedlp_homo, fedlp_hetero
-    simulate, checkpoint            the host loop, and how a run goes on after a power cut
-    report, config, cli             the run directory, files, the command line
+    data          data sets, and which client holds which examples
+    nn            networks, and how their layers are computed fast
+    tasks         what is learnt: a network, its loss, its metrics
+    pruning       what of the network a client holds, trains and sends: layers, submodels, masks
+    accounting    modelled parameters, bytes and MACs; never a clock
+    theory        exact quantities and bounds, on the host
+    execution     many lanes on many devices; knows nothing of federated learning
+    clients       one client: its training, its device, its failures
+    aggregation   what clients send -> the server's next variables
+    algorithms    short compositions of the above
+    reporting     what a run leaves for people: run directory, progress, plots
+    simulation    rounds in a loop: program, run, evaluation, checkpoint
+    config        a file -> the arguments of simulate()
+    paper         the result table of FedLP, again
+    cli           the commands
 
-A name is imported when it is first used, so that what needs no jax, as `fedlp --help`, is fast.
+Every public name is imported when it is first used, so `fedlp --help` starts without jax.
 """
 
-import importlib
-import sys
-from types import ModuleType
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from fedlp_jax import aggregate as aggregate
-    from fedlp_jax import costs as costs
-    from fedlp_jax import layers as layers
-    from fedlp_jax import masks as masks
-    from fedlp_jax import models as models
-    from fedlp_jax import plots as plots
-    from fedlp_jax import robust as robust
-    from fedlp_jax import submodel as submodel
-    from fedlp_jax import theory as theory
+if TYPE_CHECKING:  # for editors and type checkers; at run time the table below serves these names
     from fedlp_jax import types as types
-    from fedlp_jax.algorithms.algorithm import Algorithm as Algorithm
+    from fedlp_jax.accounting import ledger as costs
+    from fedlp_jax.aggregation import means as aggregate
+    from fedlp_jax.aggregation import robust as robust
+    from fedlp_jax.aggregation.privacy import Privacy as Privacy
+    from fedlp_jax.algorithms.base import Algorithm as Algorithm
     from fedlp_jax.algorithms.compose import compose as compose
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
-    from fedlp_jax.checkpoint import Checkpoint as Checkpoint
-    from fedlp_jax.config import load_config as load_config
-    from fedlp_jax.connection import connect as connect
+    from fedlp_jax.clients.devices import Profile as Profile
+    from fedlp_jax.clients.failures import Corruption as Corruption
+    from fedlp_jax.clients.failures import Faults as Faults
+    from fedlp_jax.config.experiment import run as run
+    from fedlp_jax.config.schema import load_config as load_config
     from fedlp_jax.data import partition as partition
-    from fedlp_jax.data.datasets import Dataset as Dataset
-    from fedlp_jax.data.datasets import from_arrays as from_arrays
-    from fedlp_jax.data.datasets import load as load
+    from fedlp_jax.data.loading import Dataset as Dataset
+    from fedlp_jax.data.loading import from_arrays as from_arrays
+    from fedlp_jax.data.loading import load as load
     from fedlp_jax.data.partition import Partition as Partition
-    from fedlp_jax.experiment import run as run
-    from fedlp_jax.faults import Corruption as Corruption
-    from fedlp_jax.faults import Faults as Faults
-    from fedlp_jax.placement import Plan as Plan
-    from fedlp_jax.placement import setup as setup
-    from fedlp_jax.privacy import Privacy as Privacy
-    from fedlp_jax.profile import Profile as Profile
-    from fedlp_jax.result import DivergedError as DivergedError
-    from fedlp_jax.result import Result as Result
-    from fedlp_jax.simulate import simulate as simulate
-    from fedlp_jax.simulation import Simulation as Simulation
-    from fedlp_jax.task import Task as Task
-    from fedlp_jax.task import classification as classification
+    from fedlp_jax.execution.connection import connect as connect
+    from fedlp_jax.execution.map_clients import Plan as Plan
+    from fedlp_jax.execution.map_clients import setup as setup
+    from fedlp_jax.nn import conv as conv
+    from fedlp_jax.nn import models as models
+    from fedlp_jax.pruning import layers as layers
+    from fedlp_jax.pruning import masks as masks
+    from fedlp_jax.pruning import submodels as submodel
+    from fedlp_jax.reporting import plots as plots
+    from fedlp_jax.reporting.variables import load_variables as load_variables
+    from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
+    from fedlp_jax.simulation.loop import simulate as simulate
+    from fedlp_jax.simulation.result import DivergedError as DivergedError
+    from fedlp_jax.simulation.result import Result as Result
+    from fedlp_jax.simulation.run import Simulation as Simulation
+    from fedlp_jax.tasks.task import Task as Task
+    from fedlp_jax.tasks.task import classification as classification
     from fedlp_jax.types import FedLPError as FedLPError
-    from fedlp_jax.variables import load_variables as load_variables
 
 __version__ = "0.1.0"
 
-# The same once more, for the interpreter: module -> the public names in it.
-_NAMES = {
-    "fedlp_jax": "aggregate costs layers masks models plots robust submodel theory types",
-    "fedlp_jax.algorithms.algorithm": "Algorithm",
-    "fedlp_jax.algorithms.compose": "compose",
-    "fedlp_jax.algorithms.fedavg": "fedavg",
-    "fedlp_jax.algorithms.fedlp": "fedlp_hetero fedlp_homo",
-    "fedlp_jax.checkpoint": "Checkpoint",
-    "fedlp_jax.config": "load_config",
-    "fedlp_jax.connection": "connect",
-    "fedlp_jax.data": "partition",
-    "fedlp_jax.data.datasets": "Dataset from_arrays load",
-    "fedlp_jax.data.partition": "Partition",
-    "fedlp_jax.experiment": "run",
-    "fedlp_jax.faults": "Corruption Faults",
-    "fedlp_jax.placement": "Plan setup",
-    "fedlp_jax.privacy": "Privacy",
-    "fedlp_jax.profile": "Profile",
-    "fedlp_jax.result": "DivergedError Result",
-    "fedlp_jax.simulate": "simulate",
-    "fedlp_jax.simulation": "Simulation",
-    "fedlp_jax.task": "Task classification",
-    "fedlp_jax.types": "FedLPError",
-    "fedlp_jax.variables": "load_variables",
+_MODULES = {
+    "aggregate": "aggregation.means",
+    "conv": "nn.conv",
+    "costs": "accounting.ledger",
+    "layers": "pruning.layers",
+    "masks": "pruning.masks",
+    "models": "nn.models",
+    "partition": "data.partition",
+    "plots": "reporting.plots",
+    "robust": "aggregation.robust",
+    "submodel": "pruning.submodels",
+    "types": "types",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_HOMES = {
+    "aggregation.privacy": "Privacy",
+    "algorithms.base": "Algorithm",
+    "algorithms.compose": "compose",
+    "algorithms.fedavg": "fedavg",
+    "algorithms.fedlp": "fedlp_hetero fedlp_homo",
+    "clients.devices": "Profile",
+    "clients.failures": "Corruption Faults",
+    "config.experiment": "run",
+    "config.schema": "load_config",
+    "data.loading": "Dataset from_arrays load",
+    "data.partition": "Partition",
+    "execution.connection": "connect",
+    "execution.map_clients": "Plan setup",
+    "reporting.variables": "load_variables",
+    "simulation.checkpoint": "Checkpoint",
+    "simulation.loop": "simulate",
+    "simulation.result": "DivergedError Result",
+    "simulation.run": "Simulation",
+    "tasks.task": "Task classification",
+    "types": "FedLPError",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-
-if not TYPE_CHECKING:  # a type checker would believe that every name is there
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
     def __getattr__(name: str) -> Any:
-        home = _HOME.get(name)
-        if home is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if home == __name__:
-            return importlib.import_module(f"{home}.{name}")
-        value = globals()[name] = getattr(importlib.import_module(home), name)
+        if name in _MODULES:
+            value = import_module(f"fedlp_jax.{_MODULES[name]}")
+        elif name in _HOME:
+            value = getattr(import_module(f"fedlp_jax.{_HOME[name]}"), name)
+        else:
+            raise AttributeError(f"module 'fedlp_jax' has no attribute {name!r}")
+        globals()[name] = value
         return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*_HOME, *(name for name in globals() if name.startswith("__"))})
-
-
-class _Package(ModuleType):
-    """Keeps `fedlp_jax.simulate` a function: importing the module of that name sets it too."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        own_module = isinstance(value, ModuleType) and value.__name__ == f"{__name__}.{name}"
-        if not own_module or _HOME.get(name, __name__) == __name__:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*_MODULES, *_HOME, *(name for name in globals() if name.startswith("__"))})

@@ -3,7 +3,7 @@
 Letters, everywhere in the package:
 
     K  clients in the population          C  clients in the cohort of a round
-    L  layers (see `fedlp_jax.layers`)    S  local steps of one client
+    L  layers (see `fedlp_jax.pruning.layers`)    S  local steps of one client
     B  batch size                         M  largest number of examples of a client
     N  examples in a split                D  devices on the mesh
     W  clients vmapped at once            P  client slots of one device
@@ -152,7 +152,7 @@ class Cohort:
     level: Array  # i32[D * P], submodel level, 0 to G - 1
     rows: Array  # i32[D * P, M], rows of the examples that a round is given, padded with 0
     segment: Array  # i32[D, G + 1]
-    conditions: PyTree = None  # a `fedlp_jax.fate.Conditions`, where a run has faults
+    conditions: PyTree = None  # a `fedlp_jax.clients.outcomes.Conditions`, where a run has faults
     # The size of every client of the population, if it is the same for all: it lets a round drop
     # the masks that only uneven clients need.
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -191,4 +191,4 @@ class RoundMetrics(NamedTuple):
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
     halted: Array  # bool[], the state was left as it was: nothing finite to go on with
-    fate: PyTree = ()  # a `fedlp_jax.fate.Fate`, where a run has faults
+    fate: PyTree = ()  # a `fedlp_jax.clients.outcomes.Fate`, where a run has faults

@@ -67,7 +67,7 @@ def _call(folder, port, number, index, function, arguments):
     import jax
 
     import fedlp_jax as fl
-    from fedlp_jax import connection
+    from fedlp_jax.execution import connection
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")

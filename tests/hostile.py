@@ -36,12 +36,17 @@ import typer.testing
 import yaml
 
 import fedlp_jax as fl
-from fedlp_jax import checks, cli, experiment, placement, report, resumption
-from fedlp_jax.config import Config, load_config, parse_config
-from fedlp_jax.config_problem import section_kinds
-from fedlp_jax.data import archive, embedded
+from fedlp_jax import cli
+from fedlp_jax.config import experiment, resumption
+from fedlp_jax.config.problem import section_kinds
+from fedlp_jax.config.schema import Config, load_config, parse_config
+from fedlp_jax.data import archive
+from fedlp_jax.data import builtin as embedded
 from fedlp_jax.data.holdings import Partition
-from fedlp_jax.simulation import Simulation
+from fedlp_jax.execution import map_clients as placement
+from fedlp_jax.reporting import run_directory as report
+from fedlp_jax.simulation import validation as checks
+from fedlp_jax.simulation.run import Simulation
 from fedlp_jax.types import FedLPError
 
 SECONDS = 20  # after which a case counts as hanging; the slowest takes about one
@@ -678,7 +683,7 @@ def _facts(path: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[], A
     def prepare() -> None:
         import json
 
-        from fedlp_jax.checkpoint import _sum_of_facts
+        from fedlp_jax.simulation.checkpoint import _sum_of_facts
 
         file = Path(path, "facts", "metadata")
         facts = json.loads(file.read_text())

@@ -6,7 +6,7 @@ import signal
 import sys
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fedlp_jax.experiment", "orbax.checkpoint", "scipy.stats"])
+FORKS.set_forkserver_preload(["fedlp_jax.config.experiment", "orbax.checkpoint", "scipy.stats"])
 
 
 def start(folder, *words, environment=()):

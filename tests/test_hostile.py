@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fedlp_jax as fl
-from fedlp_jax.config import Config, dump_config, load_config, parse_config
-from fedlp_jax.config_yaml import parse_yaml, to_yaml
+from fedlp_jax.config.schema import Config, dump_config, load_config, parse_config
+from fedlp_jax.config.yaml import parse_yaml, to_yaml
 from fedlp_jax.data import archive
 from fedlp_jax.types import FedLPError
 

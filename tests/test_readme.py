@@ -8,8 +8,8 @@ import shlex
 import pytest
 import yaml
 
-from fedlp_jax import cli_reproduce
-from fedlp_jax.config import parse_config
+from fedlp_jax.cli import reproduce as cli_reproduce
+from fedlp_jax.config.schema import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

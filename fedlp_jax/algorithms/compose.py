@@ -7,16 +7,19 @@ from typing import Any, Literal
 
 import optax
 
-from fedlp_jax import aggregate, masks, robust, submodel
-from fedlp_jax import behaviour as behaviours
-from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.aggregation import means as aggregate
+from fedlp_jax.aggregation import robust
+from fedlp_jax.aggregation.pipeline import Combination
+from fedlp_jax.aggregation.privacy import Privacy, check_clip, check_privacy
+from fedlp_jax.algorithms import presets as behaviours
+from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.round import Composition
-from fedlp_jax.client import LocalWork, check_work, local_steps
-from fedlp_jax.combine import Combination
-from fedlp_jax.layers import LayerRule
-from fedlp_jax.privacy import Privacy, check_clip, check_privacy
-from fedlp_jax.submodel import Submodels
-from fedlp_jax.task import Task
+from fedlp_jax.clients.local_training import LocalWork, check_work, local_steps
+from fedlp_jax.pruning import masks
+from fedlp_jax.pruning import submodels as submodel
+from fedlp_jax.pruning.layers import LayerRule
+from fedlp_jax.pruning.submodels import Submodels
+from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, FedLPError, check_choice
 
 Rule = aggregate.Aggregator | robust.Robust
@@ -26,7 +29,7 @@ AGGREGATORS: dict[str, Callable[..., Rule]] = {
     "inverse_probability": aggregate.inverse_probability,
     **robust.RULES,
 }
-# With privacy the divisor must be a constant; see `fedlp_jax.privacy`.
+# With privacy the divisor must be a constant; see `fedlp_jax.aggregation.privacy`.
 _FIXED_DIVISOR = ("cohort_mean", "inverse_probability")
 
 
@@ -62,10 +65,10 @@ def compose(
       batch_size: B; the last batch of an epoch may be smaller.
       submodels: who holds what; default `submodel.whole()`.
       policy: which layers are sent; default `masks.full()`.
-      aggregator: "masked_mean", "cohort_mean" or "inverse_probability" (`fedlp_jax.aggregate`);
-        "median", "trimmed_mean", "krum", "multi_krum" or "geometric_median"
-        (`fedlp_jax.robust`), which need the memory of C models; a name with settings, as
-        `{"name": "krum", "byzantine": 0.2}`; or your own.
+      aggregator: "masked_mean", "cohort_mean" or "inverse_probability"
+        (`fedlp_jax.aggregation.means`); "median", "trimmed_mean", "krum",
+        "multi_krum" or "geometric_median" (`fedlp_jax.aggregation.robust`), which need the memory
+        of C models; a name with settings, as `{"name": "krum", "byzantine": 0.2}`; or your own.
       clip: largest L2 norm of what a client sends; larger updates are scaled down to it.
       privacy: `fl.Privacy(clip, noise_multiplier, delta)`: client-level differential privacy.
       server_optimizer: optax transform fed with minus the aggregate; default: add it as it is.

@@ -6,10 +6,10 @@ from typing import Any
 
 import optax
 
-from fedlp_jax import masks
-from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
-from fedlp_jax.task import Task
+from fedlp_jax.pruning import masks
+from fedlp_jax.tasks.task import Task
 
 
 def fedavg(

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import optax
 
-from fedlp_jax import behaviour as behaviours
-from fedlp_jax import masks
-from fedlp_jax.algorithms.algorithm import Algorithm
+from fedlp_jax.algorithms import presets as behaviours
+from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
-from fedlp_jax.submodel import Depths, Heads, by_depth
-from fedlp_jax.task import Task
+from fedlp_jax.pruning import masks
+from fedlp_jax.pruning.submodels import Depths, Heads, by_depth
+from fedlp_jax.tasks.task import Task
 
 
 def fedlp_homo(
@@ -54,7 +54,7 @@ def fedlp_hetero(
     network. Each layer is averaged over the clients that hold it.
 
     Args:
-      task: what is learnt; its module offers depths (`fedlp_jax.network.network`).
+      task: what is learnt; its module offers depths (`fedlp_jax.tasks.flax_adapter.network`).
       depths: "uniform", a flag 1 to G, G probabilities, or K depths; see
         `submodel.assign_depths`.
       client_optimizer: any optax transform.

@@ -10,18 +10,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedlp_jax.client import Client, LocalWork, is_finite, local_update, loop_bounds
-from fedlp_jax.combine import Combination, Combined, Sent
+from fedlp_jax.aggregation.pipeline import Combination, Combined, Sent
+from fedlp_jax.aggregation.server import server_step
+from fedlp_jax.clients.local_training import Client, LocalWork, is_finite, local_update, loop_bounds
+from fedlp_jax.clients.outcomes import (
+    Fate,
+    Lot,
+    Outcome,
+    came_true,
+    corrupted,
+    judge,
+    with_flipped_labels,
+)
 from fedlp_jax.data.batching import example_of
-from fedlp_jax.fate import Fate, Lot, Outcome, came_true, corrupted, judge, with_flipped_labels
-from fedlp_jax.keys import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
-from fedlp_jax.layers import LayerRule, LayerTable, layer_table
-from fedlp_jax.masks import MaskPolicy
-from fedlp_jax.packing import Packed, pack, unpack
-from fedlp_jax.placement import HOST, Level, Plan, map_sum
-from fedlp_jax.server import server_step
-from fedlp_jax.submodel import Submodel, Submodels
-from fedlp_jax.task import Task
+from fedlp_jax.execution.map_clients import HOST, Level, Plan, map_sum
+from fedlp_jax.execution.packing import Packed, pack, unpack
+from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
+from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
+from fedlp_jax.pruning.masks import MaskPolicy
+from fedlp_jax.pruning.submodels import Submodel, Submodels
+from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import (
     Array,
     Batch,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlp_jax.data.arrays import as_array
+from fedlp_jax.data.dataset import as_array
 from fedlp_jax.types import FedLPError, shown
 
 
@@ -107,8 +107,8 @@ class Partition:
         )
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draws it, see `fedlp_jax.plots.partition`."""
-        from fedlp_jax import plots
+        """Draws it, see `fedlp_jax.reporting.plots.partition`."""
+        from fedlp_jax.reporting import plots
 
         return plots.partition(self, path)
 

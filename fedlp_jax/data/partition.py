@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data import sizes as sizes_of
-from fedlp_jax.data.arrays import client_ids
+from fedlp_jax.data.dataset import client_ids
 from fedlp_jax.data.holdings import Partition as Partition
 from fedlp_jax.data.holdings import by_owner, by_size, class_labels
 from fedlp_jax.types import FedLPError, shown

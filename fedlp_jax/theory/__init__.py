@@ -13,13 +13,13 @@ docs/theory.md derives every formula, and proves a convergence statement for Fed
 
 from fedlp_jax.theory.convergence import gradient_bound as gradient_bound
 from fedlp_jax.theory.convergence import quadratic_error as quadratic_error
-from fedlp_jax.theory.uploads import Uploads as Uploads
-from fedlp_jax.theory.uploads import communication as communication
-from fedlp_jax.theory.uploads import inverse_senders as inverse_senders
-from fedlp_jax.theory.uploads import sampling_variance as sampling_variance
-from fedlp_jax.theory.uploads import senders as senders
-from fedlp_jax.theory.uploads import updated as updated
-from fedlp_jax.theory.uploads import uploads as uploads
+from fedlp_jax.theory.senders import Uploads as Uploads
+from fedlp_jax.theory.senders import communication as communication
+from fedlp_jax.theory.senders import inverse_senders as inverse_senders
+from fedlp_jax.theory.senders import sampling_variance as sampling_variance
+from fedlp_jax.theory.senders import senders as senders
+from fedlp_jax.theory.senders import updated as updated
+from fedlp_jax.theory.senders import uploads as uploads
 from fedlp_jax.theory.weights import EffectiveWeights as EffectiveWeights
 from fedlp_jax.theory.weights import cohort_mean as cohort_mean
 from fedlp_jax.theory.weights import inverse_probability as inverse_probability

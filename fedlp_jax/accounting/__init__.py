@@ -1,0 +1,1 @@
+"""Modelled parameters, bytes and MACs; never a clock."""

@@ -1,0 +1,1 @@
+"""What clients send -> the server's next variables."""

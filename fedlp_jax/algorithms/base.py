@@ -1,0 +1,55 @@
+"""The one interface `simulate` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedlp_jax.aggregation.privacy import Privacy
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.packing import Packed
+from fedlp_jax.pruning.layers import LayerRule
+from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import (
+    Array,
+    Batch,
+    Cohort,
+    Examples,
+    RoundMetrics,
+    ServerState,
+    Variables,
+)
+
+
+class Algorithm(NamedTuple):
+    """Pure functions of a federated algorithm; `compose` makes them from parts.
+
+    `init` and `round` are the algorithm. The rest describes it to the host loop: how much work a
+    client is, and which submodel it runs.
+    """
+
+    task: Task
+    # (root key, example, K, initial variables or None) -> state
+    init: Callable[[Array, Batch, int, Variables | None], ServerState]
+    # (state, private variables of the slots, split, cohort, root key, plan)
+    #   -> (state, private variables, which count only if the run goes on, metrics)
+    # Slots that are empty, or have nothing private, hold what other clients left there: not to be
+    # read.
+    round: Callable[
+        [ServerState, Packed, Examples, Cohort, Array, Plan],
+        tuple[ServerState, Packed, RoundMetrics],
+    ]
+    layers: LayerRule  # how the variables are cut into layers
+    local_steps: Callable[[np.ndarray], np.ndarray]  # examples i64[C] -> local steps i64[C]
+    # (variables or shapes, example) -> G levels, the last the whole model
+    levels: Callable[[Variables, Batch], tuple[Submodel, ...]]
+    assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
+    persist: bool = False  # private variables are stored between rounds
+    shared_heads: bool = False  # every level can be tested from the server's variables
+    faults: bool = False  # `round` heeds `cohort.conditions`
+    stacked: bool = False  # `round` keeps the updates of all clients side by side
+    privacy: Privacy | None = None
+    train_loss: str = "examples"  # or "batches": mean over clients of the mean over steps

@@ -1,0 +1,129 @@
+"""`fedlp reproduce paper`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedlp_jax.paper.cells import Study
+    from fedlp_jax.paper.published import Cell
+
+EXAMPLES = """
+Examples:
+
+  fedlp reproduce paper --costs
+
+  fedlp reproduce paper --scale smoke --out runs/smoke
+
+  fedlp reproduce paper --scale small --rows fedavg,homo-0.5 --splits iid --estimate
+
+  fedlp reproduce paper --out runs/paper    [dim]# the same again goes on where it stopped[/dim]
+"""
+
+
+def paper(
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Show Comm. and Comp. of the rows; train nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --costs: print JSON.")] = False,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Rows, such as fedavg,homo-0.5,hetero-u; all, if none is named.", metavar="ROW,..."
+        ),
+    ] = "",
+    splits: Annotated[
+        str, typer.Option(help="Splits to run: iid, d-niid, m-niid.", metavar="SPLIT,...")
+    ] = "",
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="paper: the published protocol. small: the same for 20 rounds, a row an hour on 2 "
+            "cores. smoke: a tiny one on embedded data, all cells in minutes."
+        ),
+    ] = "paper",
+    seeds: Annotated[
+        int, typer.Option(help="Runs of each cell, with seeds 25, 26, ...", min=1)
+    ] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Show expected time and cost; run no cell.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Directory of all cells. What it holds is not run again.")
+    ] = None,
+) -> None:
+    """Reproduce the result table of FedLP: its costs exactly, its accuracies by training."""
+    from fedlp_jax.types import FedLPError
+
+    if json and not costs:
+        raise FedLPError("--json belongs to --costs; a run writes table.json into its directory.")
+    if costs:
+        _show_costs(_words(rows), json)
+        return
+    if out is None and not estimate:
+        raise FedLPError(
+            "--out DIR is needed: the same command with the same DIR goes on where it stopped."
+        )
+    from fedlp_jax.execution.map_clients import setup
+    from fedlp_jax.paper.cells import Study
+    from fedlp_jax.paper.published import choose
+
+    study = Study(Path(out or ""), scale, rounds)
+    cells = choose(_words(rows), _words(splits), seeds)
+    study.config(cells[0])  # refuses what it can before jax is used
+    setup()
+    if estimate:
+        _show_estimate(study, cells)
+    else:
+        _run(study, cells)
+
+
+def _run(study: Study, cells: Sequence[Cell]) -> None:
+    from fedlp_jax.cli.interruption import Interruption
+    from fedlp_jax.cli.tables import show
+    from fedlp_jax.paper.run import run_study
+    from fedlp_jax.paper.view import result_tables
+    from fedlp_jax.simulation.checkpoint import hush
+
+    hush()
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    with Interruption() as stop:
+        table, figures = run_study(study, cells, progress=True, say=say, stop=stop)
+    show(*result_tables(table, study.out, figures))
+
+
+def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:
+    from fedlp_jax.cli.tables import show
+    from fedlp_jax.paper.cells import remaining
+    from fedlp_jax.paper.forecast import forecast
+    from fedlp_jax.paper.view import forecast_tables
+
+    show(*forecast_tables(*forecast(study, remaining(study, cells))))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _show_costs(rows: Sequence[str], as_json: bool) -> None:
+    from fedlp_jax.cli.tables import show
+    from fedlp_jax.paper.costs import row_costs
+    from fedlp_jax.paper.view import cost_tables
+
+    costs = row_costs(rows)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps([cost._asdict() for cost in costs], indent=2))
+    else:
+        show(*cost_tables(costs))

@@ -1,0 +1,128 @@
+"""Tables for a person: the end of a run, the environment, what a configuration amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from fedlp_jax.config.overview import Overview, macs_by_layer
+from fedlp_jax.config.schema import Config, dump_config
+from fedlp_jax.reporting.environment import environment
+from fedlp_jax.reporting.progress import duration
+
+
+def show(*parts: RenderableType) -> None:
+    """Prints to stdout."""
+    console = Console()
+    for part in parts:
+        console.print(part)
+
+
+def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
+    """The end of a run: accuracy, traffic against FedAvg's, time, and where it is written."""
+    final, readings = summary["final"], summary["readings"]
+    rows = {"test accuracy": "not tested"}
+    if final.get("test_accuracy") is not None:
+        rows = {"test accuracy": f"{final['test_accuracy']:.4f} after {summary['rounds']} rounds"}
+    for direction in ("upload", "download"):
+        key = f"{direction}_bytes"
+        rows[direction] = _against(summary["total"][key], summary["fedavg"][key])
+    if final.get("epsilon") is not None:
+        rows["privacy"] = f"epsilon {final['epsilon']:.3g}"
+    compiling = sum(s for name, s in readings.items() if name.endswith("compile_seconds"))
+    rows["time"] = f"{duration(readings['total_seconds'])} ({duration(compiling)} compiling)"
+    rows["written to"] = str(directory)
+    return two_columns(rows, title=summary["name"])
+
+
+def two_columns(rows: Mapping[str, Any], title: str) -> Table:
+    """A name and what belongs to it, line by line."""
+    table = Table("", "", title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    return table
+
+
+def _against(sent: float, fedavg: float) -> str:
+    if not fedavg:
+        return "nothing"
+    return f"{sent / 1e6:.2f} MB, {sent / fedavg:.1%} of FedAvg's {fedavg / 1e6:.2f} MB"
+
+
+def environment_table() -> Table:
+    """Versions, devices, commit."""
+    found = environment()
+    device = found["device"]
+    rows = {name.replace("_", "-"): version for name, version in found["versions"].items()}
+    rows["devices"] = f"{device['count']} x {device['kind']} ({device['platform']})"
+    rows["commit"] = found["commit"] or "not a checkout"
+    return two_columns(rows, title="fedlp-jax")
+
+
+def config_tables(config: Config, view: Overview) -> list[RenderableType]:
+    """Settings, partition, layers, submodels and the modelled cost of a round."""
+    parts: list[RenderableType] = [
+        escape(dump_config(config)),
+        _partition_table(view),
+        _layer_table(view),
+    ]
+    if len(view.levels) > 1:
+        parts.append(_level_table(view))
+    return [*parts, _cost_table(view)]
+
+
+def _partition_table(view: Overview) -> Table:
+    sizes, held = view.clients.sizes, (view.clients.histogram > 0).sum(axis=1)
+    rows = {
+        "clients": f"{view.clients.clients:,}, {view.cohort:,} a round",
+        "examples of a client": f"{sizes.min():,} to {sizes.max():,}, mean {sizes.mean():,.1f}",
+        "classes of a client": f"{held.min()} to {held.max()}, mean {held.mean():.1f}",
+        "sha256": view.clients.hash[:16],
+    }
+    return two_columns(rows, title="Partition")
+
+
+def _layer_table(view: Overview) -> Table:
+    layers, macs = view.layers, view.levels[-1].macs
+    table = _numbers_table("Layers", "layer", "parameters", "statistics", "MACs an example")
+    columns = zip(
+        layers.names, layers.params, layers.statistics, macs_by_layer(macs, layers), strict=True
+    )
+    for name, params, statistics, count in columns:
+        table.add_row(name, f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
+    table.add_section()
+    totals = (layers.params.sum(), layers.statistics.sum(), sum(macs.values()))
+    table.add_row(f"{len(layers)} layers", *(f"{total:,}" for total in totals))
+    return table
+
+
+def _level_table(view: Overview) -> Table:
+    table = _numbers_table(
+        "Submodels", "depth", "clients", "shared parameters", "held parameters", "MACs an example"
+    )
+    for depth, level in enumerate(view.levels, start=1):
+        numbers = (level.clients, level.shared, level.held, sum(level.macs.values()))
+        table.add_row(str(depth), *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _cost_table(view: Overview) -> Table:
+    rows = {
+        "upload": _against(view.upload_bytes, view.fedavg["upload_bytes"]),
+        "download": _against(view.download_bytes, view.fedavg["download_bytes"]),
+    }
+    if view.stacked_bytes is not None:
+        rows["updates side by side"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
+    return two_columns(rows, title="Traffic of a round, expected")
+
+
+def _numbers_table(title: str, first: str, *columns: str) -> Table:
+    table = Table(first, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -1,0 +1,1 @@
+"""One client: its training, its device, its failures."""

@@ -1,0 +1,220 @@
+"""What ONE client does: local epochs of stochastic gradient steps with any optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedlp_jax.clients.optimizer import updates_of
+from fedlp_jax.data.batching import shuffled_rows, take_batch
+from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import (
+    Array,
+    Batch,
+    ClientMetrics,
+    Examples,
+    FedLPError,
+    Variables,
+    whole_number,
+)
+
+
+class LocalWork(NamedTuple):
+    """How much a client trains."""
+
+    batch_size: int  # B; the last batch of an epoch may be smaller
+    epochs: int | None = 1
+    steps: int | None = None  # in place of epochs; a client starts a new epoch when it must
+
+
+class Client(NamedTuple):
+    """One client as `local_update` sees it."""
+
+    id: Array  # i32[]
+    size: Array  # i32[], examples
+    rows: Array  # i32[M]
+
+
+class Bounds(NamedTuple):
+    """Trip counts of the loops, common to the clients that are vmapped together."""
+
+    epochs: Array | int  # i32[], largest number of epochs begun
+    steps: Array | int  # i32[], largest number of steps in all
+    longest: Array | int  # i32[], largest number of steps in an epoch
+    shortest: Array | int  # i32[], smallest
+
+
+def check_work(work: LocalWork) -> LocalWork:
+    """Refuses impossible local work; what is possible is returned in numbers of Python's.
+
+    Raises:
+      FedLPError: neither or both of epochs and steps, or a number below 1.
+    """
+    if (work.epochs is None) == (work.steps is None):
+        raise FedLPError(
+            f"give epochs or steps, one of the two (got epochs={work.epochs}, steps={work.steps})."
+        )
+    given = {name: value for name, value in work._asdict().items() if value is not None}
+    return work._replace(**{name: whole_number(name, value, 1) for name, value in given.items()})
+
+
+def steps_per_epoch(size: Any, work: LocalWork) -> Any:
+    """ceil(size / B), for numpy and jax integer arrays alike."""
+    return (size + work.batch_size - 1) // work.batch_size
+
+
+def local_steps(size: Any, work: LocalWork) -> Any:
+    """Steps a client with `size` examples takes in a round; none without examples."""
+    per_epoch = steps_per_epoch(size, work)
+    return work.epochs * per_epoch if work.steps is None else work.steps * per_epoch.clip(0, 1)
+
+
+def examples_seen(size: Any, work: LocalWork) -> Any:
+    """Examples a client with `size` of them trains on in a round, those of each epoch anew."""
+    if work.steps is None:
+        return work.epochs * size
+    per_epoch = steps_per_epoch(size, work).clip(1)
+    return work.steps // per_epoch * size + work.steps % per_epoch * work.batch_size * (size > 0)
+
+
+def loop_bounds(size: Any, work: LocalWork) -> Bounds:
+    """Bounds for clients of `size: i32[W]` (or `i32[]`) that run in one chunk.
+
+    Exact for a single client or clients of one size; else an upper bound, and steps that are not a
+    client's own leave it unchanged.
+    """
+    per_epoch, steps = steps_per_epoch(size, work), local_steps(size, work)
+    epochs = -(-steps // per_epoch.clip(1))
+    return Bounds(epochs.max(), steps.max(), per_epoch.max(), per_epoch.min())
+
+
+def _fixed_bounds(size: int, work: LocalWork) -> Bounds:
+    """`loop_bounds` of clients of one size, as numbers of Python's."""
+    bounds: Any = loop_bounds(np.int32(size), work)
+    return Bounds(*(int(bound) for bound in bounds))
+
+
+def local_update(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    work: LocalWork,
+    even_size: int | None,
+    alone: bool,
+    all_train: bool,
+) -> Callable[..., tuple[Variables, ClientMetrics]]:
+    """Builds the local training of one client.
+
+    `x_{s+1} = x_s + scale * optimizer(grad loss(x_s; batch_s))`, the optimizer new each round.
+
+    Args:
+      task: what is learnt.
+      optimizer: any optax transform whose updates are added to the parameters.
+      work: epochs or steps, and the batch size.
+      even_size: the size of every client if it is the same; allows to leave out masks.
+      alone: the client is not vmapped with others, so every step is its own.
+      all_train: no client has its `size` set to 0, as one that is lost and trains alone has. With
+        `even_size`, trip counts are then constants of the program: an accelerator need not ask the
+        host after every step whether to go on.
+
+    Returns:
+      `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
+      `scale` is `f32[]` or None, a factor on the optimizer's updates.
+    """
+    batch_size = work.batch_size
+    full_batches = even_size is not None and even_size % batch_size == 0
+    select = not alone and even_size is None
+    fixed = None if even_size is None or not all_train else _fixed_bounds(even_size, work)
+
+    def train(
+        variables: Variables,
+        examples: Examples,
+        client: Client,
+        bounds: Bounds,
+        key: Array,
+        round: Array,
+        scale: Array | None,
+    ) -> tuple[Variables, ClientMetrics]:
+        key_shuffle = client_key(key, round, client.id, Purpose.SHUFFLE)
+        key_train = client_key(key, round, client.id, Purpose.TRAIN)
+        bounds = bounds if fixed is None else fixed
+        own_per_epoch = steps_per_epoch(client.size, work)
+        own_steps = local_steps(client.size, work)
+
+        def epoch(index: Array, carry: Any) -> Any:
+            order = shuffled_rows(
+                jax.random.fold_in(key_shuffle, index), client.rows, client.size, batch_size
+            )
+
+            def step(in_epoch: Array, carry: Any) -> Any:
+                number = index * own_per_epoch + in_epoch
+                batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
+                new = _sgd_step(
+                    task, optimizer, carry, batch, jax.random.fold_in(key_train, number), scale
+                )
+                if not select:
+                    return new
+                own = (in_epoch < own_per_epoch) & (number < own_steps)
+                return jax.tree.map(lambda n, o: jnp.where(own, n, o), new, carry)
+
+            trips = bounds.longest
+            if fixed is None or work.steps is not None:
+                trips = jnp.minimum(trips, bounds.steps - index * bounds.shortest)
+            return jax.lax.fori_loop(0, trips, step, carry)
+
+        with jax.numpy_dtype_promotion("standard"):
+            state = optimizer.init(variables["params"])
+        carry = (variables, state, _zero_metrics())
+        variables, _, metrics = jax.lax.fori_loop(0, bounds.epochs, epoch, carry)
+        return variables, metrics
+
+    return train
+
+
+def _sgd_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    carry: Any,
+    batch: Batch,
+    key: Array,
+    scale: Array | None,
+) -> Any:
+    variables, state, metrics = carry
+    params = variables["params"]
+
+    def loss_of(params: Any) -> Any:
+        return task.loss({**variables, "params": params}, batch, key)
+
+    (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    # optax's adam, adamw and schedules need standard promotion, whatever the user's setting.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = updates_of(
+            optimizer, gradient, state, params, "client", value=loss, grad=gradient
+        )
+        if scale is not None:
+            updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
+        params = optax.apply_updates(params, updates)
+    f32 = jnp.float32
+    metrics = metrics._replace(
+        loss_sum=metrics.loss_sum + aux.loss_sum.astype(f32),
+        correct=metrics.correct + aux.correct.astype(f32),
+        examples=metrics.examples + aux.examples.astype(f32),
+        batch_loss_sum=metrics.batch_loss_sum + loss.astype(f32),
+        steps=metrics.steps + 1,
+    )
+    return {**aux.statistics, "params": params}, state, metrics
+
+
+def _zero_metrics() -> ClientMetrics:
+    zero = jnp.zeros((), jnp.float32)
+    return ClientMetrics(zero, zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def is_finite(tree: Any) -> Array:
+    """`bool[]`: no NaN and no infinity anywhere in the tree."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

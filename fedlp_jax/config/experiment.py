@@ -1,0 +1,301 @@
+"""A configuration -> a run: its parts are built and checked, then trained, then written down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+
+from fedlp_jax.accounting.ledger import fedavg_traffic
+from fedlp_jax.aggregation.privacy import Privacy
+from fedlp_jax.algorithms import Algorithm, fedavg, fedlp_hetero, fedlp_homo
+from fedlp_jax.clients.failures import Faults
+from fedlp_jax.config import section as section
+from fedlp_jax.config.resumption import earlier, run_checkpoint
+from fedlp_jax.config.schema import Config, dump_config, load_config, parse_config
+from fedlp_jax.data import partition as schemes
+from fedlp_jax.data.loading import Dataset, load
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.nn import models
+from fedlp_jax.reporting.elsewhere import Elsewhere, run_directory
+from fedlp_jax.reporting.environment import environment
+from fedlp_jax.reporting.pictures import draw
+from fedlp_jax.reporting.progress import Progress
+from fedlp_jax.reporting.run_directory import RunDirectory
+from fedlp_jax.simulation.loop import simulate
+from fedlp_jax.simulation.result import DivergedError, Result
+from fedlp_jax.tasks.task import classification
+from fedlp_jax.types import FedLPError
+
+_ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "fedavg": fedavg,
+    "fedlp_homo": fedlp_homo,
+    "fedlp_hetero": fedlp_hetero,
+}
+_MODELS: dict[str, Callable[..., Any]] = {
+    "fedlp_cnn": models.FedLPCNN,
+    "mnist_cnn": models.MNISTCNN,
+    "mlp": models.MLP,
+    "resnet": models.ResNet,
+    "logistic": models.Logistic,
+}
+
+
+def build(config: Config) -> dict[str, Any]:
+    """Loads the data and builds everything else, on the host.
+
+    Returns:
+      The arguments of `simulate`.
+
+    Raises:
+      FedLPError: the data cannot be read, or a part cannot be built from these settings.
+    """
+    data = load(config.data.name, config.data.data_dir, **config.data.options)
+    clients = build_partition(config.partition, data, config.seed)
+    arguments = config.algorithm.model_dump(exclude={"name", "client_optimizer"})
+    arguments["server_optimizer"] = (
+        None
+        if config.algorithm.server_optimizer is None
+        else build_optimizer(config.algorithm.server_optimizer)
+    )
+    if arguments["privacy"] is not None:
+        arguments["privacy"] = Privacy(**arguments["privacy"])
+    algorithm = _ALGORITHMS[config.algorithm.name](
+        classification(build_model(config.model, data.num_classes)),
+        # The rate is a factor on the updates of a client optimizer with rate 1, for then it is an
+        # argument of the compiled round, and other rates need no other program. It is the last
+        # factor of all these optimizers, so the bits are the same.
+        client_optimizer=build_optimizer(config.algorithm.client_optimizer, learning_rate=1.0),
+        client_schedule=config.algorithm.client_optimizer.learning_rate,
+        **arguments,
+    )
+    faults = None if config.faults is None else Faults.of(config.faults.model_dump())
+    return {
+        "algorithm": algorithm,
+        "data": data,
+        "clients": clients,
+        "rounds": config.rounds,
+        "cohort": config.cohort,
+        "seed": config.seed,
+        "eval_every": config.eval_every,
+        "faults": faults,
+        "plan": Plan(**config.plan.model_dump()),
+    }
+
+
+def build_partition(settings: section.Partition, data: Dataset, run_seed: int) -> Partition:
+    """Deals the training examples to clients; the seed is the run's unless it has its own.
+
+    Raises:
+      FedLPError: an impossible request, or `natural` for data that names no clients.
+    """
+    if isinstance(settings, section.Natural):
+        if data.client is None:
+            raise FedLPError(
+                f"partition.name is 'natural', but the data set '{data.name}' does not say whose "
+                "its examples are; choose iid, dirichlet, shards, mixed or quantity."
+            )
+        return schemes.natural(data.train.labels, clients=data.client)
+    arguments = settings.model_dump(exclude={"name"})
+    if arguments["seed"] is None:
+        arguments["seed"] = run_seed
+    scheme = getattr(schemes, settings.name)
+    return scheme(data.train.labels, **arguments)
+
+
+def build_model(settings: section.Model, num_classes: int) -> Any:
+    """The flax module of a model section."""
+    return _MODELS[settings.name](num_classes=num_classes, **settings.model_dump(exclude={"name"}))
+
+
+def build_optimizer(
+    settings: section.Optimizer, learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """The optax transform of an optimizer section; `learning_rate` replaces that of the section."""
+    arguments = settings.model_dump(exclude={"name"})
+    if learning_rate is not None:
+        arguments["learning_rate"] = learning_rate
+    if not isinstance(settings, section.SGD):
+        return getattr(optax, settings.name)(**arguments)
+    decay = arguments.pop("weight_decay")
+    # A trace of zero momentum would carry a copy of the parameters for nothing.
+    arguments["momentum"] = arguments["momentum"] or None
+    sgd = optax.sgd(**arguments)
+    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
+
+
+class Outcome(NamedTuple):
+    """A run that has ended, and where it is written down."""
+
+    result: Result
+    directory: Path
+    summary: dict[str, Any]  # as in summary.json
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Result:
+    """Runs a configuration and writes its run directory.
+
+    Args:
+      config: a configuration, the path of a YAML file, or a nested dictionary.
+      out: the run directory; None = `runs/NAME-N` with the next free N.
+      overwrite: replace a run that `out` holds already.
+      resume: go on with the run that `out` holds, from its last checkpoint, or else from the start.
+      progress: show rounds as they end; None = on a terminal only.
+
+    Returns:
+      What `simulate` returns.
+
+    Raises:
+      FedLPError: bad input; then nothing has been written.
+      DivergedError: no client of a round had a finite update; the rounds before are written, and
+        the model as it was after them.
+    """
+    return execute(config, out, overwrite=overwrite, resume=resume, progress=progress).result
+
+
+def execute(
+    config: Config | str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Outcome:
+    """As `run`; also returns the directory and the summary.
+
+    With `stop`, which is asked before every round, a run is saved and ends in a KeyboardInterrupt.
+    """
+    started = time.perf_counter()
+    if resume and (overwrite or out is None):
+        raise FedLPError("a run that is resumed needs its directory, and is not overwritten.")
+    config = _config(config)
+    hosts.agree("configuration", _common(config) | {"resume": resume})
+    with contextlib.closing(run_directory(out, config.name, overwrite, resume)) as directory:
+        with hosts.together("build"):
+            start = earlier(config, directory.path) if resume else None
+            if start is not None:
+                given = {k: v for k, v in config.plan.model_dump().items() if v is not None}
+                config = _with_plan(config, dataclasses.replace(start.plan, **given))
+            arguments = build(config)
+        plans: list[Plan] = [arguments["plan"]]  # as asked for, then as it runs
+        rows: list[dict[str, Any]] = list(start.rows) if start is not None else []
+        done = tuple(rows)
+        wanted = progress if hosts.is_first() else False
+        with Progress(config.rounds, config.name, wanted=wanted, done=done) as shown:
+
+            def log(row: dict[str, Any]) -> None:
+                if not directory.begun:
+                    directory.begin(dump_config(_with_plan(config, plans[-1])), done)
+                directory.append(row)
+                rows.append(row)
+                shown.update(row)
+
+            try:
+                result = simulate(
+                    **arguments,
+                    log=log,
+                    checkpoint=run_checkpoint(config, directory.path, overwrite),
+                    resume=start,
+                    stop=stop,
+                    compiled=plans.append,
+                )
+                if stop is not None and len(result.history) < config.rounds:
+                    raise KeyboardInterrupt
+                with hosts.together("save"):
+                    if not directory.begun:
+                        directory.begin(dump_config(_with_plan(config, result.plan)), done)
+                    directory.save(result.state.variables)
+            except BaseException as error:
+                _note_failure(error, directory, rows)
+                raise
+        summary = summarize(config.name, arguments, result)
+        summary["readings"]["total_seconds"] = time.perf_counter() - started
+        with hosts.together("summarize"):  # and no process leaves before all is written
+            directory.summarize(summary)
+            if hosts.is_first():
+                draw(directory, config.name, arguments["clients"], rows)
+        return Outcome(result, directory.path, summary)
+
+
+def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """What `summary.json` says of a run that is done.
+
+    `fedavg` is what the same rounds cost as FedAvg: every client receives and sends the whole
+    model. It is modelled from the layer table, not run.
+    """
+    clients: Partition = arguments["clients"]
+    rule, heard = arguments["algorithm"].layers, sum(result.costs.clients)
+    faulty = (row for row in result.history if "chosen" in row)
+    lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
+    return {
+        "name": name,
+        "status": "done",
+        "rounds": len(result.history),
+        "final": result.history.rows[-1] if len(result.history) else {},
+        "total": result.costs.total,
+        "fedavg": fedavg_traffic(
+            result.variables, rule, result.layers, senders=heard, receivers=heard + lost
+        ),
+        "partition": {
+            "clients": clients.clients,
+            "smallest": clients.sizes.min(),
+            "largest": clients.sizes.max(),
+            "sha256": clients.hash,
+        },
+        "readings": dict(result.readings),
+        "lowerings": result.lowerings,
+    } | environment()
+
+
+def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return parse_config(dict(config))
+    return load_config(config)
+
+
+def _common(config: Config) -> dict[str, Any]:
+    """What several processes must be told alike; each may have the data elsewhere."""
+    return config.model_dump(mode="json", exclude={"name": True, "data": {"data_dir"}})
+
+
+def _with_plan(config: Config, plan: Plan) -> Config:
+    section = config.plan.model_copy(update=dataclasses.asdict(plan))
+    return config.model_copy(update={"plan": section})
+
+
+def _note_failure(
+    error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
+) -> None:
+    """Writes down how far a run came that did not reach its end, and tells the error so."""
+    if isinstance(directory, Elsewhere):
+        pass  # the first process notes it
+    elif directory.begun:
+        statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
+        status = statuses.get(type(error), "failed")
+        summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
+        with contextlib.suppress(OSError):  # a full disk, of which the error tells
+            directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
+        error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
+    else:
+        error.add_note("Nothing was written.")
+    if isinstance(error, DivergedError):
+        directory.save(error.result.state.variables)
+    elif directory.has_checkpoint:
+        error.add_note(f"Go on with: fedlp run {directory.path} --resume")

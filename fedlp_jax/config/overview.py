@@ -1,0 +1,118 @@
+"""What a configuration amounts to, before it is run: layers, submodels, costs of a round.
+
+All numbers here are modelled: counted from shapes, layer tables and probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedlp_jax.accounting.ledger import BYTES, Ledger, fedavg_traffic, forward_macs
+from fedlp_jax.aggregation.robust import stacked_bytes
+from fedlp_jax.config.schema import Config
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.pruning.layers import LayerTable, layer_table
+from fedlp_jax.pruning.masks import keep_matrix
+from fedlp_jax.simulation import validation as checks
+from fedlp_jax.simulation.cohorts import cohort_size
+from fedlp_jax.types import Examples
+
+
+class LevelView(NamedTuple):
+    """One submodel level."""
+
+    clients: int  # of the population
+    shared: int  # parameters exchanged with the server
+    held: int  # parameters, with the private ones
+    macs: dict[str, int]  # module path -> multiply-accumulates of one example's forward pass
+
+
+class Overview(NamedTuple):
+    """What `fedlp info CONFIG` shows beside the settings."""
+
+    clients: Partition
+    cohort: int  # C
+    layers: LayerTable
+    levels: tuple[LevelView, ...]  # the last is the whole model
+    upload_bytes: float  # expected of a round in which nobody is lost
+    download_bytes: float
+    fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
+    stacked_bytes: int | None = None  # memory of a robust rule
+
+
+def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
+    """Counts what a run would exchange and compute.
+
+    Args:
+      config: the configuration.
+      arguments: what `experiment.build` made of it.
+
+    Raises:
+      FedLPError: probabilities or depths that do not fit the model and the clients.
+    """
+    algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
+    root = jax.random.key(config.seed)
+    example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
+    shapes = checks.initial_state(algorithm, example, root, clients.clients)
+    checks.check_size(shapes.variables)
+    resolve(arguments["plan"], 1)  # refuses devices that are not there
+    state = algorithm.init(root, example, clients.clients, None)
+    table = layer_table(state.variables, algorithm.layers)
+    assigned = algorithm.assign(root, clients.clients)  # i32[K]
+    levels, covered = [], []
+    submodels = algorithm.levels(state.variables, example)
+    for g, level in enumerate(submodels):
+        part = layer_table(level.extract(state.variables), algorithm.layers, table.names)
+        held = jax.eval_shape(level.task.init, root, example)
+        levels.append(
+            LevelView(
+                clients=int((assigned == g).sum()),
+                shared=int(part.params.sum()),
+                held=sum(x.size for x in jax.tree.leaves(held["params"])),
+                macs=forward_macs(level.task, held, example),
+            )
+        )
+        covered.append(part.covered)
+
+    keep = keep_matrix(getattr(config.algorithm, "keep", 1.0), table, clients.clients)
+    received = np.stack(covered)[assigned]  # f32[K, L]
+    layer_bytes = BYTES * (table.params + table.statistics)
+    cohort = cohort_size(config.cohort, clients.clients, config.seed)
+    mask_bytes = Ledger(table, clients=1).mask_bytes
+    deepest = submodels[-1].extract(state.variables)
+    # Of more that are chosen, the first C to answer are heard.
+    chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
+    return Overview(
+        clients,
+        cohort,
+        table,
+        tuple(levels),
+        upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
+        download_bytes=chosen * float((received @ layer_bytes).mean()),
+        fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
+        stacked_bytes=stacked_bytes(state.variables, table, chosen, arguments["plan"])
+        if algorithm.stacked
+        else None,
+    )
+
+
+def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int]:
+    """MACs of each layer, `L` numbers.
+
+    Where tensors are layers, those of a module are given to its kernel, or to the scale of a
+    normalisation. Layers named by an expression of one's own get none.
+    """
+    totals = dict(macs)
+    for module, count in macs.items():
+        top = module.split("/")[0]
+        if top != module:
+            totals[top] = totals.get(top, 0) + count
+        for tensor in ("kernel", "scale"):
+            totals[f"{module}/{tensor}"] = count
+    return [totals.get(name, 0) for name in layers.names]

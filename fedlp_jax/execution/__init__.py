@@ -1,0 +1,1 @@
+"""Many lanes on many devices; knows nothing of federated learning."""

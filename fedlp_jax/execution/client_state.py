@@ -1,0 +1,216 @@
+"""What clients keep between rounds: private variables, one stack per level.
+
+The store lies outside the round, whole on every device. A round takes its cohort's rows and changes
+them in place, so what is copied follows the cohort, not the population. Any device may have a
+client the next time, so after each round all devices are given the cohort's rows, some at a time.
+One buffer for rows is used again and again: fresh memory is what heads of megabytes would wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax.execution.map_clients import (
+    Plan,
+    of_all_devices,
+    on_each_device,
+    over_clients,
+    replicated,
+)
+from fedlp_jax.execution.packing import Packed, entry, pack, room, room_bytes, unpack, with_entry
+from fedlp_jax.prng import head_key
+from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.types import Array, Batch, FedLPError, PyTree
+
+# Of rows that each device hands round at once: every device has room for the blocks of all, and a
+# block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).
+_BLOCK_BYTES = 4 * 2**20
+
+
+class PrivateStore:
+    """Private variables of all clients, on the device.
+
+    Attributes:
+      stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level; one row that is
+        nobody's for a level without clients, since loops over no slots still need an array.
+      row_bytes: of the private variables of one slot, which has room for those of any level.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Submodel],
+        assigned: np.ndarray,
+        root: Array,
+        example: Batch,
+        plan: Plan,
+    ):
+        """Draws every client's first private variables from (seed, client).
+
+        Args:
+          levels: G levels.
+          assigned: `i32[K]`, the level of each client.
+          root: the run's root key.
+          example: a batch for shapes.
+          plan: resolved.
+
+        Raises:
+          FedLPError: a level's private variables are not of the shapes that it names.
+        """
+        shapes = [level.private_shapes for level in levels]
+        _check_shapes(levels, shapes, root, example)
+        self._row = np.zeros(len(assigned), np.int32)
+        self.stacks: tuple[PyTree, ...] = ()
+        for g, level in enumerate(levels):
+            members = np.flatnonzero(assigned == g)
+            self._row[members] = np.arange(len(members), dtype=np.int32)
+
+            def draw(client: Array, level: Submodel = level) -> PyTree:
+                return level.private(head_key(root, client), example)
+
+            stack = jax.jit(
+                lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
+            )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
+            self.stacks += (stack,)
+        wanted = room(shapes)
+        self.row_bytes = room_bytes(wanted)
+        self._empty = jax.jit(
+            lambda slots: {dtype: jnp.zeros((slots, n), dtype) for dtype, n in wanted.items()},
+            static_argnums=0,
+            out_shardings=over_clients(plan),
+        )
+        self._spare: Packed | None = None  # rows that were put back
+        self._gather = jax.jit(partial(_gather, plan=plan), donate_argnums=3)
+        self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=(0, 3))
+
+    def rows(self, client: np.ndarray, segment: np.ndarray) -> Packed:
+        """The private variables of a cohort.
+
+        Args:
+          client: `i32[D * P]`, of each slot.
+          segment: `i32[D, G + 1]`, the slots of each level.
+
+        Returns:
+          `[D * P, n]` for each dtype. A slot that is empty, or of a level without private
+          variables, has what an earlier cohort has left there, and must not be read.
+        """
+        rows, self._spare = self._spare, None
+        if rows is None or any(len(x) != len(client) for x in rows.values()):
+            rows = self._empty(len(client))
+        return self._gather(self.stacks, self._row_of(client), segment, rows)
+
+    def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
+        """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is.
+
+        Args:
+          client: `i32[D * P]`, of each slot.
+          segment: `i32[D, G + 1]`, the slots of each level.
+          rows: `[D * P, n]` for each dtype; used up, since the next cohort's will be put there.
+          halted: see above.
+        """
+        # The rows are a result, too. Were they given to the next `_gather` as they are, the host
+        # would wait until this has read them.
+        self.stacks, self._spare = self._scatter(
+            self.stacks, self._row_of(client), segment, rows, halted
+        )
+
+    def _row_of(self, client: np.ndarray) -> np.ndarray:
+        return self._row[np.maximum(client, 0)]
+
+
+def rows_at_once(slots: int, row_bytes: int) -> int:
+    """How many of a device's slots are handed round at once, to every other device.
+
+    Args:
+      slots: P, slots of a device.
+      row_bytes: of the private variables of one slot.
+    """
+    return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))
+
+
+def _check_shapes(
+    levels: Sequence[Submodel], shapes: Sequence[PyTree], root: Array, example: Batch
+) -> None:
+    for depth, (level, named) in enumerate(zip(levels, shapes, strict=True), 1):
+        made = jax.eval_shape(level.private, root, example)
+        words = [
+            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)) for tree in (made, named)
+        ]
+        if words[0] != words[1]:
+            raise FedLPError(
+                f"level {depth} makes private variables {words[0]}, but its private_shapes are "
+                f"{words[1]}; let both be of one structure."
+            )
+
+
+def _gather(
+    stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, plan: Plan
+) -> Packed:
+    """Copies each slot's head once, level by level; a `gather` would read one of every level."""
+    wanted = {dtype: x.shape[1] for dtype, x in rows.items()}
+
+    def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed) -> Packed:
+        for g, stack in enumerate(stacks):
+
+            def copy(slot: Array, rows: Packed, stack: PyTree = stack) -> Packed:
+                return with_entry(rows, slot, pack(entry(stack, row[slot]), wanted))
+
+            if jax.tree.leaves(stack):
+                rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
+        return rows
+
+    mapped = on_each_device(on_device, plan, (False, True, True, True), True)
+    filled: Packed = mapped(stacks, row, segment, rows)
+    return filled
+
+
+def _scatter(
+    stacks: tuple[PyTree, ...],
+    row: Array,
+    segment: Array,
+    rows: Packed,
+    halted: Array,
+    shapes: Sequence[PyTree],
+    plan: Plan,
+) -> tuple[tuple[PyTree, ...], Packed]:
+    """Every device copies the heads of all slots into its own store, a block of slots at a time."""
+    devices = plan.devices or 1
+    slots = len(row) // devices
+    block = rows_at_once(slots, room_bytes({dtype: x.shape[1] for dtype, x in rows.items()}))
+
+    def on_device(
+        stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
+    ) -> tuple[PyTree, ...]:
+        def hand_round(i: Array, stacks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            # The last block starts earlier, so as to end with the slots; what the one before had
+            # is not stored again.
+            first = jnp.minimum(i * block, slots - block)
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block), rows)
+            given = of_all_devices(mine)
+            stored = []
+            for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
+
+                def of_device(d: Array, stack: PyTree, g: int = g, like: PyTree = like) -> PyTree:
+                    def copy(slot: Array, stack: PyTree) -> PyTree:
+                        head = unpack(entry(given, d * block + slot - first), like)
+                        return with_entry(stack, row[d * slots + slot], head)
+
+                    start = jnp.maximum(segment[d, g], i * block)
+                    stop = jnp.minimum(segment[d, g + 1], first + block)
+                    return jax.lax.fori_loop(start, stop, copy, stack)
+
+                if jax.tree.leaves(stack):
+                    stack = jax.lax.fori_loop(0, devices, of_device, stack)
+                stored.append(stack)
+            return tuple(stored)
+
+        blocks = -(-segment[:, -1].max() // block)  # as many on every device
+        return jax.lax.fori_loop(0, jnp.where(halted, 0, blocks), hand_round, stacks)
+
+    mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
+    stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)
+    return stored, rows

@@ -1,0 +1,1 @@
+"""Networks, and how their layers are computed fast."""

@@ -1,0 +1,273 @@
+"""Convolutions with fewer multiplications: Winograd's filters, one axis at a time.
+
+Each spatial axis is either cut into tiles of m results, which n = m + r - 1 products compute
+instead of m r, or, at m = 1, unfolded into the channels as `patches` does. With m = 4 and r = 3
+tiles on both axes take a quarter of the multiplications of `patches` and write a quarter of its
+unfolded inputs; tiles on one axis, with the other unfolded, half of both, in 6 products and not 36,
+which may win where images are small.
+
+Every product is a dot of its own, `[pixels, channels] @ [channels, features]`, and stays one under
+`vmap`: stacked into one batched dot they would be written twice. Reverse mode is written by hand,
+so that it reads and writes tiles as the forward pass does; there is no forward mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fedlp_jax.nn.conv.toom import Toom, toom
+from fedlp_jax.nn.conv.window import Window, out_shape
+from fedlp_jax.nn.xla import in_memory
+from fedlp_jax.types import Array
+
+Grid = list[list[Array]]  # one array for each product of the outer and the inner axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution of stride 1."""
+
+    axis: int
+    size: int  # inputs
+    kernel: int  # r
+    out: int
+    low: int  # zeros before the first input; negative crops
+    tile: int  # m
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover the results."""
+        return -(-self.out // self.tile)
+
+    @property
+    def matrices(self) -> Toom:
+        """Of F(m, r)."""
+        return toom(self.tile, self.kernel)
+
+    def split(self, x: Array) -> list[Array]:
+        """Inputs -> what enters each product, `tiles` long on this axis."""
+        x = _pad(x, self.axis, self.low, self.tiles * self.tile + self.kernel - 1)
+        reach = self.tile + self.kernel - 1
+        parts = [_every(x, self.axis, i, self.tiles, self.tile) for i in range(reach)]
+        if self.tile == 1:
+            return [lax.concatenate(parts, x.ndim - 1)]
+        return _mix(self.matrices.data, parts)
+
+    def split_transposed(self, products: Sequence[Array]) -> Array:
+        """The transpose of `split`; where `tile` is 1, of what `widened` results went into."""
+        if self.tile == 1:
+            (unfolded,) = products
+            channels = unfolded.shape[-1] // self.kernel
+            # Shifted slices alone, which XLA reads in place; `widened` has put the zeros there.
+            parts = [
+                lax.slice_in_dim(
+                    lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1),
+                    self.kernel - 1 - i,
+                    self.kernel - 1 - i + self.size,
+                    axis=self.axis,
+                )
+                for i in range(self.kernel)
+            ]
+            return functools.reduce(jnp.add, parts)
+        phases = []
+        weights = self.matrices.data.T
+        for i in range(self.tile):
+            phase = _pad(_combine(weights[i], products), self.axis, 0, self.tiles + 1)
+            if i < self.kernel - 1:  # the last r - 1 inputs of a tile are the next one's first
+                tail = _combine(weights[i + self.tile], products)
+                phase = phase + _pad(tail, self.axis, 1, self.tiles + 1)
+            phases.append(phase)
+        return _pad(_interleave(phases, self.axis), self.axis, -self.low, self.size)
+
+    def widened(self, y: Array) -> Array:
+        """Zeros around results, one for each further input that a kernel at the edge reaches."""
+        if self.tile > 1:
+            return y
+        return _pad(y, self.axis, self.kernel - 1 - self.low, self.size + self.kernel - 1)
+
+    def join(self, products: Sequence[Array]) -> Array:
+        """Products -> results."""
+        if self.tile == 1:
+            return products[0]
+        phases = _mix(self.matrices.inverse, products)
+        return _pad(_interleave(phases, self.axis), self.axis, 0, self.out)
+
+    def join_transposed(self, y: Array) -> list[Array]:
+        """The transpose of `join`."""
+        if self.tile == 1:
+            return [y]
+        y = _pad(y, self.axis, 0, self.tiles * self.tile)
+        phases = [_every(y, self.axis, i, self.tiles, self.tile) for i in range(self.tile)]
+        return self.join_phases(phases)
+
+    def join_phases(self, phases: list[Array]) -> list[Array]:
+        """`join_transposed` of results that are apart already: the i-th of every tile is one."""
+        return phases if self.tile == 1 else _mix(self.matrices.inverse.T, phases)
+
+
+def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
+    """Whether tiles of that size can compute a convolution that `patches` can."""
+    if lhs.ndim != 4 or lhs.dtype not in (jnp.float32, jnp.float64):
+        return False  # short floats would lose most of their digits in the transforms
+    if window.strides != (1, 1) or window.dilation != (1, 1):
+        return False
+    # Overlaps reach into the next tile only, and there are points for n up to 8.
+    return all(
+        m == 1 or (2 <= r <= m + 1 and m + r - 1 <= 8)
+        for m, r in zip(tiles, rhs.shape[:2], strict=True)
+    )
+
+
+def winograd(
+    lhs: Array,
+    rhs: Array,
+    window: Window,
+    precision: Any,
+    preferred: Any,
+    *,
+    tiles: tuple[int, int],
+) -> Array:
+    """A convolution `[B, H, W, in] x [kh, kw, in, out]` in tiles of `(m_h, m_w)` results."""
+    out = out_shape(lhs, rhs, window)
+    vertical, horizontal = (
+        Axis(1 + i, lhs.shape[1 + i], rhs.shape[i], out[i], window.pads[i][0], tiles[i])
+        for i in (0, 1)
+    )
+    # Unfolding makes the most data, so it comes last on the way in and first on the way back.
+    outer, inner = (vertical, horizontal) if vertical.tile > 1 else (horizontal, vertical)
+    if precision is None and jax.default_backend() != "cpu":
+        # A TPU multiplies float32 in bfloat16, a recent GPU in TF32: the transforms would lose more
+        # than a convolution may.
+        precision = lax.Precision.HIGHEST
+    y = _convolution(outer, inner, precision)(lhs, rhs)
+    return y if preferred is None else y.astype(preferred)
+
+
+@functools.cache
+def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Array]:
+    """The convolution of these axes, with its transpose."""
+    dot = functools.partial(lax.dot_general, precision=precision)
+    depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
+    pixels = (((1,), (0,)), ((), ()))
+
+    def kept(row: Array) -> Array:
+        # What two axes of tiles combine in turn would be combined anew for each product.
+        return in_memory(row) if inner.tile > 1 else row
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
+        tiles = [inner.split(kept(row)) for row in outer.split(x)]
+        filters = _filters(outer, inner, kernel)
+        grid = _each(lambda tile, i, j: dot(tile, filters[i][j], depth), tiles)
+        y = outer.join([inner.join(row) for row in grid])
+        return y, (tiles, filters)
+
+    def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+        tiles, filters = saved
+        # The gradient of a filter as [out, depth], which XLA's CPU backend computes twice as fast
+        # as its transpose, if it need not turn every product: so dy is turned, once.
+        turned = _turned(outer, inner, dy)
+        grid = [inner.join_phases(list(kept(row))) for row in outer.join_phases(list(turned))]
+        d_filters = _each(lambda d, i, j: dot(d, tiles[i][j].reshape(d.shape[1], -1), pixels), grid)
+        grid = [
+            inner.join_transposed(kept(row)) for row in outer.join_transposed(inner.widened(dy))
+        ]
+        d_tiles = _each(lambda d, i, j: dot(d, filters[i][j], features), grid)
+        dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
+        return dx, _filters_transposed(outer, inner, d_filters)
+
+    @jax.custom_vjp
+    def convolution(x: Array, kernel: Array) -> Array:
+        return forward(x, kernel)[0]
+
+    convolution.defvjp(forward, backward)
+    return convolution
+
+
+def _turned(outer: Axis, inner: Axis, y: Array) -> Array:
+    """`[B, H, W, out] -> [m of outer, m of inner, out, B * tiles of H * tiles of W]`.
+
+    In this order of memory a phase is one piece, and whatever combines phases runs straight through
+    them; slices of tiles turned would be read number by number.
+    """
+    low, high = (outer, inner) if outer.axis < inner.axis else (inner, outer)
+    for axis in (low, high):
+        y = _pad(y, axis.axis, 0, axis.tiles * axis.tile)
+    y = y.reshape(y.shape[0], low.tiles, low.tile, high.tiles, high.tile, y.shape[-1])
+    phases = (2, 4) if outer is low else (4, 2)
+    y = in_memory(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
+    return y.reshape(*y.shape[:3], -1)
+
+
+def _filters(outer: Axis, inner: Axis, kernel: Array) -> Grid:
+    """`[kh, kw, in, out]` -> one `[depth, out]` a product; an unfolded axis is in the depth."""
+    if outer.axis > inner.axis:
+        kernel = jnp.swapaxes(kernel, 0, 1)
+    rows = _mix(outer.matrices.kernel, list(kernel))
+    if inner.tile == 1:
+        return [[row.reshape(-1, row.shape[-1])] for row in rows]
+    return [_mix(inner.matrices.kernel, list(row)) for row in rows]
+
+
+def _filters_transposed(outer: Axis, inner: Axis, grid: Grid) -> Array:
+    """The transpose of `_filters`, from `[out, depth]`."""
+    if inner.tile == 1:
+        rows = [row[0] for row in grid]
+    else:
+        rows = [jnp.concatenate(_mix(inner.matrices.kernel.T, row), axis=1) for row in grid]
+    kernel = jnp.stack(_mix(outer.matrices.kernel.T, rows))
+    kernel = kernel.reshape(*kernel.shape[:2], inner.kernel, -1).transpose(0, 2, 3, 1)
+    return jnp.swapaxes(kernel, 0, 1) if outer.axis > inner.axis else kernel
+
+
+def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
+    return [[f(entry, i, j) for j, entry in enumerate(row)] for i, row in enumerate(grid)]
+
+
+def _mix(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
+    return [_combine(row, parts) for row in matrix]
+
+
+def _combine(weights: np.ndarray, parts: Sequence[Array]) -> Array:
+    """The weighted sum of some arrays; zeros cost nothing, and ones and minus ones no product."""
+    total = None
+    for weight, part in zip(weights.tolist(), parts, strict=True):
+        if weight == 0:
+            continue
+        if abs(weight) != 1:
+            part = part * jnp.asarray(abs(weight), part.dtype)
+        if total is None:
+            total = part if weight > 0 else -part
+        else:
+            total = total + part if weight > 0 else total - part
+    assert total is not None
+    return total
+
+
+def _pad(x: Array, axis: int, low: int, size: int) -> Array:
+    """Zeros before and after along one axis, or cropped, to `size`."""
+    high = size - x.shape[axis] - low
+    if low == high == 0:
+        return x
+    margins = [(0, 0, 0)] * x.ndim
+    margins[axis] = (low, high, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), margins)
+
+
+def _every(x: Array, axis: int, first: int, count: int, step: int) -> Array:
+    return lax.slice_in_dim(x, first, first + (count - 1) * step + 1, step, axis)
+
+
+def _interleave(phases: Sequence[Array], axis: int) -> Array:
+    """Element i of tile t becomes element t m + i."""
+    stacked = jnp.stack(phases, axis + 1)
+    shape = list(phases[0].shape)
+    shape[axis] *= len(phases)
+    return stacked.reshape(shape)

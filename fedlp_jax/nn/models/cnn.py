@@ -1,0 +1,110 @@
+"""Convolutional networks: the reference CNN of FedLP in all its depths, and the MNIST one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+from fedlp_jax.nn.batch_norm import BatchNorm
+from fedlp_jax.nn.models.base import Init, Model, conv, dense
+from fedlp_jax.nn.pooling import max_pool
+from fedlp_jax.types import Array, FedLPError
+
+_CHANNELS = (32, 32, 64, 64, 128, 128)
+_DEEPEST = 5
+_HIDDEN = 128
+
+
+class ConvLayer(nn.Module):
+    """3 x 3 convolution, ReLU, then batch normalisation: one layer in FedLP's sense."""
+
+    features: int
+    initial: Init = "flax"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> f32[B, H, W, features]`."""
+        layer = conv(self.features, (3, 3), x.shape[-1], self.initial, "conv", dtype=self.dtype)
+        norm = BatchNorm(use_running_average=not train, dtype=self.dtype, name="norm")
+        return norm(nn.relu(layer(x)))
+
+
+class FedLPCNN(Model):
+    """The CNN of FedLP (arXiv:2303.06360) for 32 x 32 images, at one of five depths.
+
+    Depth 5 is the global model: six `ConvLayer`s of 32, 32, 64, 64, 128, 128 channels with a
+    max-pooling after every second, and two linear layers with no activation between them. Depth
+    c < 5 has its first c + 1 convolutions, one more pooling if they end between two, and an exit
+    head of its own. Layers that depths share have the same names in all: `conv1` to `conv6`; those
+    of the heads, `fc1` and `fc2` at depth 5 and `exit{c}_fc1`, `exit{c}_fc2` below, are private.
+
+    For 32 x 32 x 3 inputs and 10 classes, depths 1 to 5 have 1,060,266, 554,602, 591,658, 403,626
+    and 551,466 parameters, of which 10,272, 28,896, 65,952, 140,064 and all are shared.
+    """
+
+    num_classes: int = 10
+    depth: int = _DEEPEST
+
+    def __post_init__(self) -> None:
+        if type(self.depth) is not int or not 1 <= self.depth <= _DEEPEST:
+            raise FedLPError(f"depth={self.depth!r} must be a whole number from 1 to {_DEEPEST}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> logits f32[B, classes]`.
+
+        Raises:
+          FedLPError: H or W is not a multiple of 8.
+        """
+        if x.ndim != 4 or x.shape[1] % 8 or x.shape[2] % 8:
+            raise FedLPError(
+                f"FedLPCNN pools three times and needs images [B, H, W, channels] whose height and "
+                f"width are multiples of 8, not {list(x.shape)}; pad or crop them."
+            )
+        convolutions = len(_CHANNELS) if self.depth == _DEEPEST else self.depth + 1
+        for i in range(1, convolutions + 1):
+            x = ConvLayer(_CHANNELS[i - 1], self.initial, self.dtype, name=f"conv{i}")(x, train)
+            if i % 2 == 0 or i == convolutions:
+                x = max_pool(x)
+        x = x.reshape(x.shape[0], -1)
+        head = "" if self.depth == _DEEPEST else f"exit{self.depth}_"
+        x = dense(_HIDDEN, x.shape[-1], self.initial, f"{head}fc1", self.dtype)(x)
+        return dense(self.num_classes, _HIDDEN, self.initial, f"{head}fc2", self.dtype)(x)
+
+
+class MNISTCNN(Model):
+    """The MNIST CNN of the FedLP authors' code for 28 x 28 images; 21,840 parameters, 10 classes.
+
+    Two 5 x 5 convolutions without padding, each followed by max-pooling and ReLU, and two linear
+    layers. While training, half of the second convolution's channels and half of the hidden units
+    are dropped.
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> logits f32[B, classes]`; needs the rng stream "dropout".
+
+        Raises:
+          FedLPError: the images are too small for two convolutions and two poolings.
+        """
+        if x.ndim != 4 or min(x.shape[1:3]) < 16:
+            raise FedLPError(
+                "MNISTCNN needs images [B, H, W, channels] of height and width 16 or more, not "
+                f"{list(x.shape)}."
+            )
+        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", padding="VALID", dtype=self.dtype)(
+            x
+        )
+        x = nn.relu(max_pool(x))
+        x = conv(20, (5, 5), 10, self.initial, "conv2", padding="VALID", dtype=self.dtype)(x)
+        x = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(x)
+        x = nn.relu(max_pool(x))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(dense(50, x.shape[-1], self.initial, "fc1", self.dtype)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return dense(self.num_classes, 50, self.initial, "fc2", self.dtype)(x)

@@ -1,0 +1,41 @@
+"""Fully connected networks."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from fedlp_jax.nn.models.base import Model, dense
+from fedlp_jax.types import Array
+
+
+class MLP(Model):
+    """Linear layers with ReLU between them, `fc1` to the last; flattens its inputs.
+
+    The default is FedLP's for MNIST: 494,762 parameters for 784 inputs and 10 classes.
+    """
+
+    hidden: tuple[int, ...] = (512, 128, 128, 64, 32)
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, ...] -> logits f32[B, classes]`."""
+        del train
+        x = x.reshape(x.shape[0], -1)
+        for i, features in enumerate(self.hidden, 1):
+            x = nn.relu(dense(features, x.shape[-1], self.initial, f"fc{i}", self.dtype)(x))
+        last = len(self.hidden) + 1
+        return dense(self.num_classes, x.shape[-1], self.initial, f"fc{last}", self.dtype)(x)
+
+
+class Logistic(Model):
+    """Multinomial logistic regression: one linear layer `fc`; flattens its inputs."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, ...] -> logits f32[B, classes]`."""
+        del train
+        x = x.reshape(x.shape[0], -1)
+        return dense(self.num_classes, x.shape[-1], self.initial, "fc", self.dtype)(x)

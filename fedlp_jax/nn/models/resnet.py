@@ -1,0 +1,96 @@
+"""A small residual network for 32 x 32 images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+from fedlp_jax.nn.batch_norm import BatchNorm
+from fedlp_jax.nn.models.base import Init, Model, conv, dense
+from fedlp_jax.types import Array, FedLPError
+
+_STAGES = (16, 32, 64)
+_BLOCKS = 2
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch normalisation, added to their input.
+
+    Where a block changes the shape, its shortcut is a 3 x 3 convolution with normalisation.
+    """
+
+    features: int
+    stride: int = 1
+    initial: Init = "flax"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> f32[B, H / stride, W / stride, features]`."""
+        shortcut = x
+        y = _conv_norm(self, x, self.stride, train, "1")
+        y = _conv_norm(self, nn.relu(y), 1, train, "2")
+        if x.shape != y.shape:
+            shortcut = _conv_norm(self, x, self.stride, train, "_shortcut")
+        return nn.relu(y + shortcut)
+
+
+class Stem(nn.Module):
+    """The first 3 x 3 convolution with batch normalisation and ReLU."""
+
+    features: int
+    initial: Init = "flax"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> f32[B, H, W, features]`."""
+        return nn.relu(_conv_norm(self, x, 1, train, ""))
+
+
+class ResNet(Model):
+    """Three stages of two residual blocks with 16, 32 and 64 channels, as FedLP uses.
+
+    195,738 parameters for 3 channels and 10 classes. Its modules, and so its layers, are `stem`,
+    `stage{s}_block{b}` and `fc`. Stages 2 and 3 halve the image; what remains, 8 x 8 of 32 x 32,
+    is averaged. Convolutions have no bias.
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`f32[B, H, W, channels] -> logits f32[B, classes]`.
+
+        Raises:
+          FedLPError: the inputs are no images.
+        """
+        if x.ndim != 4:
+            raise FedLPError(f"ResNet needs images [B, H, W, channels], not {list(x.shape)}.")
+        x = Stem(_STAGES[0], self.initial, self.dtype, name="stem")(x, train)
+        for s, features in enumerate(_STAGES, 1):
+            for b in range(1, _BLOCKS + 1):
+                stride = 2 if s > 1 and b == 1 else 1
+                name = f"stage{s}_block{b}"
+                x = ResidualBlock(features, stride, self.initial, self.dtype, name=name)(x, train)
+        return dense(self.num_classes, _STAGES[-1], self.initial, "fc", self.dtype)(x.mean((1, 2)))
+
+
+def _conv_norm(
+    module: Stem | ResidualBlock, x: Array, stride: int, train: bool, suffix: str
+) -> Array:
+    """Convolution and normalisation, named `conv{suffix}` and `norm{suffix}`, of a module."""
+    layer = conv(
+        module.features,
+        (3, 3),
+        x.shape[-1],
+        module.initial,
+        f"conv{suffix}",
+        strides=stride,
+        padding=1,
+        use_bias=False,
+        dtype=module.dtype,
+    )
+    norm = BatchNorm(use_running_average=not train, dtype=module.dtype, name=f"norm{suffix}")
+    return norm(layer(x))

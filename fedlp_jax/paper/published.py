@@ -1,0 +1,155 @@
+"""The result table of FedLP (arXiv:2303.06360): its published numbers, and its cells.
+
+The numbers are those of the README of the authors' code (github.com/Zhuzzq/FedLP, commit fdc5d3b):
+single runs of 200 rounds with seed 25. A cell is a row and a split; its configuration is the one
+that `configs/paper/ROW-SPLIT.yaml` shows, which a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fedlp_jax.config.loading import Raw, merge
+from fedlp_jax.config.schema import Config, parse_config
+from fedlp_jax.types import check_choice
+
+SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
+SEED = 25  # of the published runs
+
+
+class Row(NamedTuple):
+    """A row as published, and the algorithm that it stands for."""
+
+    label: str
+    algorithm: Raw  # laid over the section of the protocol
+    accuracy: tuple[float, float, float]  # %: iid, D-niid, M-niid
+    comm: float  # Comm.: parameters down and up of a client and round, in thousands
+    comp: float  # Comp.: "MFLOPs", really 10^6 multiply-accumulates forward of one image
+
+
+def _homo(keep: float) -> Raw:
+    return {"name": "fedlp_homo", "keep": keep}
+
+
+def _hetero(depths: int | str) -> Raw:
+    return {"name": "fedlp_hetero", "depths": depths}
+
+
+ROWS = {
+    "fedavg": Row("FedAvg", {}, (77.94, 77.67, 67.57), 1102.93, 36.36),
+    "homo-0.1": Row("FedLP-Homo(0.1)", _homo(0.1), (75.32, 71.30, 44.21), 606.61, 36.36),
+    "homo-0.3": Row("FedLP-Homo(0.3)", _homo(0.3), (78.20, 74.92, 63.24), 716.91, 36.36),
+    "homo-0.5": Row("FedLP-Homo(0.5)", _homo(0.5), (77.60, 77.13, 66.01), 827.20, 36.36),
+    "homo-0.7": Row("FedLP-Homo(0.7)", _homo(0.7), (78.47, 77.71, 70.29), 937.49, 36.36),
+    "hetero-1": Row("FedLP-Hetero(1)", _hetero(1), (66.00, 67.66, 37.30), 169.60, 17.73),
+    "hetero-3": Row("FedLP-Hetero(3)", _hetero(3), (68.82, 68.29, 39.54), 225.28, 24.62),
+    "hetero-u": Row("FedLP-Hetero(u)", _hetero("uniform"), (72.42, 64.65, 57.51), 318.66, 23.83),
+    "hetero-5": Row("FedLP-Hetero(5)", _hetero(5), (76.28, 76.34, 65.69), 710.80, 30.10),
+}
+SPLITS: dict[str, Raw] = {
+    "iid": {"name": "iid"},
+    "d-niid": {"name": "dirichlet", "alpha": 1.0},
+    "m-niid": {"name": "mixed", "ratio": 0.95},
+}
+SPLIT_LABELS = {"iid": "iid", "d-niid": "D-niid", "m-niid": "M-niid"}
+
+_PROTOCOL: Raw = {
+    "behaviour": "reference",  # see docs/behaviours.md
+    "data": {"name": "cifar10"},
+    "partition": {"clients": 100},
+    "model": {"name": "fedlp_cnn"},
+    "algorithm": {
+        "name": "fedavg",
+        "epochs": 5,
+        "batch_size": 10,
+        "client_optimizer": {"name": "adam", "learning_rate": 0.001},
+    },
+    "rounds": 200,
+    "cohort": 10,
+    "eval_every": 1,
+}
+# What a scale lays over the protocol.
+SCALES: dict[str, Raw] = {
+    "paper": {},
+    "small": {"rounds": 20},
+    # The model and algorithms of the paper on embedded digits of 8 x 8: it shows that everything
+    # works, and no accuracy of it means anything.
+    "smoke": {
+        "data": {"name": "digits"},
+        "partition": {"clients": 40},
+        "algorithm": {"epochs": 1},
+        "rounds": 2,
+        "cohort": 4,
+    },
+}
+
+
+class Cell(NamedTuple):
+    """One number of the table, at one seed."""
+
+    row: str
+    split: str
+    seed: int = SEED
+
+    @property
+    def name(self) -> str:
+        """Name of its directory."""
+        return f"{self.row}-{self.split}-seed{self.seed}"
+
+    @property
+    def published(self) -> float:
+        """The accuracy of the paper, %."""
+        return ROWS[self.row].accuracy[list(SPLITS).index(self.split)]
+
+
+def choose(rows: Sequence[str] = (), splits: Sequence[str] = (), seeds: int = 1) -> list[Cell]:
+    """Cells in the order of the table, seed after seed.
+
+    Args:
+      rows: keys of `ROWS`; none = all.
+      splits: keys of `SPLITS`; none = all.
+      seeds: how many, from that of the paper on.
+
+    Raises:
+      FedLPError: an unknown row or split.
+    """
+    for row in rows:
+        check_choice("row", row, tuple(ROWS))
+    for split in splits:
+        check_choice("split", split, tuple(SPLITS))
+    return [
+        Cell(row, split, seed)
+        for seed in range(SEED, SEED + seeds)
+        for row in ROWS
+        for split in SPLITS
+        if row in (rows or ROWS) and split in (splits or SPLITS)
+    ]
+
+
+def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> Config:
+    """The configuration of a cell.
+
+    Args:
+      cell: which one.
+      scale: `paper` is the published protocol, `small` the same with fewer rounds, `smoke` a tiny
+        one that needs no data.
+      rounds: replaces those of the scale.
+
+    Raises:
+      FedLPError: an unknown row, split or scale, or a number out of range.
+    """
+    check_choice("row", cell.row, tuple(ROWS))
+    check_choice("split", cell.split, tuple(SPLITS))
+    check_choice("scale", scale, tuple(SCALES))
+    raw: Raw = {"name": f"{cell.row}-{cell.split}", "seed": cell.seed}
+    own: Raw = {"algorithm": ROWS[cell.row].algorithm, "partition": SPLITS[cell.split]}
+    more: Raw = {} if rounds is None else {"rounds": rounds}
+    for layer in (_PROTOCOL, own, SCALES[scale], more):
+        raw = merge(raw, layer, _nothing)
+    return parse_config(raw)
+
+
+def _nothing(section: str, old: str, new: str) -> set[Any]:
+    """No field of the protocol belongs to one kind of section only."""
+    return set()

@@ -1,0 +1,158 @@
+"""Which layers a client receives and sends: one number per client and layer.
+
+A policy is two pure functions. Its numbers (keep probabilities) live in its state, which is an
+argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both are one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.types import Array, Cohort, FedLPError, PyTree
+
+Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
+
+
+class Masks(NamedTuple):
+    """Layer masks of a cohort, slots as in `Cohort`."""
+
+    download: Array  # f32[C, L], 1 = received
+    upload: Array  # f32[C, L], 1 = sent
+    keep: Array  # f32[C, L], probability of sending what is held, for inverse-probability means
+
+
+class MaskPolicy(NamedTuple):
+    """How layers are chosen, before training."""
+
+    init: Callable[[LayerTable, int], PyTree]  # (layers, K) -> state
+    # (root key, state, cohort, round i32[], coverage f32[C, L]) -> (masks, state)
+    sample: Callable[[Array, PyTree, Cohort, Array, Array], tuple[Masks, PyTree]]
+
+
+def full() -> MaskPolicy:
+    """Every layer a client holds is sent. The same program as `bernoulli`, at keep = 1."""
+    return bernoulli(1.0)
+
+
+def bernoulli(keep: Keep) -> MaskPolicy:
+    """Each client keeps each layer with some probability, independently: FedLP-Homo.
+
+    `m_{k,l} ~ Bernoulli(p)`; a layer is sent if `m_{k,l} = 1` (arXiv:2303.06360; p is its
+    layer-preserving rate).
+
+    Args:
+      keep: one of
+        * a number: p for every client and layer;
+        * a mapping from layer name to p_l, other layers are always kept;
+        * K numbers, p_k per client, or L numbers, p_l per layer (if K = L, give `[K, 1]` or
+          `[1, L]`), or a matrix `[K, L]`;
+        * a function of the round (`i32[]`, from 1) to a number or `f32[L]`, a schedule; it is
+          traced, so it is written with jax.numpy, and checked in round 1 only.
+
+    Raises:
+      FedLPError: (from `init`) a probability outside [0, 1], or a shape that fits nothing.
+    """
+    schedule = keep if callable(keep) else None
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        if schedule is not None:
+            _check_schedule(schedule, layers)
+            return ()
+        return jnp.asarray(keep_matrix(keep, layers, clients))
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        slots, layers = coverage.shape
+        if schedule is not None:
+            keep_now = jnp.asarray(schedule(round), jnp.float32)
+            probability = jnp.broadcast_to(keep_now.reshape(1, -1), (slots, layers))
+        else:
+            per_client = state.shape[0] > 1
+            rows = state[jnp.maximum(cohort.client, 0)] if per_client else state
+            probability = jnp.broadcast_to(rows, (slots, layers))
+
+        def draw(client: Array) -> Array:
+            return jax.random.uniform(
+                client_key(key, round, client, Purpose.MASK), (layers,), jnp.float32
+            )
+
+        # A uniform draw lies in [0, 1): keep 1 always keeps and keep 0 never does.
+        kept = jax.vmap(draw)(cohort.client) < probability
+        upload = kept.astype(jnp.float32) * coverage
+        return Masks(download=coverage, upload=upload, keep=probability), state
+
+    return MaskPolicy(init, sample)
+
+
+def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:
+    """A schedule is traced, so what can be seen is its shape, and its values in round 1."""
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    try:
+        shape = jax.eval_shape(lambda n: jnp.asarray(schedule(n), jnp.float32), number).shape
+        with jax.ensure_compile_time_eval():
+            values = np.asarray(schedule(jnp.ones((), jnp.int32)), np.float32)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedLPError(
+            "the keep schedule cannot be traced as a function of the round (i32[], from 1) to "
+            f"numbers; write it with jax.numpy, as in jnp.where(round < 10, 1.0, 0.5): {reason}"
+        ) from error
+    if shape not in ((), (1,), (len(layers),)):
+        raise FedLPError(
+            f"the keep schedule gives an array of shape {list(shape)}; give one number, or one per "
+            f"layer (L={len(layers)})."
+        )
+    inside = (values >= 0) & (values <= 1)
+    if not inside.all():
+        raise FedLPError(
+            f"the keep schedule gives {values[~inside].flat[0]:g} in round 1, outside [0, 1]."
+        )
+
+
+def keep_matrix(
+    keep: Keep, layers: LayerTable, clients: int, dtype: Any = np.float32
+) -> np.ndarray:
+    """`keep` as `[1 or K, 1 or L]` of a dtype, checked.
+
+    Raises:
+      FedLPError: a probability outside [0, 1], an unknown layer, or a shape that fits nothing.
+    """
+    if isinstance(keep, Mapping):
+        unknown = sorted(set(keep) - set(layers.names))
+        if unknown:
+            raise FedLPError(
+                f"keep names unknown layers {unknown}; the layers are {', '.join(layers.names)}."
+            )
+        keep = np.array([[keep.get(name, 1.0) for name in layers.names]])
+    try:
+        matrix = np.asarray(keep, dtype)
+    except (TypeError, ValueError) as error:
+        raise FedLPError(f"keep={keep!r} is not a number or an array of numbers.") from error
+    inside = (matrix >= 0) & (matrix <= 1)  # False for NaN too
+    if not inside.all():
+        raise FedLPError(
+            f"keep={matrix[~inside].flat[0]:g} is outside [0, 1]; it is the probability that a "
+            "client keeps a layer."
+        )
+    count = len(layers)
+    if matrix.ndim == 0:
+        return matrix.reshape(1, 1)
+    if matrix.ndim == 2 and matrix.shape[0] in (1, clients) and matrix.shape[1] in (1, count):
+        return matrix
+    if matrix.shape == (clients,) and clients != count:
+        return matrix.reshape(clients, 1)
+    if matrix.shape == (count,) and clients != count:
+        return matrix.reshape(1, count)
+    hint = " Give it as [K, 1] or [1, L]: K equals L here." if matrix.shape == (count,) else ""
+    raise FedLPError(
+        f"keep has shape {list(matrix.shape)}; give one number, one per client (K={clients}), one "
+        f"per layer (L={count}), or a matrix of both.{hint}"
+    )

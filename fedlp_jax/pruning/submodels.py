@@ -1,0 +1,241 @@
+"""Submodels: what one client really holds and computes.
+
+A client of a shallow level runs a shallow network, not the whole one with layers masked. Its
+variables are part shared with the server's, by name, and part private: those that no deeper model
+has, as the exit head of a FedLP-Hetero client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import Array, Batch, FedLPError, PyTree, Variables
+
+Heads = Literal["persist", "reset_to_init", "shared"]
+Depths = str | int | Sequence[float] | Sequence[int] | np.ndarray
+
+_FLAG_SHARE = 0.6  # share of clients at the flagged depth in the authors' code
+
+
+class Submodel(NamedTuple):
+    """One level: its task, and how its variables sit in the server's."""
+
+    task: Task
+    extract: Callable[[Variables], Variables]  # server's variables -> the part this level shares
+    merge: Callable[[Variables, PyTree], Variables]  # shared, private -> the level's variables
+    split: Callable[[Variables], tuple[Variables, PyTree]]  # the inverse of `merge`
+    embed: Callable[[Variables, Variables], Variables]  # (shared tree, like) -> zeros elsewhere
+    private: Callable[[Array, Batch], PyTree]  # (key, example) -> initial private variables
+    private_shapes: PyTree  # of what `private` gives
+
+
+class Submodels(NamedTuple):
+    """The levels of a scheme, and who is at which."""
+
+    init: Callable[[Task, Array, Batch], Variables]  # (task, key, example) -> server's variables
+    # (task, server's variables or their shapes, example) -> G levels, the last the whole model
+    levels: Callable[[Task, Variables, Batch], tuple[Submodel, ...]]
+    assign: Callable[[Task, Array, int], np.ndarray]  # (task, root key, K) -> i32[K], from 0
+    persist: bool = False  # private variables are stored from round to round
+    shared_heads: bool = False  # the server's variables hold a head for every level
+
+
+def whole() -> Submodels:
+    """Every client holds the whole model."""
+    return Submodels(
+        init=lambda task, key, example: task.init(key, example),
+        levels=lambda task, variables, example: (full(task),),
+        assign=lambda task, root, clients: np.zeros(clients, np.int32),
+    )
+
+
+def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
+    """A fixed depth for each client: FedLP-Hetero (arXiv:2303.06360).
+
+    Args:
+      depths: how depths 1 to G are given to clients, see `assign_depths`.
+      heads: what becomes of the exit head of a shallow client, which no deeper model has.
+        "persist": it is the client's own and kept from round to round. "reset_to_init": it starts
+        from the client's own first draw at every participation, as in the authors' code. "shared":
+        the server holds one head per depth and averages it like any other layer.
+
+    Raises:
+      FedLPError: an unknown policy for heads.
+    """
+    if heads not in ("persist", "reset_to_init", "shared"):
+        raise FedLPError(f"heads='{heads}' must be 'persist', 'reset_to_init' or 'shared'.")
+
+    def init(task: Task, key: Array, example: Batch) -> Variables:
+        return union_of_depths(task, key, example) if heads == "shared" else task.init(key, example)
+
+    def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
+        return tuple(
+            depth_prefix(task, depth, variables, example) for depth in range(1, task.depth + 1)
+        )
+
+    def assign(task: Task, root: Array, clients: int) -> np.ndarray:
+        return assign_depths(depths, root, clients, task.depth) - 1
+
+    return Submodels(init, levels, assign, heads == "persist", heads == "shared")
+
+
+def full(task: Task) -> Submodel:
+    """The whole model: everything is shared, nothing is private."""
+    return Submodel(
+        task,
+        extract=lambda variables: variables,
+        merge=lambda shared, private: shared,
+        split=lambda variables: (variables, {}),
+        embed=lambda shared, like: shared,
+        private=lambda key, example: {},
+        private_shapes={},
+    )
+
+
+def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Submodel:
+    """The submodel of one depth of a task that offers depths.
+
+    Args:
+      task: the whole task, with `at_depth`.
+      depth: 1 to `task.depth`.
+      whole: the server's variables or their shapes; a submodel's variable of the same path is
+        shared, any other is private.
+      example: a batch to find shapes with.
+
+    Raises:
+      FedLPError: the model has no depths, a shared variable has another shape in the submodel, or
+        nothing is shared.
+    """
+    part = _at_depth(task, depth)
+    server = flatten_dict(whole)
+    shapes = flatten_dict(jax.eval_shape(part.init, jax.random.key(0), example))
+    shared = set(shapes) & set(server)
+    if not any(path[0] == "params" for path in shared):
+        raise FedLPError(f"the submodel of depth {depth} shares no parameter with the whole model.")
+    for path in sorted(shared):
+        if shapes[path].shape != server[path].shape:
+            raise FedLPError(
+                f"{'/'.join(path)} is {shapes[path].shape} at depth {depth} but "
+                f"{server[path].shape} in the whole model; shared variables need one shape, "
+                "private ones a name of their own."
+            )
+
+    # Private variables compute in what the server's do.
+    dtype = next(x.dtype for path, x in server.items() if path[0] == "params")
+    own = {p: jax.ShapeDtypeStruct(x.shape, dtype) for p, x in shapes.items() if p not in shared}
+
+    def private(key: Array, batch: Batch) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(dtype), split(part.init(key, batch))[1])
+
+    def merge(shared_part: Variables, private_part: PyTree) -> Variables:
+        return unflatten_dict(flatten_dict(shared_part) | flatten_dict(private_part))
+
+    def split(variables: Variables) -> tuple[Variables, PyTree]:
+        return _select(variables, shared), _select(variables, set(own))
+
+    def embed(shared_part: Variables, like: Variables) -> Variables:
+        have = flatten_dict(shared_part)
+        everywhere = flatten_dict(like)
+        return unflatten_dict(
+            {path: have.get(path, jnp.zeros_like(x)) for path, x in everywhere.items()}
+        )
+
+    return Submodel(
+        part,
+        extract=lambda variables: _select(variables, shared),
+        merge=merge,
+        split=split,
+        embed=embed,
+        private=private,
+        private_shapes=unflatten_dict(own),
+    )
+
+
+def union_of_depths(task: Task, key: Array, example: Batch) -> Variables:
+    """Variables of the deepest model and, beside them, every shallower depth's exit head."""
+    variables = flatten_dict(task.init(key, example))
+    for depth in range(1, task.depth):
+        for path, value in flatten_dict(_at_depth(task, depth).init(key, example)).items():
+            variables.setdefault(path, value)
+    return unflatten_dict(variables)
+
+
+def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np.ndarray:
+    """The depth of every client, drawn from (seed, client) alone.
+
+    Args:
+      depths: "uniform": each of 1..G with probability 1 / G; a flag f in 1..G: f with probability
+        .6, the others evenly, as in the authors' code; G probabilities; or K depths.
+      root: typed key of the run's seed.
+      clients: K.
+      deepest: G.
+
+    Returns:
+      `i32[K]` in 1..G.
+
+    Raises:
+      FedLPError: a value that is none of these.
+    """
+    allowed = (
+        f"give 'uniform', a flag 1 to {deepest}, {deepest} probabilities that sum to 1, or "
+        f"{clients} depths, one per client"
+    )
+    if isinstance(depths, str):
+        if depths != "uniform":
+            raise FedLPError(f"depths='{depths}' is not known; {allowed}.")
+        depths = depth_probabilities("uniform", deepest)
+    if isinstance(depths, int | np.integer) and not isinstance(depths, bool):
+        if not 1 <= depths <= deepest:
+            raise FedLPError(f"depths={depths} is outside 1 to {deepest}; {allowed}.")
+        depths = depth_probabilities(int(depths), deepest)
+    try:
+        values = np.asarray(depths, np.float64)
+    except (TypeError, ValueError) as error:
+        raise FedLPError(f"depths={depths!r} cannot be read as numbers; {allowed}.") from error
+    if values.shape == (deepest,) and (values >= 0).all() and abs(values.sum() - 1) < 1e-6:
+        return _draw_depths(values, root, clients)
+    whole_numbers = values == np.round(values)
+    if values.shape == (clients,) and (whole_numbers & (values >= 1) & (values <= deepest)).all():
+        return values.astype(np.int32)
+    raise FedLPError(f"depths has shape {list(values.shape)} and sum {values.sum():g}; {allowed}.")
+
+
+def depth_probabilities(depths: str | int, deepest: int) -> list[float]:
+    """The probabilities of depths 1 to G that "uniform" or a flag stands for."""
+    if depths == "uniform":
+        return [1.0 / deepest] * deepest
+    own = _FLAG_SHARE if deepest > 1 else 1.0
+    others = (1.0 - _FLAG_SHARE) / max(deepest - 1, 1)
+    return [own if depth == depths else others for depth in range(1, deepest + 1)]
+
+
+def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarray:
+    def draw(client: Array) -> Array:
+        key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.DEPTH)
+        return jax.random.uniform(key, (), jnp.float32)
+
+    uniforms = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
+    # The last bound is left out, so that rounding in the sum can give no depth past the last.
+    edges = np.cumsum(probability)[:-1]
+    return (1 + np.searchsorted(edges, uniforms, side="right")).astype(np.int32)
+
+
+def _at_depth(task: Task, depth: int) -> Task:
+    if task.at_depth is None:
+        raise FedLPError(
+            "this model offers no depths; give its module an integer field `depth`, or use a "
+            "scheme in which every client holds the whole model."
+        )
+    return task.at_depth(depth)
+
+
+def _select(variables: Variables, paths: set[tuple[str, ...]]) -> Variables:
+    return unflatten_dict({p: x for p, x in flatten_dict(variables).items() if p in paths})

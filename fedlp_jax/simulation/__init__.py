@@ -1,0 +1,1 @@
+"""Rounds in a loop: program, run, evaluation, checkpoint."""

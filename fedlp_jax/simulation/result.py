@@ -1,0 +1,117 @@
+"""What a run leaves: its rows, its ledger, its model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fedlp_jax.accounting.ledger import Ledger
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.reporting import plots
+from fedlp_jax.types import ServerState, Variables
+
+Row = dict[str, Any]
+
+
+class DivergedError(RuntimeError):
+    """No client of a round had a finite update. `result` holds the last good state."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+class History:
+    """The rows of a run, one a round; `history["test_accuracy"]` is a column."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """The values of `key` over the rounds that have it (see `rounds`).
+
+        Raises:
+          KeyError: no round has it.
+        """
+        values = [row[key] for row in self.rows if key in row]
+        if not values:
+            raise KeyError(f"no round has '{key}'; there are: {', '.join(self.keys())}")
+        return np.asarray([np.nan if v is None else v for v in values])
+
+    def rounds(self, key: str) -> np.ndarray:
+        """`i64[R']`, the rounds that have `key`, such as those that were evaluated."""
+        return np.asarray([row["round"] for row in self.rows if key in row], np.int64)
+
+    def keys(self) -> list[str]:
+        """All metrics, in the order in which they first appeared."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+      variables: the deepest model's, `{"params": ..., "batch_stats": ...}`.
+      state: the server's whole state, with shared heads where there are any.
+      history: one row a round.
+      costs: the ledger.
+      plan: the plan that ran.
+      layers: the layer table of what is exchanged.
+      readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
+      lowerings: the form that each convolution took, by its shapes.
+    """
+
+    variables: Variables
+    state: ServerState
+    history: History
+    costs: Ledger
+    plan: Plan
+    layers: LayerTable
+    readings: dict[str, float]
+    lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
+        """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure."""
+        return plots.curves({label: self.history.rows}, path=path, x=x)
+
+
+def diverged(round: int, left_out: np.ndarray, clients: int, result: Result) -> DivergedError:
+    """The error that ends a run whose round left nothing finite to go on with.
+
+    Args:
+      round: its number.
+      left_out: ids of the clients whose update was not finite.
+      clients: how many were heard.
+      result: the run up to the round before.
+    """
+    if len(left_out) == clients:
+        what = (
+            f"none of the {clients} clients had a finite update ({names(left_out)}), so there is "
+            "nothing to average"
+        )
+    else:
+        what = (
+            f"the updates of {clients - len(left_out)} clients are finite, but not the model they "
+            "add up to"
+        )
+    return DivergedError(
+        f"round {round}: {what}. The model is as after round {round - 1}; lower the client's or "
+        "the server's learning rate, or look for NaN in the data.",
+        result,
+    )
+
+
+def names(clients: np.ndarray) -> str:
+    """The first ten ids in a sentence."""
+    return ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")

@@ -1,0 +1,264 @@
+"""What `simulate` refuses, before anything is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax.aggregation.robust import stacked_bytes
+from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.clients.failures import Faults
+from fedlp_jax.data.loading import Dataset
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.packing import size_bytes
+from fedlp_jax.limits import usable_memory
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.simulation.leaves import check_sum, kind, raw
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables, whole_number
+
+_FEW = 8  # numbers that a sentence can show
+
+
+def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
+    """The shapes of a task's variables, without computing them."""
+    return jax.eval_shape(task.init, root, example)
+
+
+def check_numbers(rounds: int, seed: int, eval_every: int | None) -> tuple[int, int, int]:
+    """The three as numbers of Python's; `eval_every` is that of the last round if it is None.
+
+    Raises:
+      FedLPError: one is not whole, or too small or too large.
+    """
+    rounds, seed = whole_number("rounds", rounds, 0), whole_number("seed", seed, 0)
+    if seed >= 2**32:
+        raise FedLPError(f"seed={seed} must be below 2**32.")
+    if eval_every is None:
+        return rounds, seed, max(rounds, 1)
+    return rounds, seed, whole_number("eval_every", eval_every, 1)
+
+
+def check_partition(clients: Partition, data: Dataset) -> None:
+    """Refuses a partition of other examples than the training split's.
+
+    Raises:
+      FedLPError: with both numbers.
+    """
+    examples = len(data.train.labels)
+    if len(clients.labels) != examples:
+        raise FedLPError(
+            f"the partition was made for {len(clients.labels)} examples but the training split of "
+            f"'{data.name}' has {examples}; partition its own labels."
+        )
+
+
+def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array) -> None:
+    """Refuses a model that cannot take the inputs or has too few outputs.
+
+    Raises:
+      FedLPError: with the shape, or both numbers.
+    """
+    with _taking(data, example):
+        variables = initial_shapes(algorithm.task, root, example)
+        outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
+    _check_kinds(variables)
+    if outputs.ndim != 2:
+        raise FedLPError(
+            f"the model's outputs have shape {list(outputs.shape)} for a batch of one, but logits "
+            "must be [batch, classes]."
+        )
+    if outputs.shape[-1] < data.num_classes:
+        raise FedLPError(
+            f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
+            "classes; set its num_classes."
+        )
+    with _taking(data, example):
+        _, aux = jax.eval_shape(algorithm.task.loss, variables, example, root)
+    _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
+
+
+def _check_step(before: Variables, after: Variables) -> None:
+    """Refuses statistics that a step gives another shape or dtype."""
+    have, get = _leaves(before), _leaves(after)
+    for path in sorted(set(have) | set(get)):
+        was, becomes = (kind(tree[path]) if path in tree else "nothing" for tree in (have, get))
+        if was != becomes:
+            raise FedLPError(
+                f"the model's variables{path} are {was} and become {becomes} in a step; "
+                "make them the same. What is only reported is sown into 'intermediates'."
+            )
+
+
+def _check_kinds(variables: Variables) -> None:
+    """Refuses variables that have no mean."""
+    for path, leaf in _leaves(variables).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise FedLPError(
+                f"the model's variables{path} have dtype {leaf.dtype}, and only floats have a mean "
+                "over clients; make them floats, or keep them out of the model's variables."
+            )
+
+
+@contextlib.contextmanager
+def _taking(data: Dataset, example: Batch) -> Iterator[None]:
+    """Turns whatever a model says while it is traced into a sentence about the data."""
+    try:
+        yield
+    except FedLPError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FedLPError(
+            f"the model cannot take the inputs of '{data.name}', of shape "
+            f"{list(example.inputs.shape[1:])}: {reason}"
+        ) from error
+
+
+def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
+    """Refuses faults where they would have no effect.
+
+    Raises:
+      FedLPError: the algorithm's round knows of none, or the cohort is not the server's choice.
+    """
+    if not isinstance(faults, Faults):
+        raise FedLPError(f"faults is a {type(faults).__name__}; give fl.Faults(dropout=0.1, ...).")
+    if not algorithm.faults:
+        raise FedLPError(
+            "this algorithm's round does not heed cohort.conditions, so faults would do nothing; "
+            "use one made by compose."
+        )
+    if callable(cohort) and faults.over_selection != 1:
+        raise FedLPError(
+            f"faults.over_selection={faults.over_selection} enlarges a cohort that is drawn, but "
+            "here a function says who is in it; let that give more clients."
+        )
+
+
+def check_stack(variables: Variables, layers: LayerTable, cohort: int, plan: Plan) -> int:
+    """Predicts the memory of a robust rule, and refuses what does not fit.
+
+    Args:
+      variables: the server's shapes.
+      layers: their table.
+      cohort: C, with over-selection.
+      plan: resolved.
+
+    Returns:
+      Modelled bytes over all devices.
+
+    Raises:
+      FedLPError: more than half of this machine's memory, or than all of the devices'.
+    """
+    need, have = stacked_bytes(variables, layers, cohort, plan), _usable_memory(plan.devices or 1)
+    if need > have:
+        fits = cohort * have // need
+        raise FedLPError(
+            f"a robust rule keeps the updates of all {cohort} clients side by side, about "
+            f"{need / 2**30:.1f} GiB, but there are {have / 2**30:.1f} GiB to use; a cohort of "
+            f"{fits} would fit, or take a mean with clip=, which needs one model."
+        )
+    return need
+
+
+def check_size(variables: Variables) -> None:
+    """Refuses a model of which the server's, a client's and an update do not fit one device.
+
+    Raises:
+      FedLPError: with both sizes.
+    """
+    model = size_bytes(variables)
+    have = _usable_memory(devices=1)
+    if 3 * model > have:
+        raise FedLPError(
+            f"the model takes {model / 2**30:.1f} GiB, a round at least three times as much, and "
+            f"there are {have / 2**30:.1f} GiB to use; make it smaller."
+        )
+
+
+def check_steps(algorithm: Algorithm, clients: Partition) -> None:
+    """Refuses more local steps than 32 bits count.
+
+    Raises:
+      FedLPError: with the largest number of steps of a client.
+    """
+    most = int(np.max(algorithm.local_steps(clients.sizes)))
+    if most >= 2**31:
+        raise FedLPError(
+            f"a client takes {most:,} steps a round, where fewer than 2**31 are counted; lower "
+            "epochs or steps."
+        )
+
+
+def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:
+    """The shapes of an algorithm's first state; what it refuses, it refuses before compiling."""
+    return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
+
+
+def first_numbers(state: ServerState) -> dict[str, Any]:
+    """The numbers that a run is begun with, by which another one is told apart: keep, clip, ...
+
+    Args:
+      state: before the first round.
+
+    Returns:
+      `{"policy": [[0.5]], ...}`, lists of up to eight numbers and sums of more, all of them JSON.
+      The model and the optimizer's averages are left out.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(variables=())):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.size <= _FEW:
+            found[name] = np.asarray(raw(leaf)).tolist()
+        elif not name.startswith("optimizer"):
+            found[name] = check_sum(np.asarray(raw(leaf)))
+    return found
+
+
+def check_variables(variables: Variables | None, wanted: Variables) -> None:
+    """Compares given variables with those the server would have made.
+
+    Raises:
+      FedLPError: with the first path that differs and both shapes.
+    """
+    if variables is None:
+        return
+    have, want = _leaves(variables), _leaves(wanted)
+    for path in sorted(set(have) | set(want)):
+        shape = have[path].shape if path in have else "nothing"
+        needs = want[path].shape if path in want else "nothing"
+        if shape != needs:
+            raise FedLPError(
+                f"variables{path} has shape {shape} but the server of this algorithm holds {needs} "
+                "there. Give a tree like `result.state.variables` of such a run."
+            )
+        if not jnp.issubdtype(have[path].dtype, jnp.floating):
+            raise FedLPError(f"variables{path} has dtype {have[path].dtype}; give floats.")
+
+
+def _usable_memory(devices: int) -> int:
+    """Bytes a run may plan for on so many devices: half of the machine's, which CPU devices share.
+
+    Accelerators are taken to have what the smallest has; of other processes' only those know.
+    """
+    if jax.default_backend() == "cpu":
+        return usable_memory()
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
+    least = hosts.least("memory of a device", min(limits, default=None))
+    return 2**63 if least is None else devices * least
+
+
+def _leaves(tree: Variables) -> dict[str, Any]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
+        for path, leaf in found
+    }

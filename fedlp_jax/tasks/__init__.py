@@ -1,0 +1,1 @@
+"""What is learnt: a network, its loss and its metrics."""

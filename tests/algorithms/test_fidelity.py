@@ -1,0 +1,153 @@
+"""The reference behaviour against an implementation in PyTorch: same weights, batches and masks.
+
+Opt-in: without the extra `bench` it is skipped. The PyTorch side, `benchmarks/torch_networks.py`
+and `Plain` here, is written from what is known of the code of FedLP's authors, and copies nothing.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+import fedlp_jax as fl
+from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.simulation.program import metrics_of
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[bench]'")
+
+BATCH, CLIENTS, SEED = 10, 2, 3
+FULL, SHORT = (5, 500), (1, 50)  # epochs, images of a client: 250 steps, as published; 5 steps
+
+
+def images(per_client):
+    """The first images of CIFAR-10.
+
+    Real ones, since Adam divides rounding errors by rounding errors where gradients vanish: on
+    noise with a few patterns, soon learnt, PyTorch itself ends 1e-8 away when its first weights
+    change by 2e-16, and here 1e-12.
+    """
+    if not (Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")) / "cifar10").is_dir():
+        pytest.skip("CIFAR-10 is not prepared in TFDS_DATA_DIR")
+    data = fl.load("cifar10")
+    rows, few = slice(CLIENTS * per_client), slice(10)
+    return fl.from_arrays(
+        data.train.inputs[rows],
+        data.train.labels[rows],
+        data.test.inputs[few],
+        data.test.labels[few],
+    )
+
+
+def run_of(work, dtype, keep):
+    """A simulation of one round, compiled, its data and its clients."""
+    epochs, per_client = work
+    data = images(per_client)
+    clients = fl.partition.iid(data.train.labels, clients=CLIENTS, seed=0)
+    algorithm = fl.fedlp_homo(
+        fl.classification(fl.models.FedLPCNN(num_classes=10, init="pytorch")),
+        keep=keep,
+        behaviour="reference",
+        client_optimizer=optax.adam(1e-3),
+        epochs=epochs,
+        batch_size=BATCH,
+    )
+    settings = {"rounds": 1, "cohort": CLIENTS, "seed": SEED, "plan": fl.Plan(2, 1)}
+    first = fl.simulate(algorithm, data, clients, **settings | {"rounds": 0}).state.variables
+    first = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), first)
+    return fl.Simulation(algorithm, data, clients, variables=first, **settings), first
+
+
+def ours(run):
+    """The variables after the round, and who sent which tensor, by path."""
+    run.compile()
+    pending = run.dispatch(1)
+    metrics, _ = metrics_of(pending, run.readout.read)
+    slots = np.argsort(np.where(pending.cohort.client < 0, CLIENTS, pending.cohort.client))
+    sent = metrics.upload[slots[:CLIENTS]]
+    return flat(run.state.variables), dict(zip(run.layers.names, sent.T, strict=True))
+
+
+def flat(variables):
+    return {"/".join(path): np.asarray(x) for path, x in flatten_dict(variables).items()}
+
+
+class Plain:
+    """FedLP-Homo in PyTorch: train, mask every tensor, mean over those who sent it."""
+
+    def __init__(self, data, first, dtype):
+        from benchmarks import torch_networks as networks
+
+        self.networks, self.first = networks, flat(first)
+        self.model = networks.FedLPCNN().to(dtype)
+        gain, shift = (np.asarray(x, np.float64) for x in data.normalize)
+        inputs = data.train.inputs * gain + shift  # as stored in float32; 1e-8 would be amplified
+        self.images = torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy()).to(dtype)
+        self.labels = torch.from_numpy(data.train.labels.astype(np.int64))
+
+    def train(self, orders):
+        """One client from the server's weights; a row of `orders` an epoch."""
+        named = self.networks.named(self.model)
+        for path, tensor in named.items():
+            tensor.copy_(torch.from_numpy(self.networks.to_torch(self.first[path])))
+        self.model.train()
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        for order in orders:
+            for rows in torch.from_numpy(order).split(BATCH):
+                optimizer.zero_grad()
+                logits = self.model(self.images[rows])
+                torch.nn.functional.cross_entropy(logits, self.labels[rows]).backward()
+                optimizer.step()
+        return {p: self.networks.to_flax(t.numpy().copy()) for p, t in named.items()}
+
+    def round(self, trained, sent):
+        """The server's variables after one round."""
+        new = {}
+        for path, old in self.first.items():
+            who = [k for k in range(CLIENTS) if sent[path.partition("/")[2]][k]]
+            new[path] = np.mean([trained[k][path] for k in who], axis=0) if who else old
+        return new
+
+
+def orders(run, work, client):
+    """The rows of a client in the order in which it trains on them, for each epoch."""
+    key = client_key(jax.random.key(SEED), 1, client, Purpose.SHUFFLE)
+    rows = run.clients.rows(client)
+    draws = [
+        np.asarray(jax.random.uniform(jax.random.fold_in(key, e), (len(rows),), jnp.float32))
+        for e in range(work[0])
+    ]
+    return [rows[np.argsort(draw, kind="stable")].astype(np.int64) for draw in draws]
+
+
+def difference(work, dtype, keep):
+    """Length of the difference of both models, over that of the update; and the tensors sent."""
+    run, first = run_of(work, dtype, keep)
+    found, sent = ours(run)
+    plain = Plain(images(work[1]), first, getattr(torch, dtype.dtype.name))
+    trained = [plain.train(orders(run, work, k)) for k in range(CLIENTS)]
+    wanted = plain.round(trained, sent)
+    assert set(found) == set(wanted)
+    away = sum(np.square(found[p] - wanted[p]).sum() for p in wanted)
+    moved = sum(np.square(wanted[p] - plain.first[p]).sum() for p in wanted)
+    return np.sqrt(away / moved), sent
+
+
+@pytest.mark.slow
+def test_a_whole_round_in_float64_is_that_of_pytorch():
+    """250 steps of each client, then one aggregation of 40 tensors that are masked one by one."""
+    with jax.enable_x64(True):
+        off, sent = difference(FULL, jnp.float64, keep=0.5)
+    counts = {int(s.sum()) for s in sent.values()}
+    assert counts == {0, 1, 2}  # kept, one sender, a mean
+    assert off < 1e-6
+
+
+def test_five_steps_in_float32_are_those_of_pytorch():
+    """No more steps: Adam's first are signs, and one ulp in the weights grows tenfold in five."""
+    off, _ = difference(SHORT, jnp.float32, keep=1.0)
+    assert off < 1e-2

@@ -1,0 +1,371 @@
+"""Several processes are one machine: the same numbers, the same end, the same refusals."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import threading
+import time
+
+import crowd
+import jax
+import jax.numpy as jnp
+import lives
+import numpy as np
+import optax
+import pytest
+import typer.testing
+import yaml
+from small import Steps, dataset, flat, in_float64
+
+import fedlp_jax as fl
+from fedlp_jax import FedLPError, cli
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.execution import meeting
+from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.reporting.run_directory import read_metrics
+from fedlp_jax.simulation.readout import Readout, pack, unpack
+from fedlp_jax.simulation.staging import on_host
+
+PLAN = fl.Plan(devices=4, width=2, rounds_at_once=3)
+
+
+# the same numbers
+
+
+def exact():
+    """Three rounds in float64, with batch statistics."""
+    task = fl.classification(Steps(depth=1, width=4, norm=True))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    with jax.enable_x64(True):
+        algorithm = fl.fedlp_homo(task, keep=0.5, client_optimizer=optimizer, batch_size=2)
+        data = dataset()
+        example = example_of(on_host(data.train, data.normalize))
+        start = algorithm.init(jax.random.key(0), example, 12, None)
+        return simulated(algorithm, rounds=3, variables=in_float64(start.variables))
+
+
+def private():
+    """Heads of clients' own, sums over columns instead of clients, lost clients, data sent."""
+    task = fl.classification(Steps(depth=2, width=4))
+    algorithm = fl.fedlp_hetero(
+        task,
+        depths="uniform",
+        heads="persist",
+        aggregator="median",
+        client_optimizer=optax.sgd(0.1),
+        batch_size=2,
+    )
+    plan = dataclasses.replace(PLAN, data="host")
+    return simulated(algorithm, rounds=2, faults=fl.Faults(dropout=0.3), plan=plan)
+
+
+def simulated(algorithm, plan=PLAN, **settings):
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=12)
+    return fl.simulate(algorithm, data, clients, cohort=8, plan=plan, **settings)
+
+
+RUNS = {"exact": exact, "private": private}
+
+
+def noted(names):
+    """What a process saw of the runs, in a file of its own."""
+    found = {}
+    for name in names:
+        result = RUNS[name]()
+        found |= {f"{name} ledger {k}": v for k, v in result.costs.arrays().items()}
+        found[f"{name} variables"] = flat(result.variables)
+        found[f"{name} plan"] = np.asarray([result.plan.devices, result.plan.width])
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+        found[f"{name} rows"] = np.asarray(json.dumps(rows))
+    np.savez(f"{hosts.index()}.npz", **found)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: run() for name, run in RUNS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "names"), [(2, ["exact", "private"]), (4, ["exact"])])
+def test_processes_have_the_numbers_of_one(number, names, alone, tmp_path):
+    codes = crowd.ended(crowd.call(tmp_path, number, noted, names))
+    said = tmp_path / "said.txt"
+    assert codes == [0] * number, said.read_text() if said.exists() else codes
+    each = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(number)]
+    for other in each[1:]:
+        for name, value in each[0].items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+    found = each[0]
+    for name in names:
+        expected = alone[name]
+        assert tuple(found[f"{name} plan"]) == (4, 2)
+        for key, value in expected.costs.arrays().items():
+            np.testing.assert_array_equal(found[f"{name} ledger {key}"], value)
+        rows = json.loads(str(found[f"{name} rows"]))
+        for row, own in zip(expected.history, rows, strict=True):
+            assert own == {k: about(row[k]) for k in row if k != "seconds"}
+        rtol = 1e-8 if name == "exact" else 1e-3
+        np.testing.assert_allclose(
+            found[f"{name} variables"], flat(expected.variables), rtol=rtol, atol=rtol / 100
+        )
+
+
+def about(value):
+    return pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+
+
+def test_numbers_of_any_kind_travel_as_words_in_one_message():
+    with jax.enable_x64(True):
+        tree = {
+            "flag": jnp.asarray([True, False, True, True]),
+            "loss": jnp.asarray(
+                [[1.5, np.nan], [-0.0, 3e38], [1e-45, np.inf], [0, 1]], jnp.float32
+            ),
+            "count": jnp.asarray([-1, 2**31 - 1, 0, 7], jnp.int32),
+            "small": jnp.asarray([-1, 127, 0, 7], jnp.int8),
+            "wide": jnp.asarray(np.arange(12).reshape(4, 1, 3) / 7, jnp.float64),
+        }
+        found = unpack(np.asarray(jax.jit(pack)(tree)), jax.tree.map(jax.typeof, tree))
+    for name, value in tree.items():
+        assert found[name].dtype == value.dtype
+        np.testing.assert_array_equal(found[name].view(np.uint8), np.asarray(value).view(np.uint8))
+    readout = Readout(fl.Plan(4, 1))
+    split = jax.device_put(tree["loss"], readout._split)
+    program = readout._pack.lower({"loss": split, "same": split}).compile().as_text()
+    assert len(re.findall(r"= .*\ball-gather(?:-start)?\(", program)) == 1
+
+
+# the same end
+
+
+CONFIG = {
+    "data": {
+        "name": "synthetic",
+        "options": {"examples": 60, "shape": [4, 4, 1], "num_classes": 3},
+    },
+    "partition": {"name": "iid", "clients": 8},
+    "model": {"name": "logistic"},
+    "algorithm": {
+        "name": "fedlp_homo",
+        "keep": 0.5,
+        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+    },
+    "rounds": 100000,
+    "cohort": 4,
+    "plan": {"devices": 2},
+    "checkpoint": {"every": 1},
+}
+
+
+def rounds_done(folder):
+    file = folder / "out" / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def wait_for(folder, rounds, processes):
+    deadline = time.monotonic() + 120
+    while rounds_done(folder) < rounds:
+        assert time.monotonic() < deadline, (folder / "said.txt").read_text()
+        assert all(process.is_alive() for process in processes), (folder / "said.txt").read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_processes_end_together_and_any_number_goes_on(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    said = tmp_path / "said.txt"
+
+    killed = crowd.fedlp(tmp_path, 2, "run", "c.yaml", "--out", "out")
+    wait_for(tmp_path, 3, killed)
+    os.kill(killed[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert crowd.ended(killed, seconds=60) == [1, -signal.SIGKILL], said.read_text()
+    assert time.monotonic() - began < 60
+    assert "another of the 2 processes has ended" in said.read_text()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "failed"
+
+    asked = crowd.fedlp(tmp_path, 2, "run", "out", "--resume")
+    wait_for(tmp_path, rounds_done(tmp_path) + 3, asked)
+    os.kill(asked[1].pid, signal.SIGTERM)  # the other learns of it
+    assert crowd.ended(asked, seconds=60) == [130, 130], said.read_text()
+    done = rounds_done(tmp_path)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "out" / "checkpoints" / str(done)).is_dir()  # the last round is saved
+
+    last = lives.start(tmp_path, "run", "out", "--resume", "--rounds", str(done + 2))
+    assert crowd.ended([last]) == [0], said.read_text()
+    rows = read_metrics(tmp_path / "out")
+    assert [row["round"] for row in rows] == list(range(1, done + 3))
+    once = fl.run(CONFIG | {"rounds": done + 2}, tmp_path / "once")
+    for row, own in zip(once.history, rows, strict=True):
+        assert own == {k: about(row[k]) for k in row if k != "seconds"} | {
+            "seconds": own["seconds"]
+        }
+
+
+# the same refusals
+
+
+def test_what_is_not_the_same_everywhere_is_refused_everywhere(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    words = ("run", "c.yaml", "--out", "out")
+    keep = ((), ("--algorithm.keep", "0.7"))
+    assert crowd.ended(crowd.fedlp(tmp_path, 2, *words, each=keep)) == [2, 2]
+    said = (tmp_path / "said.txt").read_text()
+    sentence = (
+        "process 1 of 2 has another configuration than process 0: algorithm.keep is 0.7, not 0.5."
+    )
+    assert said.count(sentence) == 2, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_first_process_of_a_cluster_refuses_all_refuse(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    processes = crowd.slurm(tmp_path, 2, "run", "c.yaml", "--out", "out")
+    assert crowd.ended(processes) == [2, 2]
+    said = (tmp_path / "said.txt").read_text()
+    assert said.count("out already holds a run") == 2, said
+    assert "fedlp: process 0: out already holds a run" in said
+
+
+def met(address, places, seconds=10.0):
+    """What each of the processes, which are threads here, hears: a sentence, or None."""
+    heard = [None] * len(places)
+
+    def go(i, number, index):
+        try:
+            meeting.meet(address, number, index, seconds)
+        except FedLPError as error:
+            heard[i] = str(error)
+
+    threads = [
+        threading.Thread(target=go, args=(i, *place), daemon=True) for i, place in enumerate(places)
+    ]
+    for thread in reversed(threads):  # the first comes last
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return heard
+
+
+def somewhere():
+    return meeting.Address("127.0.0.1", crowd.free_port())
+
+
+def test_processes_meet_and_strangers_do_not_disturb():
+    address = somewhere()
+
+    def stranger():
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(address, 1) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                return
+            time.sleep(0.02)
+
+    caller = threading.Thread(target=stranger)
+    caller.start()
+    assert met(address, [(3, 0), (3, 1), (3, 2)]) == [None] * 3
+    caller.join()
+    assert met(address, [(2, 0), (2, 1)]) == [None] * 2  # the port is free again
+    assert met(address, [(1, 0)]) == [None]
+
+
+def test_a_meeting_that_fails_says_why_to_all():
+    same = met(somewhere(), [(3, 0), (3, 1), (3, 1)])
+    assert same == ["two processes have process_id=1; each needs its own."] * 3
+    other = met(somewhere(), [(2, 0), (3, 1)])
+    assert other[0] == other[1]
+    assert other[0].startswith("process 1 was told of 3 processes, and process 0 of 2;")
+    late = met(somewhere(), [(4, 0), (4, 2)], seconds=1.0)
+    assert late[0] == late[1] and "only 2 of 4 processes came" in late[0]
+    assert late[0].endswith("not process 1, 3.")
+
+
+def test_who_finds_nobody_stops_waiting():
+    address = somewhere()
+    began = time.monotonic()
+    (sentence,) = met(address, [(2, 1)], seconds=0.5)
+    assert time.monotonic() - began < 10
+    assert sentence.startswith(f"process 1 could not reach process 0 at {address} within 0.5 s (")
+    with contextlib.closing(socket.create_server(("", address.port))):
+        (sentence,) = met(address, [(2, 0)])
+    assert sentence.startswith(f"process 0 cannot listen on port {address.port} (")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--coordinator 10.0.0.1:1", "no num_processes and no process_id"),
+        ("--coordinator 10.0.0.1:1 --num-processes 2", "but no process_id"),
+        ("--coordinator 10.0.0.1:1 --num-processes 2 --process-id 2", "they count from 0 to 1"),
+        ("--coordinator 10.0.0.1:1 --num-processes 0 --process-id 0", "must be at least 1"),
+        ("--coordinator 10.0.0.1 --num-processes 2 --process-id 0", "must be HOST:PORT"),
+        ("--coordinator a:99999 --num-processes 2 --process-id 0", "must be HOST:PORT"),
+        ("--num-processes 2 --process-id 0", "need a coordinator"),
+        ("--distributed --process-id 0", "leave it away"),
+        ("--coordinator 10.0.0.1:1 --num-processes 2 --process-id 0", "jax is already in use"),
+        ("--distributed", "jax is already in use"),
+    ],
+)
+def test_impossible_places_are_refused_at_once(words, sentence):
+    jax.devices()
+    said = typer.testing.CliRunner().invoke(cli.app, ["run", "c.yaml", *words.split()])
+    assert said.exit_code == 2, said.output
+    assert sentence in said.stderr.replace("\n", " ")
+    assert "Traceback" not in said.stderr
+
+
+def test_a_plans_devices_are_those_of_all_processes(monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "devices", lambda number=None: jax.devices()[:number])
+    assert resolve(None, 9) == fl.Plan(4, 1)
+    assert resolve(None, 3) == fl.Plan(2, 1)  # no process has more than another
+    assert hosts.share(4) == 2 and hosts.share(None) is None
+    with pytest.raises(FedLPError, match="plan.devices=3 are all devices together"):
+        resolve(fl.Plan(devices=3), 9)
+    with pytest.raises(FedLPError, match="work for 1 device.s., but 2 processes"):
+        resolve(None, 1)
+
+
+def refused_twice():
+    """What this process of two caught, and what came through between."""
+    caught = []
+    for refusing in (1, 0):
+        try:
+            with hosts.together("outer"), hosts.together("build"):
+                if hosts.index() == refusing:
+                    raise FedLPError(f"no, says {refusing}")
+        except FedLPError as error:
+            caught.append(str(error).removeprefix(f"process {refusing}: "))
+        caught += hosts.exchange("after", f"word {hosts.index()}")
+        with hosts.together("build"):
+            caught.append("built")
+    pathlib.Path(f"{hosts.index()}.json").write_text(json.dumps(caught))
+
+
+def test_who_catches_a_refusal_goes_on(tmp_path):
+    codes = crowd.ended(crowd.call(tmp_path, 2, refused_twice))
+    said = tmp_path / "said.txt"
+    assert codes == [0, 0], said.read_text() if said.exists() else codes
+    each = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    rest = ["word 0", "word 1", "built"]
+    assert each == 2 * [["no, says 1", *rest, "no, says 0", *rest]]
+
+
+def test_one_process_says_nothing_to_nobody():
+    assert hosts.exchange("step", "word") == ["word"]
+    assert hosts.least("bytes", None) is None and hosts.least("bytes", 3) == 3
+    assert not hosts.anywhere("stop", False) and hosts.is_first()
+    hosts.agree("settings", {"a": 1})
+    with pytest.raises(FedLPError, match="^no$"), hosts.together("step"):
+        raise FedLPError("no")

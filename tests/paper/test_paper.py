@@ -1,0 +1,470 @@
+"""`fedlp reproduce paper`: costs to the published digits, and cells that survive interruption."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import typer.testing
+
+from fedlp_jax import FedLPError, cli
+from fedlp_jax.config.schema import dump_config, load_config
+from fedlp_jax.execution import map_clients as placement
+from fedlp_jax.nn import conv
+from fedlp_jax.paper import cells as cells_module
+from fedlp_jax.paper import forecast as forecast_module
+from fedlp_jax.paper import results as tables
+from fedlp_jax.paper import run as study_module
+from fedlp_jax.paper.cells import Study, remaining, run_cells, survey
+from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
+from fedlp_jax.paper.figures import draw_figures
+from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
+from fedlp_jax.reporting.claim import Claim
+from fedlp_jax.simulation.result import DivergedError
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
+CELLS = [Cell(row, split) for row in ROWS for split in SPLITS]
+IID = [Cell("fedavg", "iid"), Cell("homo-0.5", "iid")]
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(placement, "setup", lambda cpu_devices=None: None)  # jax is in use here
+
+
+def fedlp(*words, columns=80):
+    """The command, in this process."""
+    run = typer.testing.CliRunner(env={"COLUMNS": str(columns)})
+    return run.invoke(cli.app, ["reproduce", "paper", *words], prog_name="fedlp")
+
+
+def invented(study, cell, status="done", accuracy=0.5, config=None):
+    """A cell with numbers that no training gave, as a run would leave it."""
+    config = config or study.config(cell)
+    path = study.path(cell)
+    path.mkdir(parents=True)
+    rounds = range(1, config.rounds + 1 - (status == "unfinished"))
+    rows = [
+        {"round": r, "test_accuracy": accuracy + r / 1000, "upload_bytes": 2e6, "seconds": 1.5}
+        for r in rounds
+    ]
+    (path / "config.yaml").write_text(dump_config(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    device = {"platform": "cpu", "kind": "cpu", "count": 2, "processor": "Abacus 1"}
+    versions = dict.fromkeys(("jax", "flax", "optax", "python"), "1.0")
+    about = {"device": device, "versions": versions, "commit": "abc"}
+    if status != "unfinished":
+        (path / "summary.json").write_text(json.dumps({"status": status} | about))
+    return path
+
+
+# the paper
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.row}-{cell.split}")
+def test_a_cell_is_the_configuration_that_is_shown(cell):
+    file = PAPER / f"{cell.row}-{cell.split}.yaml"
+    assert cell_config(cell) == load_config(file)
+    head = f"# {ROWS[cell.row].label}, "
+    assert file.read_text().startswith(head)
+    assert f"published accuracy {cell.published:.2f}%" in file.read_text().splitlines()[0]
+
+
+def test_small_is_the_protocol_with_fewer_rounds():
+    paper, small = (cell_config(Cell("hetero-u", "d-niid"), scale) for scale in ("paper", "small"))
+    assert small == paper.model_copy(update={"rounds": 20})
+    assert cell_config(CELLS[0], "small", rounds=7).rounds == 7
+
+
+def test_cells_are_chosen_in_the_order_of_the_table():
+    assert choose() == CELLS
+    assert choose(["hetero-5", "fedavg"], ["m-niid"], seeds=2) == [
+        Cell(row, "m-niid", seed) for seed in (25, 26) for row in ("fedavg", "hetero-5")
+    ]
+    with pytest.raises(FedLPError, match=r"row 'homo-0.4' is unknown; did you mean 'homo-0.*'"):
+        choose(["homo-0.4"])
+
+
+# costs
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return {cost.id: cost for cost in row_costs()}
+
+
+def test_every_comm_agrees_to_two_decimals(costs):
+    assert [round(cost.comm_kparams, 2) for cost in costs.values()] == [
+        1102.93, 606.61, 716.91, 827.20, 937.49, 169.60, 225.28, 318.66, 710.80,
+    ]  # fmt: skip
+    assert {cost.comm_difference for cost in costs.values()} == {0.0}
+    assert costs["homo-0.3"].comm_kparams == pytest.approx(1.3 * 551.466)
+
+
+def test_comp_agrees_where_the_whole_model_is_taken_as_published(costs):
+    assert [round(cost.comp_mmacs, 2) for cost in costs.values()] == [
+        39.36, 39.36, 39.36, 39.36, 39.36, 18.03, 24.91, 24.43, 31.89,
+    ]  # fmt: skip
+    assert {cost.comp_difference_as_published_convention for cost in costs.values()} == {0.0}
+    # What DIGIT_SLIP says of the other reading.
+    assert [cost.comp_difference for cost in costs.values()] == [
+        3.0, 3.0, 3.0, 3.0, 3.0, 0.3, 0.29, 0.6, 1.79,
+    ]  # fmt: skip
+    assert "36.36" in DIGIT_SLIP and "39.36" in DIGIT_SLIP
+
+
+def test_what_the_paper_leaves_out(costs):
+    whole, shallow = costs["fedavg"], costs["hetero-1"]
+    assert whole.download_bytes == 4 * (551_466 + 896)
+    assert whole.upload_bytes == whole.download_bytes + 5  # 40 tensors, a bit each
+    assert costs["homo-0.1"].upload_bytes == pytest.approx(0.1 * whole.download_bytes + 5)
+    assert shallow.shared_params == (10_272, 28_896, 65_952, 140_064, 551_466)
+    assert shallow.local_params == (1_060_266, 554_602, 591_658, 403_626, 551_466)
+    assert [round(macs / 1e6, 3) for macs in shallow.forward_macs] == [
+        11.634, 15.894, 25.396, 29.886, 39.356,
+    ]  # fmt: skip
+    first = 32 * 32 * 32 * (3 * 3 * 3)  # the layer whose inputs need no gradient
+    norms = 4 * 2 * (32 * 32 * 32 + 16 * 16 * 64 + 8 * 8 * 128)
+    (forward,), (backward,) = whole.forward_macs, whole.backward_macs
+    assert forward == 39_355_648
+    assert backward == 2 * (forward - norms) - first
+
+
+def test_costs_are_printed_as_json_alone(costs):
+    said = fedlp("--costs", "--json")
+    assert said.exit_code == 0, said.output
+    rows = json.loads(said.stdout)
+    assert [row["row"] for row in rows] == [row.label for row in ROWS.values()]
+    wanted = {
+        "row", "comm_kparams", "comm_published", "comp_mmacs", "comp_as_published_convention",
+        "comp_published",
+    }  # fmt: skip
+    assert all(wanted <= set(row) for row in rows)
+    assert rows[5]["local_params"] == list(costs["hetero-1"].local_params)
+
+
+@pytest.mark.parametrize("row", ["homo-0.3", "hetero-3"])
+def test_costs_of_one_row_are_its_own_alone(costs, row):
+    said = fedlp("--costs", "--json", "--rows", row)
+    assert [found["id"] for found in json.loads(said.stdout)] == [row]
+    shown = fedlp("--costs", "--rows", row)
+    assert shown.exit_code == 0, shown.output
+    assert f"{costs[row].comm_kparams:.2f}" in shown.stdout and "FedAvg" not in shown.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_costs_fit_a_terminal(costs, columns):
+    said = fedlp("--costs", columns=columns)
+    assert said.exit_code == 0, said.output
+    assert "…" not in said.stdout
+    assert max(map(len, said.stdout.splitlines())) <= columns
+    words = " ".join(said.stdout.split())
+    assert "1102.93" in words and "1,060,266" in words and DIGIT_SLIP in words
+
+
+# a directory of cells
+
+
+def test_a_cell_is_known_whoever_ran_it(tmp_path):
+    study = Study(tmp_path, "small")
+    plain = load_config(
+        PAPER / "fedavg-iid.yaml", {"rounds": 20, "data.data_dir": "elsewhere", "plan.devices": 3}
+    )
+    invented(study, IID[0], config=plain)
+    invented(study, IID[1], "unfinished")
+    invented(study, Cell("hetero-1", "m-niid", 26), "diverged")
+    assert {cell: (f.status, f.rounds) for cell, f in survey(study).items()} == {
+        IID[0]: ("done", 20),
+        IID[1]: ("unfinished", 19),
+        Cell("hetero-1", "m-niid", 26): ("diverged", 20),
+    }
+    assert remaining(study, [*IID, Cell("fedavg", "m-niid")]) == [IID[1], Cell("fedavg", "m-niid")]
+
+
+def test_another_study_is_refused_and_left_alone(tmp_path):
+    invented(Study(tmp_path, "small"), IID[0])
+    before = sorted(tmp_path.rglob("*"))
+    said = fedlp("--out", str(tmp_path), "--rows", "hetero-1")
+    assert said.exit_code == 2
+    assert "fedavg-iid-seed25 holds another run: rounds is 20 there and 200 here" in said.stderr
+    assert fedlp("--out", str(tmp_path), "--scale", "smoke").exit_code == 2
+    assert fedlp("--out", str(tmp_path), "--scale", "small", "--rounds", "9").exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_was_killed_before_its_configuration_was_written_is_unfinished(tmp_path):
+    study = Study(tmp_path, "small")
+    path = invented(study, IID[0], "unfinished")
+    (path / "config.yaml").write_text("")
+    assert survey(study)[IID[0]].status == "unfinished"
+
+
+def test_a_cell_that_another_process_runs_is_refused(tmp_path):
+    study = Study(tmp_path, "smoke")
+    path = study.path(IID[0])
+    path.mkdir(parents=True)
+    held = Claim(path)  # a lock, which a killed process would have lost
+    with pytest.raises(FedLPError, match="in use by another run"):
+        list(run_cells(study, IID))
+    held.give_up()
+
+
+def executing(monkeypatch, study, error_at=None, error=None):
+    """Puts invented cells where training would be; one may end in an error."""
+    ran = []
+
+    def execute(config, path, *, resume, progress, stop):
+        cell = next(cell for cell in CELLS if study.path(cell) == path)
+        assert config == study.config(cell)
+        assert resume == path.exists()
+        ran.append(cell)
+        if len(ran) - 1 == error_at:
+            raise error
+        invented(study, cell)
+
+    monkeypatch.setattr(cells_module, "execute", execute)
+    return ran
+
+
+def test_only_what_is_left_is_run_and_says_how_long_that_takes(tmp_path, monkeypatch):
+    study = Study(tmp_path, "smoke")
+    invented(study, CELLS[1])
+    ran = executing(monkeypatch, study)
+    said = []
+    assert (
+        list(run_cells(study, CELLS[:4], say=said.append)) == ran == [CELLS[i] for i in (0, 2, 3)]
+    )
+    assert [line.split(", about")[0] for line in said] == [
+        "cell 2 of 4: fedavg-iid-seed25",
+        "cell 3 of 4: fedavg-m-niid-seed25",
+        "cell 4 of 4: homo-0.1-iid-seed25",
+    ]
+    assert ["left" in line for line in said] == [False, True, True]
+    assert list(run_cells(study, CELLS[:4])) == []
+
+
+def test_interruption_says_how_to_go_on_and_leaves_the_table(tmp_path, monkeypatch):
+    study = Study(tmp_path, "smoke")
+    executing(monkeypatch, study, error_at=2, error=KeyboardInterrupt())
+    said = fedlp("--out", str(tmp_path), "--scale", "smoke")
+    assert said.exit_code == 130
+    assert "fedlp: interrupted." in said.stderr
+    assert "2 of 27 cells are done. The same command goes on with fedavg-m-niid" in said.stderr
+    table = tables.read_table(tmp_path / "table.json")
+    assert [entry["status"] for entry in table.cells] == ["done"] * 2 + ["not run"] * 25
+    assert (tmp_path / "accuracy_by_round.png").is_file()
+
+
+def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
+    study = Study(tmp_path, "smoke")
+    ran = executing(monkeypatch, study, 0, DivergedError("round 1: nobody is left.", None))
+    said = []
+    assert list(run_cells(study, IID, say=said.append)) == ran == IID
+    assert "fedavg-iid-seed25 diverged: round 1: nobody is left." in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--out", "o", "--rows", "fedavgg"], "row 'fedavgg' is unknown; did you mean 'fedavg'?"),
+        (["--out", "o", "--splits", "iid,c-niid"], "split 'c-niid' is unknown"),
+        (["--out", "o", "--scale", "tiny"], "scale 'tiny' is unknown"),
+        (
+            ["--costs", "--rows", "homo-0.50"],
+            "row 'homo-0.50' is unknown; did you mean 'homo-0.5'?",
+        ),
+        (["--json"], "--json belongs to --costs"),
+        ([], "--out DIR is needed"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence):
+    said = fedlp(*words)
+    assert said.exit_code == 2
+    assert sentence in said.stderr
+    assert not Path("o").exists()
+
+
+# the table
+
+
+@pytest.fixture
+def study(tmp_path):
+    study = Study(tmp_path, "small")
+    invented(study, IID[0], accuracy=0.6)
+    invented(study, IID[0]._replace(seed=26), accuracy=0.62)
+    invented(study, IID[1], "unfinished")
+    invented(study, Cell("hetero-3", "d-niid"), "diverged")
+    return study
+
+
+def test_a_table_has_a_number_only_for_what_was_run(study):
+    found = {(entry["id"], entry["split"]): entry for entry in tables.make_table(study).cells}
+    assert len(found) == 27
+    cell = found["fedavg", "iid"]
+    # Rounds 11 to 20 add 1.1 to 2 points to the accuracy of each seed.
+    assert cell["accuracy_last10"] == pytest.approx(61 + 1.55)
+    assert (cell["accuracy_final"], cell["accuracy_best"]) == (63.0, 63.0)
+    assert cell["seed_spread"] == pytest.approx(2**0.5, abs=1e-4)
+    assert cell["difference"] == pytest.approx(62.55 - 77.94)
+    assert (cell["upload_megabytes"], cell["seconds"], cell["rounds"]) == (40.0, 30.0, 20)
+    assert cell["seeds"] == [25, 26] and cell["runs"][0]["commit"] == "abc"
+    status = {key: entry["status"] for key, entry in found.items() if entry["status"] != "not run"}
+    assert status == {
+        ("fedavg", "iid"): "done",
+        ("homo-0.5", "iid"): "unfinished",
+        ("hetero-3", "d-niid"): "diverged",
+    }
+    for key in set(found) - {("fedavg", "iid")}:
+        assert found[key]["accuracy_last10"] is found[key]["difference"] is None
+
+
+def test_a_table_is_written_and_read_back(study):
+    table = tables.make_table(study)
+    tables.write_table(table, study.out)
+    assert tables.read_table(study.out / "table.json") == table
+    lines = list(csv.DictReader(io.StringIO((study.out / "table.csv").read_text())))
+    assert len(lines) == 27
+    assert (lines[0]["accuracy_last10"], lines[0]["seeds"]) == ("62.55", "25 26")
+    assert (lines[1]["accuracy_last10"], lines[1]["status"]) == ("", "not run")
+    text = (study.out / "table.md").read_text()
+    assert "| FedAvg | 62.55 ± 1.41 | 77.94 | not run | 77.67 | not run | 67.57 |" in text
+    assert "| FedLP-Homo(0.5) | unfinished | 77.60 |" in text
+    assert "2 x Abacus 1, jax 1.0" in text and "commit abc" in text
+    (study.out / "table.json").write_text("{}")
+    with pytest.raises(FedLPError, match=r"is not the table.json of `fedlp reproduce paper`"):
+        tables.read_table(study.out / "table.json")
+
+
+def test_a_smoke_table_compares_with_nothing(tmp_path):
+    study = Study(tmp_path, "smoke")
+    invented(study, IID[0])
+    table = tables.make_table(study)
+    assert table.cells[0]["difference"] is None
+    assert "its accuracies compare with nothing" in tables.markdown(table)
+
+
+def test_a_panel_for_each_split_that_was_run(study):
+    assert draw_figures(study) == ["accuracy_by_round.png", "accuracy_by_upload_megabytes.png"]
+    assert all((study.out / name).stat().st_size > 10_000 for name in draw_figures(study))
+    assert draw_figures(Study(study.out / "empty")) == []
+
+
+# the estimate
+
+
+def test_an_estimate_scales_a_measured_piece_by_modelled_work(tmp_path, monkeypatch):
+    piece = forecast_module.Piece(3, 4, seconds=0.6, test_seconds=0.5, compiling=7)
+    monkeypatch.setattr(forecast_module, "measure", lambda *_: piece)
+    study = Study(tmp_path, "smoke")
+    (found, half), _ = forecast_module.forecast(study, IID)
+    images = 2 * 4 * 1437 / 40  # of two rounds of four clients, one epoch
+    assert found.seconds == pytest.approx(0.6 / (3 * 4 * 10) * images + 2 * 0.5)
+    assert half.seconds == pytest.approx(found.seconds)
+    # The ledger's bytes of a client: without the images' size nothing depends on but conv1 and fc1.
+    fc1, conv1 = (2048 - 128) * 128, 2 * 9 * 32
+    assert found.upload_megabytes == pytest.approx(8e-6 * (4 * (552_362 - fc1 - conv1) + 5))
+    assert 0.5 < half.upload_megabytes / found.upload_megabytes < 0.5001
+    said = fedlp("--estimate", "--scale", "smoke", "--rows", "homo-0.5", "--splits", "iid,m-niid")
+    assert said.exit_code == 0, said.output
+    assert "measured now" in said.stdout and "FedLP-Homo(0.5)" in said.stdout
+    assert not list(tmp_path.rglob("*"))
+
+
+# the real thing
+
+
+def command(*words):
+    """The command, as a process of its own."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from fedlp_jax.cli import main; main()",
+            "reproduce",
+            "paper",
+            *words,
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_settings_of_jax_are_those_of_the_study_until_it_ends(tmp_path, monkeypatch, scale):
+    def settings():
+        return {name: jax.config.values[name] for name in study_module._SETTINGS}
+
+    seen = []
+
+    def instead(study, cells, **rest):
+        with conv.recording() as lowerings:
+            x, w = jnp.zeros((2, 8, 8, 32)), jnp.zeros((3, 3, 32, 32))
+            conv.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        seen.append((settings(), set(lowerings.values())))
+        yield cells[0]
+
+    monkeypatch.setattr(study_module, "run_cells", instead)
+    monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
+    before = settings()
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        study_module.run_study(Study(tmp_path / "out", scale), IID)
+        ((during, forms),) = seen
+        after = settings()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
+    assert during["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+    assert during["jax_disable_most_optimizations"] == (scale == "smoke")
+    assert (forms == {"patches"}) == (scale == "smoke")
+    assert after == before | {"jax_compilation_cache_dir": None}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
+    out, study = tmp_path / "out", Study(tmp_path / "out", "smoke")
+    words = ["--scale", "smoke", "--rows", "fedavg,homo-0.5", "--splits", "iid", "--out", str(out)]
+    process = command(*words)
+    deadline = time.monotonic() + 300
+    while not (study.path(IID[1]) / ".claim").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert remaining(study, IID) == IID[1:]
+    first = (study.path(IID[0]) / "metrics.jsonl").stat().st_mtime_ns
+    table = tables.read_table(out / "table.json")
+    assert [entry["status"] for entry in table.cells if entry["status"] != "not run"] == ["done"]
+
+    said = fedlp(*words)
+    assert said.exit_code == 0, said.output
+    assert "cell 2 of 2: homo-0.5-iid-seed25" in said.stderr
+    assert (study.path(IID[0]) / "metrics.jsonl").stat().st_mtime_ns == first
+    entries = [e for e in tables.read_table(out / "table.json").cells if e["seeds"]]
+    assert [(e["id"], e["rounds"]) for e in entries] == [("fedavg", 2), ("homo-0.5", 2)]
+    fedavg, homo = (e["upload_megabytes"] for e in entries)
+    assert 0.2 < homo / fedavg < 0.8
+    assert "Written to" in said.stdout and (out / "accuracy_by_round.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", ["{", "[" * 99_999, "\0"], ids=["cut", "deep", "NUL"])
+def test_a_cell_with_broken_files_is_named(study, name, content):
+    (study.path(IID[0]) / name).write_text(content)
+    with pytest.raises(
+        FedLPError, match=f"{IID[0].name} has a .* that cannot be read: .*Remove the"
+    ):
+        survey(study)

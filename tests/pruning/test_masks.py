@@ -1,0 +1,111 @@
+"""Mask policies: frequencies, independence of order, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlp_jax import FedLPError
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.pruning.masks import bernoulli, full
+from fedlp_jax.types import Cohort
+
+LAYERS = LayerTable(
+    ("a", "b", "c", "d"), {}, params=np.array([1, 2, 3, 4]), statistics=np.zeros(4, np.int64)
+)
+KEY = jax.random.key(0)
+
+
+def cohort(ids):
+    ids = jnp.asarray(ids, jnp.int32)
+    zero = jnp.zeros_like(ids)
+    return Cohort(ids, zero, zero, zero.reshape(-1, 1), jnp.zeros((1, 2), jnp.int32))
+
+
+def draw(policy, ids, round=1, coverage=None, clients=1000):
+    coverage = jnp.ones((len(ids), len(LAYERS))) if coverage is None else coverage
+    state = policy.init(LAYERS, clients)
+    return policy.sample(KEY, state, cohort(ids), jnp.int32(round), coverage)[0]
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_frequency_is_keep(keep):
+    upload = np.asarray(draw(bernoulli(keep), np.arange(1000)).upload)
+    sigma = np.sqrt(keep * (1 - keep) / upload.size)
+    assert abs(upload.mean() - keep) < 4 * sigma
+
+
+def test_full_and_none():
+    assert draw(full(), range(50)).upload.all()
+    assert draw(bernoulli(1), range(50)).upload.all()
+    assert not draw(bernoulli(0), range(50)).upload.any()
+
+
+def test_a_draw_depends_on_round_and_client_only():
+    ids = np.array([3, 14, 15, 92])
+    one = np.asarray(draw(bernoulli(0.5), ids).upload)
+    other = np.asarray(draw(bernoulli(0.5), ids[::-1]).upload)
+    assert np.array_equal(one, other[::-1])
+    assert not np.array_equal(one, np.asarray(draw(bernoulli(0.5), ids, round=2).upload))
+
+
+def test_layers_and_clients_are_independent():
+    upload = np.asarray(draw(bernoulli(0.5), np.arange(1000)).upload)
+    correlation = np.corrcoef(upload.T) - np.eye(4)
+    assert np.abs(correlation).max() < 4 / np.sqrt(1000)
+
+
+def test_nobody_sends_a_layer_with_probability_one_minus_keep_to_the_cohort():
+    """(1 - .1)^10 = .349 for ten clients at keep .1."""
+    upload = np.asarray(draw(bernoulli(0.1), np.arange(1000)).upload).reshape(100, 10, 4)
+    unsent = (upload.sum(axis=1) == 0).mean()
+    assert abs(unsent - 0.9**10) < 4 * np.sqrt(0.349 * 0.651 / 400)
+
+
+def test_per_layer_per_client_and_by_name():
+    per_layer = np.asarray(draw(bernoulli([0.0, 1.0, 0.0, 1.0]), range(30)).upload)
+    assert (per_layer == [0, 1, 0, 1]).all()
+    by_name = np.asarray(draw(bernoulli({"b": 0.0}), range(30)).upload)
+    assert (by_name == [1, 0, 1, 1]).all()
+    keep = np.tile([0.0, 1.0], 15)
+    per_client = np.asarray(draw(bernoulli(keep), range(30), clients=30).upload)
+    assert (per_client == keep[:, None]).all()
+    matrix = np.zeros((30, 4))
+    matrix[5, 2] = 1
+    assert (np.asarray(draw(bernoulli(matrix), range(30), clients=30).upload) == matrix).all()
+
+
+def test_schedule_follows_the_round():
+    policy = bernoulli(lambda round: jnp.where(round < 3, 1.0, 0.0))
+    assert draw(policy, range(9), round=2).upload.all()
+    assert not draw(policy, range(9), round=3).upload.any()
+
+
+def test_only_what_a_client_holds_is_sent_or_received():
+    coverage = jnp.asarray([[1.0, 1.0, 0.0, 0.0]] * 9)
+    masks = draw(full(), range(9), coverage=coverage)
+    assert np.array_equal(masks.upload, coverage)
+    assert np.array_equal(masks.download, coverage)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (1.5, r"keep=1.5 is outside \[0, 1\]"),
+        (-0.1, "outside"),
+        (float("nan"), "outside"),
+        ([0.5, 2.0, 0.5, 0.5], "keep=2 is outside"),
+        ([0.5] * 7, r"shape \[7\]; give one number, one per client \(K=1000\)"),
+        ({"nope": 0.5}, "unknown layers .'nope'.; the layers are a, b, c, d"),
+        ("half", "not a number"),
+    ],
+)
+def test_refusals(keep, message):
+    with pytest.raises(FedLPError, match=message):
+        bernoulli(keep).init(LAYERS, 1000)
+
+
+def test_as_many_clients_as_layers_must_be_told_apart():
+    with pytest.raises(FedLPError, match="K equals L"):
+        bernoulli([0.1, 0.2, 0.3, 0.4]).init(LAYERS, 4)
+    assert bernoulli([[0.1], [0.2], [0.3], [0.4]]).init(LAYERS, 4).shape == (4, 1)

@@ -1,0 +1,130 @@
+"""Depth prefixes, and who is given which depth."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import Steps, flat
+
+import fedlp_jax as fl
+from fedlp_jax.pruning.submodels import assign_depths, depth_prefix, full, union_of_depths
+from fedlp_jax.types import Batch, Normalize
+
+EXAMPLE = Batch(
+    jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), None, Normalize(np.ones(()), np.zeros(()))
+)
+KEY = jax.random.key(0)
+TASK = fl.classification(Steps(norm=True))
+WHOLE = TASK.init(KEY, EXAMPLE)
+
+
+def test_a_prefix_shares_by_name_and_keeps_its_head():
+    level = depth_prefix(TASK, 2, WHOLE, EXAMPLE)
+    shared = level.extract(WHOLE)
+    assert set(shared["params"]) == {"hidden1", "hidden2", "norm1", "norm2"}
+    private = level.private(KEY, EXAMPLE)
+    assert set(private["params"]) == {"head2"}
+    whole = level.merge(shared, private)
+    again = level.split(whole)
+    assert np.array_equal(flat(again[0]), flat(shared))
+    assert np.array_equal(flat(again[1]), flat(private))
+    wide = level.embed(shared, WHOLE)
+    assert jax.tree.structure(wide) == jax.tree.structure(WHOLE)
+    assert not flat(wide["params"]["hidden3"]).any()
+    assert np.array_equal(flat(wide["params"]["hidden2"]), flat(WHOLE["params"]["hidden2"]))
+
+
+def test_the_whole_has_nothing_private():
+    assert full(TASK).private(KEY, EXAMPLE) == {}
+    deepest = depth_prefix(TASK, 3, WHOLE, EXAMPLE)
+    assert not jax.tree.leaves(deepest.private(KEY, EXAMPLE))
+
+
+def test_a_union_has_the_head_of_every_depth():
+    union = union_of_depths(TASK, KEY, EXAMPLE)
+    assert {"head1", "head2", "head3"} <= set(union["params"])
+    level = depth_prefix(TASK, 1, union, EXAMPLE)
+    assert not jax.tree.leaves(level.private(KEY, EXAMPLE))
+
+
+def test_shared_names_of_different_shape_are_refused():
+    class Narrowing(nn.Module):
+        depth: int = 2
+
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(3, name="out")(nn.Dense(4 * self.depth, name="body")(x))
+
+    task = fl.classification(Narrowing())
+    with pytest.raises(fl.FedLPError, match=r"params/body/\w+ is \(\S+.*\) at depth 1 but"):
+        depth_prefix(task, 1, task.init(KEY, EXAMPLE), EXAMPLE)
+
+
+def test_a_model_without_depths_says_so():
+    task = fl.classification(nn.Dense(3))
+    with pytest.raises(fl.FedLPError, match="offers no depths; give its module an integer field"):
+        depth_prefix(task, 1, task.init(KEY, EXAMPLE), EXAMPLE)
+
+
+def test_a_flag_gives_its_depth_to_six_in_ten():
+    depths = assign_depths(4, KEY, 20_000, 5)
+    share = np.bincount(depths, minlength=6)[1:] / 20_000
+    expected = np.array([0.1, 0.1, 0.1, 0.6, 0.1])
+    assert (np.abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000)).all()
+
+
+def test_depths_belong_to_the_client_not_to_the_population():
+    few, many = (assign_depths("uniform", KEY, clients, 5) for clients in (10, 99))
+    assert np.array_equal(few, many[:10])
+    assert not np.array_equal(many, assign_depths("uniform", jax.random.key(1), 99, 5))
+
+
+def test_probabilities_and_explicit_depths():
+    assert (assign_depths([0, 0, 1, 0, 0], KEY, 50, 5) == 3).all()
+    assert (assign_depths([0.0, 0.0, 0.0, 0.0, 1.0], KEY, 50, 5) == 5).all()
+    assert assign_depths([1, 2, 3], KEY, 3, 5).tolist() == [1, 2, 3]
+
+
+def test_the_flag_of_a_model_of_one_depth_is_for_all():
+    assert (assign_depths(1, KEY, 5, 1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [
+        (6, "depths=6 is outside 1 to 5"),
+        (0, "depths=0 is outside"),
+        ("deep", "depths='deep' is not known; give 'uniform'"),
+        ([0.5, 0.5, 0.5, 0, 0], r"shape \[5\] and sum 1.5"),
+        ([1, 2, 9], r"shape \[3\]"),
+        ([float("nan")] * 5, "sum nan"),
+        ([-1, 1, 1, 0, 0], "sum 1;"),
+        ({"a": 1}, "cannot be read as numbers"),
+    ],
+)
+def test_refusals(depths, message):
+    with pytest.raises(fl.FedLPError, match=message):
+        assign_depths(depths, KEY, 3, 5)
+
+
+@pytest.mark.parametrize("heads", ["persist", "shared"])
+def test_submodels_with_activations_in_bfloat16_train_and_keep_their_variables(heads):
+    data = fl.load("synthetic", examples=64, shape=(8, 8, 3), num_classes=10, seed=0)
+    run = fl.simulate(
+        fl.fedlp_hetero(
+            fl.classification(fl.models.FedLPCNN(dtype="bfloat16")),
+            depths=[1, 2, 1, 2],
+            heads=heads,
+            client_optimizer=optax.sgd(0.01),
+            batch_size=4,
+        ),
+        data,
+        fl.partition.iid(data.train.labels, clients=4, seed=0),
+        rounds=2,
+        cohort=4,
+        plan=fl.Plan(devices=1, width=2),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.variables)} == {jnp.dtype("float32")}
+    assert np.isfinite(run.history["train_loss"]).all()

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedlp_jax.data import partition
+from fedlp_jax.reporting import plots
+from fedlp_jax.types import FedLPError
+
+LABELS = np.random.default_rng(0).integers(0, 10, 2000)
+
+
+def _rows(rounds: int, every: int = 1, upload: int = 2_000_000) -> list[dict]:
+    return [
+        {
+            "round": r,
+            "upload_bytes": upload,
+            "train_loss": 1 / r,
+            "test_accuracy": 0.1 * r if r % every == 0 else None,
+        }
+        for r in range(1, rounds + 1)
+    ]
+
+
+def _bars(axes) -> np.ndarray:
+    return np.array([bar.get_height() for bar in axes.patches])
+
+
+def test_a_few_clients_are_drawn_one_by_one():
+    dealt = partition.dirichlet(LABELS, clients=5, alpha=1.0)
+    mixes, sizes = dealt.plot().axes[:2]
+    shares = _bars(mixes).reshape(10, 5)
+    np.testing.assert_allclose(shares.T, dealt.histogram / dealt.sizes[:, None])
+    assert _bars(sizes).tolist() == dealt.sizes.tolist()
+    assert sizes.get_xlabel() == "client"
+    assert "2,000 examples of 10 classes on 5 clients" in mixes.get_title()
+
+
+def test_of_many_clients_50_are_drawn_and_all_are_counted():
+    dealt = partition.iid(LABELS, clients=2000)
+    mixes, sizes = plots.partition(dealt).axes[:2]
+    assert len(mixes.patches) == 10 * 50
+    assert _bars(sizes).sum() == 2000
+    assert "client (50 of them" in mixes.get_xlabel()
+    assert mixes.get_title().endswith("2,000 clients; 1 each")
+
+
+def test_sizes_that_differ_very_much_are_on_a_logarithmic_axis():
+    wide = partition.quantity(LABELS, clients=60, alpha=0.05).plot().axes[1]
+    assert wide.get_xscale() == "log"
+    assert _bars(wide).sum() == 60
+    narrow = partition.quantity(LABELS, clients=60, alpha=50.0).plot().axes[1]
+    assert narrow.get_xscale() == "linear"
+    assert _bars(narrow).sum() == 60
+
+
+def test_many_classes_get_a_scale_and_few_a_legend():
+    many = partition.iid(np.arange(300) % 30, clients=3).plot()
+    assert [axes.get_ylabel() for axes in many.axes] == ["share of examples", "examples", "class"]
+    tops = {
+        round(bar.get_y() + bar.get_height(), 9)
+        for bar in many.axes[0].patches
+        if bar.get_y() + bar.get_height() > 1 - 1e-9
+    }
+    assert tops == {1.0}
+    few = partition.iid(LABELS, clients=3).plot()
+    assert [text.get_text() for text in few.legends[0].get_texts()] == [
+        str(c) for c in reversed(range(10))
+    ]
+
+
+@pytest.mark.parametrize("clients", [1, 10, 50, 51, 2000])
+def test_a_partition_is_written_at_six_by_four_inches(tmp_path, clients):
+    path = tmp_path / "new" / "partition.png"
+    partition.iid(LABELS, clients=clients).plot(path)
+    with Image.open(path) as picture:
+        assert picture.size == (900, 600)
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_curves_show_the_rounds_that_were_evaluated():
+    figure = plots.curves({"a": _rows(6, every=2), "b": _rows(3)})
+    (axes,) = figure.axes
+    first, second = axes.get_lines()
+    assert first.get_xdata().tolist() == [2, 4, 6]
+    np.testing.assert_allclose(first.get_ydata(), [0.2, 0.4, 0.6])
+    assert second.get_xdata().tolist() == [1, 2, 3]
+    assert first.get_color() != second.get_color()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("round", "test accuracy")
+    figure.draw_without_rendering()
+    assert axes.get_yticklabels()[0].get_text().endswith("%")
+
+
+def test_uploads_of_rounds_without_a_test_count():
+    (axes,) = plots.curves({"a": _rows(6, every=2)}, x="upload_megabytes").axes
+    assert axes.get_lines()[0].get_xdata().tolist() == [4.0, 8.0, 12.0]
+    assert axes.get_xlabel() == "uploaded by all clients so far [MB]"
+
+
+def test_one_run_needs_no_legend_and_a_loss_no_percent():
+    figure = plots.curves({"a": _rows(3)}, y="train_loss")
+    (axes,) = figure.axes
+    assert axes.get_legend() is None
+    figure.draw_without_rendering()
+    assert "%" not in axes.get_yticklabels()[0].get_text()
+
+
+def test_many_runs_stay_apart_and_their_legend_inside_the_picture():
+    figure = plots.curves({f"a run with a long name, number {i}": _rows(3) for i in range(12)})
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_curves_are_written_in_the_format_of_the_ending(tmp_path, ending):
+    path = tmp_path / f"curves.{ending}"
+    plots.curves({"a": _rows(3)}, path)
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("histories", "options", "message"),
+    [
+        ({}, {}, "no history to draw"),
+        ({"a": _rows(2)}, {"x": "rounds"}, r"x='rounds' is not an axis; did you mean 'round'\?"),
+        (
+            {"a": _rows(2)},
+            {"y": "test_acuracy"},
+            r"a: none of 2 rounds has 'test_acuracy'; did you mean 'test_accuracy'\? They have: ",
+        ),
+        ({"a": []}, {}, "none of 0 rounds has 'test_accuracy'. They have: nothing"),
+        ({"a": [{"round": 1, "test_accuracy": None}]}, {}, "none of 1 rounds has"),
+        (
+            {"a": [{"round": 1, "test_accuracy": 0.5}]},
+            {"x": "upload_megabytes"},
+            "a: round 1 has no upload_bytes",
+        ),
+        ({"a": _rows(2)}, {"path": "curve.xyz"}, "picture curve.xyz cannot be written: .*xyz"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(histories, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FedLPError, match=message):
+        plots.curves(histories, **options)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedLPError, match="cannot be written"):
+        plots.curves({"a": _rows(2)}, tmp_path / "file" / "curve.png")
+
+
+def test_matplotlib_is_imported_by_drawing_only_and_pyplot_never():
+    program = (
+        "import sys; from fedlp_jax import plots; assert 'matplotlib' not in sys.modules; "
+        "plots.curves({'a': [{'round': 1, 'test_accuracy': 0.5}]}); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    root = Path(plots.__file__).parents[2]
+    environment = {"PYTHONPATH": str(root), "PATH": "", "JAX_PLATFORMS": "cpu", "HOME": "/tmp"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

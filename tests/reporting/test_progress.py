@@ -1,0 +1,59 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fedlp_jax.reporting.progress import Progress, duration
+
+
+def row(round, **more):
+    return {"round": round, "train_loss": 1.0 / round, "upload_bytes": 500_000} | more
+
+
+def shown(rounds, terminal=False, wanted=None, rows=None):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120)
+    with Progress(rounds, "demo", wanted=wanted, console=console) as progress:
+        for one in rows or [row(r) for r in range(1, rounds + 1)]:
+            progress.update(one)
+    return text.getvalue()
+
+
+def test_plain_lines_elsewhere_few_however_many_rounds():
+    lines = shown(1000, wanted=True).splitlines()
+    assert "compiling the first of 1000 rounds" in lines[0]
+    assert lines[1].startswith("demo: round 1/1000  loss 1.0000  0.5 MB up")
+    assert lines[-1].startswith("demo: round 1000/1000  loss 0.0010  500.0 MB up")
+    assert 8 <= len(lines) <= 15
+    assert "left" in lines[3] and "left" not in lines[-1]
+
+
+def test_a_slow_run_gets_a_line_every_ten_seconds(monkeypatch):
+    now = iter(range(0, 10_000, 4))
+    monkeypatch.setattr("fedlp_jax.reporting.progress.time.monotonic", lambda: float(next(now)))
+    lines = shown(1000, wanted=True, rows=[row(r) for r in range(1, 31)]).splitlines()
+    assert len(lines) == pytest.approx(1 + 30 / 3, abs=2)
+
+
+def test_the_last_known_accuracy_stays():
+    rows = [row(1, test_accuracy=0.75), row(2), row(3, test_accuracy=None)]
+    text = shown(3, wanted=True, rows=rows)
+    assert text.count("accuracy 0.7500") >= 1
+    assert "None" not in text
+
+
+def test_a_bar_on_a_terminal():
+    text = shown(3, terminal=True)
+    assert "3/3" in text and "1.5 MB up" in text
+
+
+@pytest.mark.parametrize(("terminal", "wanted"), [(False, None), (False, False), (True, False)])
+def test_says_nothing_where_it_is_not_wanted(terminal, wanted):
+    assert "round" not in shown(3, terminal=terminal, wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0s"), (59.94, "59.9s"), (75.2, "1m15s"), (7384, "2h03m")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

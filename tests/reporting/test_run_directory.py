@@ -1,0 +1,255 @@
+import json
+import os
+
+import hostile
+import numpy as np
+import pytest
+
+from fedlp_jax.reporting import environment
+from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
+from fedlp_jax.types import FedLPError
+
+VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def written(path, rounds=1, **row):
+    directory = RunDirectory(path, "r")
+    directory.begin("seed: 1\n")
+    for round in range(1, rounds + 1):
+        directory.append({"round": round} | row)
+    directory.save(VARIABLES)
+    directory.summarize({"status": "done"})
+    directory.plot_file("accuracy").write_bytes(b"png")
+    directory.close()
+    return directory.path
+
+
+def test_writes_all_parts_and_gives_up_its_claim(tmp_path):
+    path = written(tmp_path / "out", rounds=3)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "plots",
+        "summary.json",
+        "variables.npz",
+    ]
+    assert [row["round"] for row in read_metrics(path)] == [1, 2, 3]
+    config = (path / "config.yaml").read_text()
+    assert config.endswith("\nseed: 1\n")
+    assert f"# jax {environment.versions()['jax']}\n" in config
+
+
+def test_a_round_is_on_the_disk_at_once(tmp_path):
+    directory = RunDirectory(tmp_path / "out", "r")
+    directory.begin("")
+    directory.append({"round": 1})
+    assert len(read_metrics(tmp_path / "out")) == 1
+    directory.close()
+
+
+def test_every_line_is_json_whatever_the_numbers(tmp_path):
+    path = written(
+        tmp_path / "out",
+        loss=float("nan"),
+        accuracy=np.float32(np.inf),
+        count=np.int64(2**40),
+        array=np.array([[1.0, np.nan]]),
+        left_out=None,
+        flag=np.bool_(True),
+    )
+    (line,) = (path / "metrics.jsonl").read_text().splitlines()
+    refuse = pytest.fail
+    row = json.loads(line, parse_constant=lambda token: refuse(f"{token} is no JSON"))
+    assert row == {
+        "round": 1,
+        "loss": None,
+        "accuracy": None,
+        "count": 2**40,
+        "array": [[1.0, None]],
+        "left_out": None,
+        "flag": True,
+    }
+
+
+def test_numbers_runs_by_name(tmp_path):
+    names = [written(None).as_posix() for _ in range(3)]
+    assert names == ["runs/r-1", "runs/r-2", "runs/r-3"]
+    (tmp_path / "runs" / "r-17").mkdir()
+    (tmp_path / "runs" / "r-x").mkdir()
+    (tmp_path / "runs" / "other-99").mkdir()
+    assert written(None).as_posix() == "runs/r-18"
+
+
+def test_two_runs_never_share_a_number(tmp_path):
+    first, second = RunDirectory(None, "r"), RunDirectory(None, "r")
+    assert first.path != second.path
+    assert first.path.is_dir() and second.path.is_dir()
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
+    for out in (None, tmp_path / "a" / "b"):
+        directory = RunDirectory(out, "r")
+        assert directory.path.is_dir()
+        directory.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_keeps_what_others_put_there(tmp_path):
+    directory = RunDirectory(tmp_path / "a" / "b", "r")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    directory.close()
+    assert (tmp_path / "a" / "notes.txt").exists()
+    assert not (tmp_path / "a" / "b").exists()
+
+
+def test_refuses_a_directory_that_holds_a_run_and_leaves_it_alone(tmp_path):
+    path = written(tmp_path / "out", rounds=2)
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    with pytest.raises(FedLPError, match=r"already holds a run .*--out.*--overwrite"):
+        RunDirectory(path, "r")
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    path = written(tmp_path / "out", rounds=2)
+    (path / "notes.txt").write_text("mine")
+    directory = RunDirectory(path, "r", overwrite=True)
+    assert len(read_metrics(path)) == 2  # nothing is lost before the new run has something
+    directory.begin("seed: 2\n")
+    directory.close()
+    assert (path / "notes.txt").exists()
+    assert read_metrics(path) == []
+    assert not (path / "summary.json").exists()
+    assert not (path / "variables.npz").exists()
+    assert not (path / "plots" / "accuracy.png").exists()
+
+
+def test_overwriting_does_not_take_a_config_for_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(FedLPError, match=r"no metrics\.jsonl"):
+        RunDirectory(tmp_path, "r", overwrite=True)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_one_directory_is_claimed_by_one_run(tmp_path):
+    first = RunDirectory(tmp_path / "out", "r")
+    sentence = rf"out is in use by another run \(process {os.getpid()} on .*--out.*--overwrite"
+    with pytest.raises(FedLPError, match=sentence):
+        RunDirectory(tmp_path / "out", "r")
+    first.begin("seed: 1\n")
+    with pytest.raises(FedLPError, match=sentence):
+        RunDirectory(tmp_path / "out", "r")
+    first.append({"round": 1})
+    first.close()
+    assert len(read_metrics(tmp_path / "out")) == 1
+    with pytest.raises(FedLPError, match="already holds a run"):
+        RunDirectory(tmp_path / "out", "r")
+
+
+def test_the_claim_of_a_killed_run_can_be_replaced(tmp_path):
+    RunDirectory(tmp_path / "out", "r")  # killed before its first round: not closed
+    with pytest.raises(FedLPError, match="If that run was killed, .* replace it with --overwrite"):
+        RunDirectory(tmp_path / "out", "r")
+    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
+    second.begin("")
+    second.close()
+    assert ".claim" not in os.listdir(tmp_path / "out")
+
+
+def test_a_run_whose_directory_was_taken_over_writes_there_no_more(tmp_path):
+    first = RunDirectory(tmp_path / "out", "r")
+    first.begin("seed: 1\n")
+    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
+    second.begin("seed: 2\n")
+    first.append({"round": 1})
+    for write in (lambda: first.summarize({}), lambda: first.save(VARIABLES)):
+        with pytest.raises(RuntimeError, match="another run has taken over .*out with --overwrite"):
+            write()
+    first.close()
+    second.summarize({"status": "done"})
+    second.close()
+    assert read_metrics(tmp_path / "out") == []
+    assert (tmp_path / "out" / "config.yaml").read_text().endswith("seed: 2\n")
+
+
+def test_nothing_is_removed_without_leave(tmp_path):
+    directory = RunDirectory(tmp_path / "out", "r")
+    for name in ("metrics.jsonl", "summary.json", "config.yaml"):
+        (directory.path / name).write_text("theirs")  # of a program that knows no claims
+    with pytest.raises(FileExistsError):
+        directory.begin("")
+    directory.close()
+    for name in ("metrics.jsonl", "summary.json", "config.yaml"):
+        assert (directory.path / name).read_text() == "theirs"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, there):
+    if there:
+        (tmp_path / "out").mkdir()
+
+    def forbidden(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "open", forbidden)  # root may write what others may not
+    with pytest.raises(
+        FedLPError, match=r"directory .*out cannot be written \(Permission denied\)"
+    ):
+        RunDirectory(tmp_path / "out", "r")
+    assert (tmp_path / "out").exists() == there
+
+
+def test_an_existing_directory_without_a_run_may_be_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    path = written(tmp_path / "out")
+    assert len(read_metrics(path)) == 1
+
+
+def test_refuses_what_cannot_be_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedLPError, match="file is a file; name a directory with --out"):
+        RunDirectory(tmp_path / "file", "r")
+    with pytest.raises(FedLPError, match="cannot be made"):
+        RunDirectory(tmp_path / "file" / "below", "r")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in (".claim", "config.yaml", "variables.npz"):
+        folder = tmp_path / f"out of {name}"
+        folder.mkdir()
+        (folder / name).symlink_to(tmp_path / "mine")
+        for more in ({}, {"resume": True}):
+            with pytest.raises(FedLPError, match=f"{name} is a link"):
+                RunDirectory(folder, "r", **more)
+        assert os.listdir(folder) == [name]
+    path = written(tmp_path / "out")
+    (path / ".summary.json").symlink_to(tmp_path / "mine")  # where the new one is written first
+    directory = RunDirectory(path, "r", resume=True)
+    directory.begin("seed: 1\n")
+    directory.summarize({"status": "done"})
+    directory.close()
+    assert json.loads((path / "summary.json").read_text()) == {"status": "done"}
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):
+    path = written(tmp_path / "out")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    directory = RunDirectory(path, "r", resume=True)
+    large = {"params": {"fc": {"kernel": np.zeros((99, 99), np.float32)}}}
+    for name, write in (
+        ("variables.npz", lambda: directory.save(large)),
+        ("summary.json", lambda: directory.summarize({"x": "y" * 999})),
+    ):
+        with pytest.raises(OSError, match=f"too large: '.*{name}'"), hostile.full_disk():
+            write()
+    directory.close()
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before

@@ -1,0 +1,150 @@
+"""A round that does not fit is found before it runs, and computed with fewer clients at once."""
+
+import types
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small import Steps, dataset, flat
+
+import fedlp_jax as fl
+from fedlp_jax.execution import map_clients as placement
+from fedlp_jax.simulation import memory
+from fedlp_jax.simulation import validation as checks
+
+DATA = dataset()
+CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
+TASK = fl.classification(Steps(depth=1, width=512))
+ALGORITHM = fl.fedavg(TASK, client_optimizer=optax.sgd(0.1), steps=1, batch_size=5)
+
+
+def prepared(plan):
+    run = fl.Simulation(ALGORITHM, DATA, CLIENTS, rounds=1, cohort=8, plan=plan)
+    run.compile()
+    return run
+
+
+@pytest.fixture(scope="module")
+def needs():
+    """Bytes of a round by width, as the programs say."""
+    return {
+        width: memory.needed_bytes(prepared(fl.Plan(1, width)).round_program) for width in (2, 4, 8)
+    }
+
+
+def test_a_program_says_what_it_takes_and_each_client_takes_a_model(needs):
+    model = 4 * ((4 + 1) * 512 + (512 + 1) * 3)
+    assert needs[4] - needs[2] >= 2 * model
+    assert needs[8] - needs[4] >= 4 * model
+    assert needs[8] < 8 * 20 * model  # and not much more than gradients and sums of it
+
+
+def test_an_open_width_is_lowered_and_the_result_is_the_same(needs, monkeypatch):
+    monkeypatch.setattr(placement, "_WIDTH", {"cpu": 8})
+    plan = fl.Plan(devices=1)
+    wide = fl.simulate(ALGORITHM, DATA, CLIENTS, rounds=1, cohort=8, plan=plan)
+    assert wide.plan == fl.Plan(1, 8)
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: needs[4])
+    found = []
+    with pytest.warns(UserWarning, match=r"width 8 needs .* free; it is computed at width 4, with"):
+        narrow = fl.simulate(
+            ALGORITHM, DATA, CLIENTS, rounds=1, cohort=8, plan=plan, compiled=found.append
+        )
+    assert narrow.plan == fl.Plan(1, 4)
+    assert found == [fl.Plan(1, 4)]
+    np.testing.assert_allclose(flat(narrow.variables), flat(wide.variables), rtol=1e-4, atol=1e-6)
+
+
+def test_a_width_that_was_asked_for_is_refused_with_one_that_fits(needs, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: needs[2])
+    with pytest.raises(fl.FedLPError, match=r"a round of width 8 needs .*; width 2 fits, with"):
+        prepared(fl.Plan(1, 8))
+    assert prepared(fl.Plan(1, 2)).plan == fl.Plan(1, 2)
+
+
+def test_a_round_that_fits_at_no_width_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: 1000)
+    with pytest.raises(fl.FedLPError, match="one client at a time; use a smaller batch or model"):
+        prepared(fl.Plan(1, 4))
+
+
+def test_what_fits_is_compiled_once_and_so_is_what_nobody_can_measure():
+    calls = []
+
+    def compile(plan):
+        calls.append(plan)
+        return types.SimpleNamespace(memory_analysis=lambda: None)
+
+    plan = fl.Plan(1, 8)
+    assert memory.compile_to_fit(compile, plan, width_is_open=True)[1] == plan
+    assert calls == [plan]
+
+
+def test_a_cpu_is_as_large_as_its_host_or_container(monkeypatch, tmp_path):
+    alone = memory.free_bytes(fl.Plan(1, 1))
+    assert alone > 0
+    assert memory.free_bytes(fl.Plan(2, 1)) == pytest.approx(alone / 2, rel=0.2)  # both share it
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    for name, text in (
+        ("memory.max", "3000000\n"),
+        ("memory.current", "1500000\n"),
+        ("memory.stat", "anon 1\ninactive_file 500000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert memory.free_bytes(fl.Plan(1, 1)) == int(0.9 * 2_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(fl.Plan(1, 1)) > 2_000_000
+
+
+def test_an_accelerator_says_itself_what_is_free(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def plan(*stats):
+        devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+        return types.SimpleNamespace(mesh=types.SimpleNamespace(local_devices=devices))
+
+    used = {"bytes_limit": 1000, "bytes_in_use": 400}
+    assert memory.free_bytes(plan(used, used | {"bytes_in_use": 900})) == 90
+    assert memory.free_bytes(plan(None)) is None
+
+
+def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch):
+    hetero = fl.fedlp_hetero(
+        fl.classification(Steps(depth=2, width=512)),
+        depths="uniform",
+        client_optimizer=optax.sgd(0.1),
+        steps=1,
+        batch_size=5,
+    )
+    arguments = (hetero, DATA, CLIENTS)
+    run = fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+    store = sum(x.nbytes for x in jax.tree.leaves(run.stage.store.stacks))
+    # And the rows of a device's 8 slots; then the same from both devices, and its own in a block.
+    need = store + (8 + 3 * 8) * 4 * (512 + 1) * 3
+    assert run.readings["private_bytes"] == need
+    assert run.stage.round_bytes == 8 * 4 * (512 + 1) * 3  # the rows, while it is compiled
+    # They lie there beside the data and the model.
+    model = sum(x.nbytes for x in jax.tree.leaves(run.state.variables))
+    beside = DATA.train.nbytes + DATA.test.nbytes + model
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + beside)
+    fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + beside - 1)
+    with pytest.raises(
+        fl.FedLPError, match=r"heads='persist' keeps .* MiB for 12 clients, .* 2 dev"
+    ):
+        fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
+
+
+def test_a_model_has_to_fit_the_smallest_of_the_devices_here(monkeypatch):
+    """Those of other processes cannot be asked, and each holds the whole model."""
+    sizes = [{"bytes_limit": 3000}, {"bytes_limit": 2000}]
+    devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in sizes]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    checks.check_size({"params": np.zeros(166, np.float32)})
+    with pytest.raises(fl.FedLPError, match="the model takes 0.0 GiB, a round at least three"):
+        checks.check_size({"params": np.zeros(167, np.float32)})
+    assert checks._usable_memory(devices=8) == 16_000
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=dict)])
+    assert checks._usable_memory(devices=8) == 2**63
