@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.data.loading import from_arrays as from_arrays
     from fedlp_jax.data.loading import load as load
     from fedlp_jax.data.partition import Partition as Partition
+    from fedlp_jax.errors import FedLPError as FedLPError
     from fedlp_jax.execution.connection import connect as connect
     from fedlp_jax.execution.map_clients import Plan as Plan
     from fedlp_jax.execution.map_clients import setup as setup
@@ -62,7 +63,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.run import Simulation as Simulation
     from fedlp_jax.tasks.task import Task as Task
     from fedlp_jax.tasks.task import classification as classification
-    from fedlp_jax.types import FedLPError as FedLPError
 
 __version__ = "0.1.0"
 
@@ -92,6 +92,7 @@ _HOMES = {
     "data.loading": "Dataset from_arrays load",
     "data.partition": "Partition",
     "execution.connection": "connect",
+    "errors": "FedLPError",
     "execution.map_clients": "Plan setup",
     "reporting.variables": "load_variables",
     "simulation.checkpoint": "Checkpoint",
@@ -99,7 +100,6 @@ _HOMES = {
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",
     "tasks.task": "Task classification",
-    "types": "FedLPError",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -16,10 +16,6 @@ dropped. *variables* are all that is exchanged: parameters and batch statistics.
 
 from __future__ import annotations
 
-import difflib
-import numbers
-import reprlib
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -32,87 +28,9 @@ PyTree = Any  # a nested dict of arrays
 Variables = Any  # {"params": tree, "batch_stats": tree, ...}
 
 
-class FedLPError(ValueError):
-    """Bad input: the message says what is wrong, with the numbers, and the way out."""
-
-
-class _Short(reprlib.Repr):
-    """`repr` of what may be huge, nested without end, or have more digits than are allowed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 6, 6, 6
-        self.maxstring = self.maxother = 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() < 100 else f"about {'-' * (x < 0)}2**{x.bit_length() - 1}"
-
-
-_SHORT = _Short()
-
-
-def shown(value: object) -> str:
-    """A value as a sentence shows it: as `repr` does, on one line, and never long."""
-    words = _SHORT.repr(value).replace("\n", " ")
-    return words if len(words) <= 200 else f"{words[:200]}..."
-
-
-def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:
-    """A whole number of Python's or of numpy's, as Python's.
-
-    Args:
-      name: of the setting.
-      value: what was given.
-      least: what it must not be below.
-      otherwise: what else it may be, as in `", or None"`.
-
-    Raises:
-      FedLPError: it is another thing, or smaller.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise FedLPError(
-            f"{name}={shown(value)} must be a whole number of at least {least}{otherwise}."
-        )
-    return int(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a real number, of Python's or of numpy's; a truth value is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def wide(dtype: Any) -> Any:
     """The dtype in which numbers of one are summed: float32 or wider."""
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuses a value that is not among `choices`, naming the nearest that is.
-
-    Raises:
-      FedLPError: with the choices.
-    """
-    if value in choices:
-        return
-    hint = nearest(value, choices) or "."
-    raise FedLPError(f"{name} {shown(value)} is unknown{hint} Known: {', '.join(choices)}.")
-
-
-def nearest(word: object, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
-    """A hint at the known word that is closest.
-
-    Args:
-      word: what was given.
-      known: what it may have meant.
-      shown: how a known word is written in the hint.
-
-    Returns:
-      `"; did you mean 'keep'?"`, or `""` if no word is close.
-    """
-    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
-    plain = {k.lower().replace("-", "_"): k for k in known}
-    close = difflib.get_close_matches(str(word).lower().replace("-", "_"), plain, n=1)
-    return f"; did you mean '{shown(plain[close[0]])}'?" if close else ""
 
 
 class Normalize(NamedTuple):

@@ -43,11 +43,11 @@ from fedlp_jax.config.schema import Config, load_config, parse_config
 from fedlp_jax.data import archive
 from fedlp_jax.data import builtin as embedded
 from fedlp_jax.data.holdings import Partition
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import map_clients as placement
 from fedlp_jax.reporting import run_directory as report
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.run import Simulation
-from fedlp_jax.types import FedLPError
 
 SECONDS = 20  # after which a case counts as hanging; the slowest takes about one
 PAGE = Path(__file__).parents[1] / "docs" / "hostile-inputs.md"

@@ -21,7 +21,7 @@ import fedlp_jax as fl
 from fedlp_jax.config.schema import Config, dump_config, load_config, parse_config
 from fedlp_jax.config.yaml import parse_yaml, to_yaml
 from fedlp_jax.data import archive
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 CASES = {f"{case.group}: {case.name}": case for case in hostile.cases()}
 # orbax leaves its other reads running when one has failed, which then find their loop closed.

@@ -27,7 +27,7 @@ ROOMS = [
     "paper",
     "cli",
 ]
-HALL = {"types", "prng", "limits"}
+HALL = {"types", "errors", "prng"}
 # `Partition.plot` draws: the one import that looks ahead, and it runs only when called.
 AHEAD = {("data", "reporting")}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedlp_jax.types import FedLPError, check_choice, nearest, whole_number
+from fedlp_jax.errors import FedLPError, check_choice, nearest, whole_number
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedlp_jax.errors import FedLPError, is_number
 from fedlp_jax.prng import SERVER, Purpose, client_key
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables, is_number
+from fedlp_jax.types import Array, PyTree, Variables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax.errors import FedLPError, is_number, whole_number
 from fedlp_jax.execution.map_clients import Plan, over_columns
 from fedlp_jax.execution.scheduling import slots_per_device
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables, is_number, whole_number, wide
+from fedlp_jax.types import Array, PyTree, Variables, wide
 
 _SMOOTHING = 1e-6  # of distances to the geometric median, as in RFA
 _SLACK = 1e-4  # of a share times a count, which float32 may round to above a whole number

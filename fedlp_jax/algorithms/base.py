@@ -13,15 +13,7 @@ from fedlp_jax.execution.packing import Packed
 from fedlp_jax.pruning.layers import LayerRule
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import (
-    Array,
-    Batch,
-    Cohort,
-    Examples,
-    RoundMetrics,
-    ServerState,
-    Variables,
-)
+from fedlp_jax.types import Array, Batch, Cohort, Examples, RoundMetrics, ServerState, Variables
 
 
 class Algorithm(NamedTuple):

@@ -15,12 +15,13 @@ from fedlp_jax.algorithms import presets as behaviours
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.round import Composition
 from fedlp_jax.clients.local_training import LocalWork, check_work, local_steps
+from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning import submodels as submodel
 from fedlp_jax.pruning.layers import LayerRule
 from fedlp_jax.pruning.submodels import Submodels
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, FedLPError, check_choice
+from fedlp_jax.types import Array
 
 Rule = aggregate.Aggregator | robust.Robust
 AGGREGATORS: dict[str, Callable[..., Rule]] = {

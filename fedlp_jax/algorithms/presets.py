@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from fedlp_jax.types import check_choice
+from fedlp_jax.errors import check_choice
 
 
 class Behaviour(NamedTuple):

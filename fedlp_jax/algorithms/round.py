@@ -23,6 +23,7 @@ from fedlp_jax.clients.outcomes import (
     with_flipped_labels,
 )
 from fedlp_jax.data.batching import example_of
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.map_clients import HOST, Level, Plan, map_sum
 from fedlp_jax.execution.packing import Packed, pack, unpack
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
@@ -35,7 +36,6 @@ from fedlp_jax.types import (
     Batch,
     Cohort,
     Examples,
-    FedLPError,
     PyTree,
     RoundMetrics,
     ServerState,

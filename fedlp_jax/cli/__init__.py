@@ -229,7 +229,7 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
       FedLPError: a field without a value, or not exactly one file.
     """
     from fedlp_jax.config.yaml import parse_value
-    from fedlp_jax.types import FedLPError, shown
+    from fedlp_jax.errors import FedLPError, shown
 
     files: list[str] = []
     settings: dict[str, Any] = {}
@@ -260,7 +260,7 @@ def _exit_codes() -> Iterator[None]:
     import warnings
 
     warnings.showwarning = _say_warning
-    from fedlp_jax.types import FedLPError
+    from fedlp_jax.errors import FedLPError
 
     try:
         yield

@@ -53,9 +53,9 @@ def join(
     """
     if not distributed and coordinator is num_processes is process_id is None:
         return
+    from fedlp_jax.errors import FedLPError
     from fedlp_jax.execution.connection import connect
     from fedlp_jax.execution.processes import is_first
-    from fedlp_jax.types import FedLPError
 
     if distributed and not (coordinator is num_processes is process_id is None):
         raise FedLPError(

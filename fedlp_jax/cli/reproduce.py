@@ -60,7 +60,7 @@ def paper(
     ] = None,
 ) -> None:
     """Reproduce the result table of FedLP: its costs exactly, its accuracies by training."""
-    from fedlp_jax.types import FedLPError
+    from fedlp_jax.errors import FedLPError
 
     if json and not costs:
         raise FedLPError("--json belongs to --costs; a run writes table.json into its directory.")

@@ -65,8 +65,8 @@ def tune_convolutions(config: Config, seconds: float, dry_run: bool) -> None:
     """Measures the convolutions of a model, says each, and puts them into the user's table."""
     from fedlp_jax.config.experiment import build
     from fedlp_jax.config.tuning_conv import tune_convolutions as measure
+    from fedlp_jax.errors import FedLPError
     from fedlp_jax.nn.conv import table
-    from fedlp_jax.types import FedLPError
 
     file = table.path()
     if file is None and not dry_run:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax.errors import FedLPError, shown
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
-from fedlp_jax.types import Array, FedLPError, shown
+from fedlp_jax.types import Array
 
 PASSES = 3  # a step's MACs, in those of a forward pass
 

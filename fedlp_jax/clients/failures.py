@@ -17,8 +17,9 @@ import numpy as np
 
 from fedlp_jax.clients.devices import Machines, Profile
 from fedlp_jax.clients.outcomes import KINDS, Conditions
+from fedlp_jax.errors import FedLPError, check_choice, is_number, shown
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
-from fedlp_jax.types import Array, FedLPError, check_choice, is_number, shown
+from fedlp_jax.types import Array
 
 _STRENGTH = {"nan": 0.0, "scale": 10.0, "sign_flip": 1.0, "gaussian": 1.0, "label_flip": 0.0}
 

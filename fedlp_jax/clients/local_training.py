@@ -12,17 +12,10 @@ import optax
 
 from fedlp_jax.clients.optimizer import updates_of
 from fedlp_jax.data.batching import shuffled_rows, take_batch
+from fedlp_jax.errors import FedLPError, whole_number
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import (
-    Array,
-    Batch,
-    ClientMetrics,
-    Examples,
-    FedLPError,
-    Variables,
-    whole_number,
-)
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, Variables
 
 
 class LocalWork(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 
 import optax
 
-from fedlp_jax.types import FedLPError, PyTree
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import PyTree
 
 
 def updates_of(

@@ -21,6 +21,7 @@ from fedlp_jax.config.schema import Config, dump_config, load_config, parse_conf
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.loading import Dataset, load
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.nn import models
@@ -32,7 +33,6 @@ from fedlp_jax.reporting.run_directory import RunDirectory
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
 from fedlp_jax.tasks.task import classification
-from fedlp_jax.types import FedLPError
 
 _ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "fedavg": fedavg,

@@ -17,7 +17,7 @@ from fedlp_jax.config.field import (
     several,
     whole,
 )
-from fedlp_jax.types import shown
+from fedlp_jax.errors import shown
 
 
 def _shares(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic import BeforeValidator as Checked
 from pydantic_core import PydanticCustomError
 
-from fedlp_jax.types import nearest, shown
+from fedlp_jax.errors import nearest, shown
 
 Check = Callable[[Any], Any]
 _HUGE, _TINY = 2.0**127, 2.0**-126  # what float32 can tell from infinity and from zero

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlp_jax.config.yaml import parse_yaml
-from fedlp_jax.limits import read_plain, why
-from fedlp_jax.types import FedLPError, nearest, shown
+from fedlp_jax.data.files import read_plain
+from fedlp_jax.errors import FedLPError, nearest, shown, why
 
 _FILES = 100  # that one configuration may extend, each counted as often as it is named
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from fedlp_jax.config.schema import Config, load_config
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.map_clients import Plan
-from fedlp_jax.types import FedLPError
 
 Edit = tuple[int, int, str]  # characters from, up to, and what takes their place
 

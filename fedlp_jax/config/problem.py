@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fedlp_jax.types import nearest, shown
+from fedlp_jax.errors import nearest, shown
 
 _SHOWN = 10  # problems; whoever has more has given another file
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlp_jax.config.schema import Config, load_config
-from fedlp_jax.limits import read_plain
+from fedlp_jax.data.files import read_plain
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.snapshot import Snapshot, refuse_other
-from fedlp_jax.types import FedLPError
 
 # What changes how long a run goes on, what is seen of it and what it costs, but no number in it.
 _MAY_DIFFER = {"name", "rounds", "eval_every", "plan", "checkpoint"}

@@ -33,7 +33,7 @@ from fedlp_jax.config.field import (
 from fedlp_jax.config.loading import Raw, read_config
 from fedlp_jax.config.problem import section_kinds, sentences
 from fedlp_jax.config.yaml import to_yaml
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.errors import FedLPError, shown
 
 
 def _folder_name(value: str) -> str:

@@ -33,7 +33,7 @@ from fedlp_jax.config.field import (
     whole,
     without,
 )
-from fedlp_jax.types import shown
+from fedlp_jax.errors import shown
 
 _PRESET = BEHAVIOURS[DEFAULT]
 _HIDDEN = (512, 128, 128, 64, 32)  # of the MLP

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn import conv
 from fedlp_jax.nn.conv import table
 from fedlp_jax.nn.conv.lowering import FORMS, Convolution, quickest
@@ -15,7 +16,6 @@ from fedlp_jax.simulation.program import one_round
 from fedlp_jax.simulation.rounds import without_plan
 from fedlp_jax.simulation.run import Simulation
 from fedlp_jax.simulation.tuning import check_seconds
-from fedlp_jax.types import FedLPError
 
 
 class Measured(NamedTuple):

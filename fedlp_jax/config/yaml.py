@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedlp_jax.limits import why
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.errors import FedLPError, shown, why
 
 _DEPTH, _VALUES = 40, 500_000  # the most of a file: levels, and values once aliases are filled in
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from fedlp_jax.limits import open_plain, usable_memory
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.data.files import open_plain, usable_memory
+from fedlp_jax.errors import FedLPError, shown
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 

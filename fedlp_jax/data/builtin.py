@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlp_jax.limits import usable_memory
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.data.files import usable_memory
+from fedlp_jax.errors import FedLPError, shown
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # train and test, inputs and labels
 

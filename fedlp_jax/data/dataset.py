@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.limits import why
-from fedlp_jax.types import FedLPError, Normalize, shown
+from fedlp_jax.errors import FedLPError, shown, why
+from fedlp_jax.types import Normalize
 
 
 class Split(NamedTuple):

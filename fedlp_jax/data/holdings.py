@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.dataset import as_array
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.errors import FedLPError, shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

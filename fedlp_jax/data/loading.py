@@ -16,8 +16,8 @@ from fedlp_jax.data.dataset import Dataset as Dataset
 from fedlp_jax.data.dataset import Split as Split
 from fedlp_jax.data.dataset import from_arrays as from_arrays
 from fedlp_jax.data.dataset import pixels
-from fedlp_jax.limits import why
-from fedlp_jax.types import FedLPError, Normalize, nearest, shown
+from fedlp_jax.errors import FedLPError, nearest, shown, why
+from fedlp_jax.types import Normalize
 
 # What the literature uses; any other set of images gets .5 and .5.
 _NORMALIZE = {

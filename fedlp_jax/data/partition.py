@@ -15,7 +15,7 @@ from fedlp_jax.data import sizes as sizes_of
 from fedlp_jax.data.dataset import client_ids
 from fedlp_jax.data.holdings import Partition as Partition
 from fedlp_jax.data.holdings import by_owner, by_size, class_labels
-from fedlp_jax.types import FedLPError, shown
+from fedlp_jax.errors import FedLPError, shown
 
 # The second word of the Philox key: with one seed, no two schemes share their draws.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedlp_jax.limits import read_plain
-from fedlp_jax.types import FedLPError, nearest, shown
+from fedlp_jax.data.files import read_plain
+from fedlp_jax.errors import FedLPError, nearest, shown
 
 _NAME = re.compile(r"(?P<set>\w[\w-]*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<version>\d+\.\d+\.\d+))?")
 _JSON_BYTES = 100_000_000  # some sets list a million file names

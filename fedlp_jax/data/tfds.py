@@ -15,7 +15,7 @@ import numpy as np
 
 from fedlp_jax.data.cache import Decoded
 from fedlp_jax.data.prepared import Prepared
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 _CHUNK = 500  # records between two steps of the progress line
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of pillow, by channels

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.map_clients import (
     Plan,
     of_all_devices,
@@ -25,7 +26,7 @@ from fedlp_jax.execution.map_clients import (
 from fedlp_jax.execution.packing import Packed, entry, pack, room, room_bytes, unpack, with_entry
 from fedlp_jax.prng import head_key
 from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.types import Array, Batch, FedLPError, PyTree
+from fedlp_jax.types import Array, Batch, PyTree
 
 # Of rows that each device hands round at once: every device has room for the blocks of all, and a
 # block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).

@@ -17,9 +17,9 @@ import jax
 from jax._src import distributed, xla_bridge  # what follows has no public name
 
 import fedlp_jax
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.meeting import check_place, meet, parse_address
-from fedlp_jax.types import FedLPError
 
 CONNECT_SECONDS = 120.0
 HEARTBEAT_SECONDS = 100  # after which a process that says nothing counts as dead

@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from fedlp_jax.errors import FedLPError, check_choice, whole_number
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.packing import entry, with_entry
-from fedlp_jax.types import Array, FedLPError, PyTree, check_choice, whole_number
+from fedlp_jax.types import Array, PyTree
 
 AXIS = "clients"
 DEVICE, HOST = PLACES = ("device", "host")

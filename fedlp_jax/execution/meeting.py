@@ -13,7 +13,7 @@ import socket
 import time
 from typing import NamedTuple
 
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 _RETRY_SECONDS = 0.1
 _LINE = 4096  # bytes a line may have

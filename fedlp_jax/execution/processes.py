@@ -20,7 +20,8 @@ import numpy as np
 from jax._src import distributed  # its client has no public name; orbax uses it too
 from jax.sharding import Sharding
 
-from fedlp_jax.types import FedLPError, PyTree
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import PyTree
 
 _PATIENCE_SECONDS = 3600  # how much later another process may come to the same step
 _LOOK_UP_MILLISECONDS = 500  # how often a process that waits asks whether another has failed

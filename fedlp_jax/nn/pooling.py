@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.xla import in_memory
-from fedlp_jax.types import Array, FedLPError
+from fedlp_jax.types import Array
 
 
 def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:

@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 from fedlp_jax.config.experiment import execute
 from fedlp_jax.config.schema import Config, load_config
-from fedlp_jax.limits import read_plain, why
+from fedlp_jax.data.files import read_plain
+from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
 from fedlp_jax.simulation.result import DivergedError
-from fedlp_jax.types import FedLPError
 
 Status = Literal["done", "diverged", "unfinished"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fedlp_jax.config.loading import Raw, merge
 from fedlp_jax.config.schema import Config, parse_config
-from fedlp_jax.types import check_choice
+from fedlp_jax.errors import check_choice
 
 SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
 SEED = 25  # of the published runs

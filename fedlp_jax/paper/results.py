@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.paper.cells import Found, Study, survey
 from fedlp_jax.paper.published import (
     ROWS,
@@ -23,7 +24,6 @@ from fedlp_jax.paper.published import (
     Cell,
 )
 from fedlp_jax.reporting.run_directory import plain
-from fedlp_jax.types import FedLPError
 
 LAST = 10  # rounds that are averaged, where there are so many
 _MEANS = (

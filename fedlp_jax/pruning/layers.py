@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from fedlp_jax.types import Array, FedLPError, PyTree, Variables
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import Array, PyTree, Variables
 
 LayerRule = str | Mapping[str, str]
 

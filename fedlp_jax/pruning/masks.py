@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, Cohort, FedLPError, PyTree
+from fedlp_jax.types import Array, Cohort, PyTree
 
 Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, PyTree, Variables
+from fedlp_jax.types import Array, Batch, PyTree, Variables
 
 Heads = Literal["persist", "reset_to_init", "shared"]
 Depths = str | int | Sequence[float] | Sequence[int] | np.ndarray

@@ -10,8 +10,8 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from fedlp_jax.limits import read_plain, why
-from fedlp_jax.types import FedLPError
+from fedlp_jax.data.files import read_plain
+from fedlp_jax.errors import FedLPError, why
 
 CLAIM = ".claim"
 _HOST = re.compile(r"process \d+ on (.*) since ")

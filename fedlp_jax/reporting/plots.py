@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fedlp_jax.types import FedLPError, nearest
+from fedlp_jax.errors import FedLPError, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

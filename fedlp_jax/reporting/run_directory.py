@@ -25,11 +25,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedlp_jax.limits import replacing, why
+from fedlp_jax.data.files import replacing
+from fedlp_jax.errors import FedLPError, shown, why
 from fedlp_jax.reporting.claim import Claim
 from fedlp_jax.reporting.environment import versions
 from fedlp_jax.reporting.variables import VARIABLES, save_variables
-from fedlp_jax.types import FedLPError, Variables, shown
+from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS = "checkpoints"

@@ -9,8 +9,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.data.archive import read_npz
-from fedlp_jax.limits import replacing, why
-from fedlp_jax.types import FedLPError, Variables, shown
+from fedlp_jax.data.files import replacing
+from fedlp_jax.errors import FedLPError, shown, why
+from fedlp_jax.types import Variables
 
 VARIABLES = "variables.npz"  # its name in a run directory
 _FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # in this machine's byte order

@@ -25,11 +25,10 @@ import jax
 import numpy as np
 
 import fedlp_jax
+from fedlp_jax.errors import FedLPError, is_number, shown, whole_number, why
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
-from fedlp_jax.limits import why
 from fedlp_jax.simulation.snapshot import Snapshot, refuse_other
-from fedlp_jax.types import FedLPError, is_number, shown, whole_number
 
 FORMAT = 2
 ARRAYS, FACTS = "arrays", "facts"

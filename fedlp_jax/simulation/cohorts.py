@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients
-from fedlp_jax.types import Cohort, FedLPError
+from fedlp_jax.types import Cohort
 
 # Partitions draw from the same generator under small numbers of their own.
 _PURPOSE = 1

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.client_state import rows_at_once
 from fedlp_jax.execution.map_clients import DEVICE, HOST, Plan
 from fedlp_jax.execution.packing import room, room_bytes, size_bytes
 from fedlp_jax.execution.scheduling import slots_per_device
 from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.types import FedLPError
 
 _USABLE = 0.9  # of what is free: allocators need slack, and other programs breathe
 _CGROUP = Path("/sys/fs/cgroup")

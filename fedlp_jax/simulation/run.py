@@ -20,6 +20,7 @@ from fedlp_jax.clients.outcomes import Fate, Outcome, fate_metrics
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import HOST, Plan, replicated, resolve
 from fedlp_jax.execution.packing import size_bytes
@@ -33,7 +34,7 @@ from fedlp_jax.simulation.program import Pending, compiled, metrics_of, one_roun
 from fedlp_jax.simulation.readout import Readout
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
 from fedlp_jax.simulation.staging import Population, Stage, on_host
-from fedlp_jax.types import FedLPError, ServerState, Variables
+from fedlp_jax.types import ServerState, Variables
 
 # Rounds of one call take no longer, so that a round's numbers are seen within a second.
 _CALL_SECONDS = 0.5

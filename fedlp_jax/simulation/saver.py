@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.simulation.checkpoint import ARRAYS, FACTS, Checkpoint, alone, pack
 from fedlp_jax.simulation.snapshot import Snapshot
-from fedlp_jax.types import FedLPError
 
 
 class Saver:

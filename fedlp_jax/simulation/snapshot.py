@@ -12,12 +12,13 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from fedlp_jax.data.loading import Dataset
+from fedlp_jax.errors import FedLPError, shown
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.simulation.leaves import check_sum, is_key, kind, raw
 from fedlp_jax.simulation.result import Row
 from fedlp_jax.simulation.run import Simulation
-from fedlp_jax.types import Array, FedLPError, PyTree, shown
+from fedlp_jax.types import Array, PyTree
 
 _OTHER = "the checkpoint is of another run"
 

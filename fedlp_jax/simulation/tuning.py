@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedlp_jax.errors import FedLPError, is_number, shown
 from fedlp_jax.execution.map_clients import DEVICE, HOST, Plan
 from fedlp_jax.simulation.rounds import Rounds, without_plan
 from fedlp_jax.simulation.run import Simulation
-from fedlp_jax.types import FedLPError, is_number, shown
 
 _TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
 _MOST_TURNS = 9

@@ -13,16 +13,17 @@ import numpy as np
 from fedlp_jax.aggregation.robust import stacked_bytes
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Faults
+from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import FedLPError, whole_number
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import size_bytes
-from fedlp_jax.limits import usable_memory
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.simulation.leaves import check_sum, kind, raw
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, Batch, FedLPError, ServerState, Variables, whole_number
+from fedlp_jax.types import Array, Batch, ServerState, Variables
 
 _FEW = 8  # numbers that a sentence can show
 

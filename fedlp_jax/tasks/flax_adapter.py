@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn import batch_norm as norm
 from fedlp_jax.nn import conv, dense
-from fedlp_jax.types import Array, FedLPError, Variables
+from fedlp_jax.types import Array, Variables
 
 
 class Apply(Protocol):

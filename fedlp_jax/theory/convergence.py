@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.theory.senders import sampling_variance, updated
 from fedlp_jax.theory.weights import EffectiveWeights
-from fedlp_jax.types import FedLPError
 
 
 def gradient_bound(

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from fedlp_jax.accounting.ledger import BYTES, Ledger
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Keep, keep_matrix
-from fedlp_jax.types import FedLPError
 
 
 class Uploads(NamedTuple):

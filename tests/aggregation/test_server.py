@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from fedlp_jax.aggregation.server import server_step
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.pruning.layers import layer_table
-from fedlp_jax.types import FedLPError
 
 VARIABLES = {
     "params": {"a": {"w": jnp.array([1.0, -2.0])}, "b": {"w": jnp.array([0.5, 3.0])}},

@@ -9,8 +9,8 @@ import pytest
 import fedlp_jax as fl
 from fedlp_jax.config import experiment
 from fedlp_jax.config.schema import load_config, parse_config
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import read_metrics
-from fedlp_jax.types import FedLPError
 
 SMALL = {
     "name": "small",

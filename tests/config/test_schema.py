@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from fedlp_jax.config.schema import dump_config, load_config, parse_config
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 HOMO = {
     "data": {"name": "digits"},

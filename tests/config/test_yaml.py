@@ -1,7 +1,7 @@
 import pytest
 
 from fedlp_jax.config.yaml import parse_value, parse_yaml
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from fedlp_jax.data import archive
 from fedlp_jax.data.archive import read_npz
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 ARRAYS = {
     "a": np.arange(6.0).reshape(2, 3),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlp_jax.data import builtin as embedded
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 
 def test_digits_are_scikit_learns_and_split_evenly_by_class():

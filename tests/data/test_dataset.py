@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from fedlp_jax.data.dataset import client_ids, from_arrays, pixels
-from fedlp_jax.types import FedLPError, Normalize
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import Normalize
 
 
 def _arrays(dtype=np.uint8, shape=(4, 4, 1)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedlp_jax.data.holdings import Partition, by_owner, by_size, class_labels
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 LABELS = np.array([0, 1, 2, 1, 0, 2])
 

@@ -13,7 +13,8 @@ from fedlp_jax.data import cache as cache_module
 from fedlp_jax.data import loading as datasets
 from fedlp_jax.data import tfds as decoding
 from fedlp_jax.data.loading import load
-from fedlp_jax.types import FedLPError, Normalize
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import Normalize
 
 DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 # The real sets are decoded once a machine, as for a user; all else caches under tmp_path.

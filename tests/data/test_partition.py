@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlp_jax.data import partition
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 # As many of each class as in CIFAR-10.
 CIFAR = np.random.default_rng(7).permutation(np.repeat(np.arange(10), 5000))

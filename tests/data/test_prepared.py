@@ -7,7 +7,7 @@ import pytest
 from prepared_set import records, write
 
 from fedlp_jax.data.prepared import find
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 SPLITS = {"train": records(3), "test": records(2)}
 

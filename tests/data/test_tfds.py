@@ -9,7 +9,7 @@ from prepared_set import Record, records, write
 
 from fedlp_jax.data import tfds as decoding
 from fedlp_jax.data.prepared import find
-from fedlp_jax.types import FedLPError
+from fedlp_jax.errors import FedLPError
 
 
 def _decode(tmp_path, splits, image=None, label=None, **facts):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.conv import conv_general_dilated, conv_interceptor, inject, recording, using
 from fedlp_jax.nn.conv.toom import toom
-from fedlp_jax.types import FedLPError
 
 RNG = np.random.default_rng(0)
 

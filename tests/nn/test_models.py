@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from small import in_float64
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn import dense
 from fedlp_jax.nn.models import MLP, MNISTCNN, BatchNorm, FedLPCNN, Logistic, ResNet, cnn
 from fedlp_jax.nn.models import base as initial_values
 from fedlp_jax.nn.pooling import max_pool
-from fedlp_jax.types import FedLPError
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)

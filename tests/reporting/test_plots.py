@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fedlp_jax.data import partition
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting import plots
-from fedlp_jax.types import FedLPError
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 

@@ -5,9 +5,9 @@ import hostile
 import numpy as np
 import pytest
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting import environment
 from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
-from fedlp_jax.types import FedLPError
 
 VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
 

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.variables import load_variables, save_variables
-from fedlp_jax.types import FedLPError
 
 VARIABLES = {
     "params": {"fc1": {"kernel": np.float32([[1.5, -0.0]])}, "a": {"b": {"c": np.float32(3)}}},

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedlp_jax.errors import check_choice
 from fedlp_jax.nn.conv import table
 from fedlp_jax.nn.conv.window import Window, out_shape
 from fedlp_jax.nn.conv.winograd import supported
-from fedlp_jax.types import Array, check_choice
+from fedlp_jax.types import Array
 
 AUTO, DIRECT, PATCHES = "auto", "direct", "patches"
 WINOGRAD = {f"winograd_{h}x{w}": (h, w) for h in (1, 2, 4) for w in (1, 2, 4) if (h, w) != (1, 1)}

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedlp_jax.errors import FedLPError, nearest
 from fedlp_jax.nn.conv import conv_general_dilated
-from fedlp_jax.types import Array, FedLPError, nearest
+from fedlp_jax.types import Array
 
 Init = str  # "flax" or "pytorch"
 _KNOWN = ("flax", "pytorch")

@@ -6,10 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.nn.models.base import Init, Model, conv, dense
 from fedlp_jax.nn.pooling import max_pool
-from fedlp_jax.types import Array, FedLPError
+from fedlp_jax.types import Array
 
 _CHANNELS = (32, 32, 64, 64, 128, 128)
 _DEEPEST = 5

@@ -6,9 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.nn.models.base import Init, Model, conv, dense
-from fedlp_jax.types import Array, FedLPError
+from fedlp_jax.types import Array
 
 _STAGES = (16, 32, 64)
 _BLOCKS = 2

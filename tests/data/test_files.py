@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from fedlp_jax.limits import open_plain, read_plain, replacing, why
+from fedlp_jax.data.files import open_plain, read_plain, replacing
+from fedlp_jax.errors import why
 
 
 def test_a_plain_file_is_read_up_to_the_limit(tmp_path):

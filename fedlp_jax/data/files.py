@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object in memory, other in every process
 TEXT_BYTES = 1_000_000  # the most that a text file of settings or results may have
 
 
@@ -68,12 +66,3 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def usable_memory() -> int:
     """Bytes that one thing may take of this machine: half of its memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def why(error: BaseException) -> str:
-    """What an error says, as a part of a sentence: short, in one line, and without its path."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, KeyError) and error.args:  # as which a mapping says that it lacks a name
-        said = str(error.args[0]) if " " in str(error.args[0]) else f"it has no {error}"
-    words = _ADDRESS.sub("", " ".join(said.split())) or type(error).__name__
-    return (words if len(words) <= 200 else f"{words[:200]}...").rstrip(".")

@@ -1,0 +1,100 @@
+"""Errors that are sentences: what is wrong, with the numbers, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class FedLPError(ValueError):
+    """Bad input: the message says what is wrong, with the numbers, and the way out."""
+
+
+class _Short(reprlib.Repr):
+    """`repr` of what may be huge, nested without end, or have more digits than are allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 6, 6, 6
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 100 else f"about {'-' * (x < 0)}2**{x.bit_length() - 1}"
+
+
+_SHORT = _Short()
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object in memory: another in every process
+
+
+def shown(value: object) -> str:
+    """A value as a sentence shows it: as `repr` does, on one line, and never long."""
+    words = _SHORT.repr(value).replace("\n", " ")
+    return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:
+    """A whole number of Python's or of numpy's, as Python's.
+
+    Args:
+      name: of the setting.
+      value: what was given.
+      least: what it must not be below.
+      otherwise: what else it may be, as in `", or None"`.
+
+    Raises:
+      FedLPError: it is another thing, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise FedLPError(
+            f"{name}={shown(value)} must be a whole number of at least {least}{otherwise}."
+        )
+    return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, of Python's or of numpy's; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuses a value that is not among `choices`, naming the nearest that is.
+
+    Raises:
+      FedLPError: with the choices.
+    """
+    if value in choices:
+        return
+    hint = nearest(value, choices) or "."
+    raise FedLPError(f"{name} {shown(value)} is unknown{hint} Known: {', '.join(choices)}.")
+
+
+def nearest(word: object, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """A hint at the known word that is closest.
+
+    Args:
+      word: what was given.
+      known: what it may have meant.
+      shown: how a known word is written in the hint.
+
+    Returns:
+      `"; did you mean 'keep'?"`, or `""` if no word is close.
+    """
+    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
+    plain = {k.lower().replace("-", "_"): k for k in known}
+    close = difflib.get_close_matches(str(word).lower().replace("-", "_"), plain, n=1)
+    return f"; did you mean '{shown(plain[close[0]])}'?" if close else ""
+
+
+def why(error: BaseException) -> str:
+    """What an error says, as a part of a sentence: short, in one line, and without its path."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError) and error.args:  # as which a mapping says that it lacks a name
+        said = str(error.args[0]) if " " in str(error.args[0]) else f"it has no {error}"
+    words = _ADDRESS.sub("", " ".join(said.split())) or type(error).__name__
+    return (words if len(words) <= 200 else f"{words[:200]}...").rstrip(".")
