@@ -4,20 +4,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations=15
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types format clean
+.PHONY: help quickstart test test-all lint types format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "ARGS='...' is handed on: make test ARGS='-k partition', make quickstart ARGS='--rounds 5'"
 
 quickstart: $(VENV)/.runtime ## set up and train on real digits: FedLP, under a minute
 	$(BIN)/fedlp run configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.development ## set up and run the tests, a file at a time on each core
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+test: $(VENV)/.development ## set up and run the fast tests: all that protects a change, in minutes
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/.development ## run every test: long tables, kills, processes, benchmark commands
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.development ## check style and formatting
 	$(BIN)/ruff check .
