@@ -13,7 +13,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 import fedlp_jax as fl
-from fedlp_jax.accounting.ledger import forward_macs
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.types import Array, Batch, Normalize, Variables
 
 _FLOAT = 4  # bytes

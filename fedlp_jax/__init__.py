@@ -25,8 +25,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time the table below serves these names
+    from fedlp_jax import accounting as costs
     from fedlp_jax import types as types
-    from fedlp_jax.accounting import ledger as costs
     from fedlp_jax.aggregation import means as aggregate
     from fedlp_jax.aggregation import robust as robust
     from fedlp_jax.aggregation.privacy import Privacy as Privacy
@@ -69,7 +69,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "aggregate": "aggregation.means",
     "conv": "nn.conv",
-    "costs": "accounting.ledger",
+    "costs": "accounting",
     "layers": "pruning.layers",
     "masks": "pruning.masks",
     "models": "nn.models",

@@ -88,11 +88,12 @@ def paper(
 def _run(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.cli.interruption import Interruption
     from fedlp_jax.cli.tables import show
-    from fedlp_jax.paper.run import run_study
-    from fedlp_jax.paper.view import result_tables
+    from fedlp_jax.execution.compilation import keep_programs
+    from fedlp_jax.paper.results import result_tables, run_study
     from fedlp_jax.simulation.checkpoint import hush
 
     hush()
+    keep_programs()  # many cells share one
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
@@ -104,11 +105,11 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
 
 def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.cli.tables import show
-    from fedlp_jax.paper.cells import remaining
-    from fedlp_jax.paper.forecast import forecast
-    from fedlp_jax.paper.view import forecast_tables
+    from fedlp_jax.paper.cells import estimate, unfinished
+    from fedlp_jax.paper.results import estimate_tables
 
-    show(*forecast_tables(*forecast(study, remaining(study, cells))))
+    todo = unfinished(study, cells)
+    show(*estimate_tables(estimate(study, todo) if todo else {}))
 
 
 def _words(text: str) -> list[str]:
@@ -118,7 +119,7 @@ def _words(text: str) -> list[str]:
 def _show_costs(rows: Sequence[str], as_json: bool) -> None:
     from fedlp_jax.cli.tables import show
     from fedlp_jax.paper.costs import row_costs
-    from fedlp_jax.paper.view import cost_tables
+    from fedlp_jax.paper.results import cost_tables
 
     costs = row_costs(rows)
     if as_json:

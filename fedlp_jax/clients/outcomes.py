@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.accounting.ledger import BYTES, forward_macs, mask_bytes
+from fedlp_jax.accounting.ledger import layer_bytes, mask_bytes
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.clients.devices import PASSES, Machines
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.prng import Purpose, client_key
@@ -161,7 +162,7 @@ def _durations(
     """Seconds of download, training and upload, `f32[C]` each."""
     if machines is None:
         return (jnp.zeros_like(macs),) * 3
-    size = jnp.asarray(BYTES * (layers.params + layers.statistics), jnp.float32)
+    size = jnp.asarray(layer_bytes(layers), jnp.float32)
     # Sums rather than products of matrices, which accelerators round.
     down = (masks.download * size[None]).sum(axis=1)
     up = (masks.upload * size[None]).sum(axis=1) + mask_bytes(layers)

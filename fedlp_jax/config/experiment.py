@@ -27,9 +27,9 @@ from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.nn import models
 from fedlp_jax.reporting.elsewhere import Elsewhere, run_directory
 from fedlp_jax.reporting.environment import environment
-from fedlp_jax.reporting.pictures import draw
+from fedlp_jax.reporting.plots import draw_run
 from fedlp_jax.reporting.progress import Progress
-from fedlp_jax.reporting.run_directory import RunDirectory
+from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
 from fedlp_jax.tasks.task import classification
@@ -196,7 +196,7 @@ def execute(
         rows: list[dict[str, Any]] = list(start.rows) if start is not None else []
         done = tuple(rows)
         wanted = progress if hosts.is_first() else False
-        with Progress(config.rounds, config.name, wanted=wanted, done=done) as shown:
+        with Progress(config.rounds, config.name, show=wanted, done=done) as shown:
 
             def log(row: dict[str, Any]) -> None:
                 if not directory.begun:
@@ -228,7 +228,7 @@ def execute(
         with hosts.together("summarize"):  # and no process leaves before all is written
             directory.summarize(summary)
             if hosts.is_first():
-                draw(directory, config.name, arguments["clients"], rows)
+                draw_run(directory.path / PLOTS, config.name, arguments["clients"], rows)
         return Outcome(result, directory.path, summary)
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedlp_jax.accounting.ledger import BYTES, Ledger, fedavg_traffic, forward_macs
+from fedlp_jax.accounting.ledger import fedavg_traffic, layer_bytes, mask_bytes
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.aggregation.robust import stacked_bytes
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
@@ -82,9 +83,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
 
     keep = keep_matrix(getattr(config.algorithm, "keep", 1.0), table, clients.clients)
     received = np.stack(covered)[assigned]  # f32[K, L]
-    layer_bytes = BYTES * (table.params + table.statistics)
+    size = layer_bytes(table)
     cohort = cohort_size(config.cohort, clients.clients, config.seed)
-    mask_bytes = Ledger(table, clients=1).mask_bytes
     deepest = submodels[-1].extract(state.variables)
     # Of more that are chosen, the first C to answer are heard.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
@@ -93,8 +93,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         cohort,
         table,
         tuple(levels),
-        upload_bytes=cohort * float((received * keep @ layer_bytes).mean() + mask_bytes),
-        download_bytes=chosen * float((received @ layer_bytes).mean()),
+        upload_bytes=cohort * float((received * keep @ size).mean() + mask_bytes(table)),
+        download_bytes=chosen * float((received @ size).mean()),
         fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
         stacked_bytes=stacked_bytes(state.variables, table, chosen, arguments["plan"])
         if algorithm.stacked

@@ -1,11 +1,8 @@
-"""The result table of FedLP again: what it says, what it costs, and its cells, run one by one.
+"""The result table of FedLP, reproduced.
 
-paper.py     the published table, and its cells as configurations
-costs.py     Comm. and Comp. of every row, counted, beside what is published
-forecast.py  time, upload and computation of cells before they are run
-cells.py     a directory of cells: which are done, and running those that are not
-table.py     finished cells -> table.md, table.csv, table.json, and back
-figures.py   accuracy against rounds and against uploads
-run.py       all of that for one directory
-view.py      the same on a terminal
+published.py  the published numbers, and each cell as a configuration
+costs.py      Comm. and Comp. of every row, counted and compared with the published
+cells.py      a directory of cells: what is done, what it will take, running the rest
+figures.py    accuracy against rounds and against uploads
+results.py    finished cells -> table.md, table.csv, table.json, and tables for a terminal
 """

@@ -1,10 +1,10 @@
-"""A directory of cells: which of them are done, and running those that are not.
+"""A directory of cells: what is done, what it will take, and running the rest.
 
-    DIR/cells/ROW-SPLIT-seedS/    a run directory for each cell
+    DIR/cells/ROW-SPLIT-seedS/    a run directory per cell
 
-A cell is known by its configuration, whoever ran it: `fedlp run configs/paper/homo-0.5-iid.yaml
---out DIR/cells/homo-0.5-iid-seed25` makes one as well. What has ended is never run again, so the
-same command goes on after any interruption.
+A cell is recognised by its configuration, however it was run: `fedlp run
+configs/paper/homo-0.5-iid.yaml --out DIR/cells/homo-0.5-iid-seed25` makes one too. A finished cell
+never runs again, so the same command resumes after any interruption.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fedlp_jax.config.experiment import execute
+from fedlp_jax.config.experiment import build, build_partition, execute
 from fedlp_jax.config.schema import Config, load_config
-from fedlp_jax.data.files import read_plain
 from fedlp_jax.errors import FedLPError, why
+from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
+from fedlp_jax.simulation.cohorts import cohort_size
+from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError
 
 Status = Literal["done", "diverged", "unfinished"]
 
 _NAME = re.compile(rf"({'|'.join(map(re.escape, ROWS))})-({'|'.join(SPLITS)})-seed(\d+)")
+_STEPS = 3  # local steps that `estimate` measures
 
 
 class Study(NamedTuple):
@@ -38,42 +41,50 @@ class Study(NamedTuple):
     rounds: int | None = None  # None = those of the scale
 
     def config(self, cell: Cell) -> Config:
-        """What a cell of this study runs."""
+        """The configuration of a cell in this study."""
         return cell_config(cell, self.scale, self.rounds)
 
     def path(self, cell: Cell) -> Path:
-        """Where it is written."""
+        """The run directory of a cell."""
         return self.out / "cells" / cell.name
 
 
-class Found(NamedTuple):
-    """A cell that a directory holds."""
+class CellRun(NamedTuple):
+    """The run of one cell, as its directory holds it."""
 
     status: Status
     rounds: int  # done
-    rows: list[dict[str, Any]]  # of metrics.jsonl, if it has ended
+    rows: list[dict[str, Any]]  # of metrics.jsonl, if the run has ended
     summary: dict[str, Any]
 
 
-def survey(study: Study) -> dict[Cell, Found]:
-    """All cells that a study's directory holds, also those that nobody asks for now.
+class Estimate(NamedTuple):
+    """What a cell is expected to take."""
+
+    upload_megabytes: float  # of all clients and rounds
+    training_macs: float
+    seconds: float
+
+
+def read_cells(study: Study) -> dict[Cell, CellRun]:
+    """Reads all cells in a study's directory.
 
     Raises:
-      FedLPError: one of them was run with another configuration, as another scale.
+      FedLPError: a cell was run with another configuration, such as another scale.
     """
-    found: dict[Cell, Found] = {}
+    runs: dict[Cell, CellRun] = {}
     for path in sorted((study.out / "cells").glob("*")):
         name = _NAME.fullmatch(path.name)
         if name and (path / METRICS).is_file():
             cell = Cell(name[1], name[2], int(name[3]))
-            found[cell] = _found(study, cell)
-    return found
+            runs[cell] = _read_cell(study, cell)
+    return runs
 
 
-def remaining(study: Study, cells: Sequence[Cell]) -> list[Cell]:
-    """Those of some cells that have not ended; raises as `survey` does."""
-    held = survey(study)
-    return [cell for cell in cells if cell not in held or held[cell].status == "unfinished"]
+def unfinished(study: Study, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that have not ended; raises as `read_cells` does."""
+    runs = read_cells(study)
+    return [cell for cell in cells if cell not in runs or runs[cell].status == "unfinished"]
 
 
 def run_cells(
@@ -84,79 +95,100 @@ def run_cells(
     say: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[Cell]:
-    """Runs the cells that have not ended, and yields each after it has.
+    """Runs the cells that have not ended, and yields each once it has.
 
     Args:
-      study: where, and at which scale.
-      cells: which, in this order.
-      progress: of the rounds within a cell, as in `experiment.execute`.
-      say: is told which cell begins and how long the rest may take.
-      stop: asked before every round; once it is true the cell is saved, and a KeyboardInterrupt
-        ends the study.
+      study: directory and scale.
+      cells: to run, in this order.
+      progress: show the rounds of a cell, as in `experiment.execute`.
+      say: called with a line when a cell begins: its name and the expected time left.
+      stop: called before every round; True saves the cell and raises KeyboardInterrupt.
 
     Raises:
-      FedLPError: the directory holds other cells, another process runs one of these now, or the
+      FedLPError: the directory holds another study, another process runs one of these cells, or the
         data cannot be read.
     """
-    left = remaining(study, cells)
-    before, seconds = len(cells) - len(left), 0.0
-    for ran, cell in enumerate(left):
-        done, still = before + ran, ""
-        if ran:
-            still = f", about {duration(seconds / ran * (len(left) - ran))} left"
-        say(f"cell {done + 1} of {len(cells)}: {cell.name}{still}")
-        started = time.perf_counter()
+    todo = unfinished(study, cells)
+    started = time.perf_counter()
+    for ran, cell in enumerate(todo):
+        done = len(cells) - len(todo) + ran
+        each = (time.perf_counter() - started) / max(ran, 1)
+        eta = f", about {duration(each * (len(todo) - ran))} left" if ran else ""
+        say(f"cell {done + 1} of {len(cells)}: {cell.name}{eta}")
+        path = study.path(cell)
         try:
-            _run(study, cell, progress, say, stop)
+            execute(study.config(cell), path, resume=path.exists(), progress=progress, stop=stop)
+        except DivergedError as error:  # and would again: a run is a function of its configuration
+            say(f"{cell.name} diverged: {error}")
         except BaseException as error:
             error.add_note(
-                f"{done} of {len(cells)} cells are done. The same command goes on with "
-                f"{cell.name}, from its last checkpoint."
+                f"{done} of {len(cells)} cells are done. The same command resumes {cell.name} from "
+                "its last checkpoint."
             )
             raise
-        seconds += time.perf_counter() - started
         yield cell
 
 
-def _run(
-    study: Study,
-    cell: Cell,
-    progress: bool | None,
-    say: Callable[[str], None],
-    stop: Callable[[], bool] | None,
-) -> None:
-    """Runs one cell, from the last checkpoint that an interrupted run has left of it."""
-    path = study.path(cell)
-    try:
-        execute(study.config(cell), path, resume=path.exists(), progress=progress, stop=stop)
-    except DivergedError as error:
-        # It would diverge again: a run is a function of its configuration.
-        say(f"{cell.name} diverged: {error}")
+def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
+    """Estimates traffic, computation and time of cells.
+
+    Traffic and computation are modelled. Time is measured on a few local steps of FedAvg and one
+    evaluation, and scaled by modelled multiply-accumulates; it excludes compilation, and shallow
+    submodels take longer than it says.
+
+    Raises:
+      FedLPError: the data cannot be read.
+    """
+    config = study.config(Cell("fedavg", "iid"))
+    local = config.algorithm.model_copy(update={"epochs": None, "steps": _STEPS})
+    arguments = build(config.model_copy(update={"algorithm": local}))
+    rows = simulate(**arguments | {"rounds": 3, "eval_every": None}, progress=True).history.rows
+    training, evaluation = rows[1]["seconds"], rows[2]["seconds"] - rows[1]["seconds"]
+    data = arguments["data"]
+    shape = data.train.inputs.shape[1:]
+
+    def macs_per_image(row: str) -> float:
+        cost = row_cost(row, shape)
+        return 1e6 * (cost.comp_mmacs + cost.backward_mmacs)
+
+    size = cohort_size(config.cohort, arguments["clients"].clients, config.seed)
+    measured_macs = size * _STEPS * local.batch_size * macs_per_image("fedavg")
+    estimates = {}
+    for cell in cells:
+        own = study.config(cell)
+        clients = build_partition(own.partition, data, own.seed)
+        visits = own.rounds * size
+        images = visits * float(clients.sizes.mean()) * (own.algorithm.epochs or 1)
+        macs = images * macs_per_image(cell.row)
+        seconds = training * macs / measured_macs + own.rounds * max(evaluation, 0.0)
+        upload = visits * row_cost(cell.row, shape).upload_bytes / 1e6
+        estimates[cell] = Estimate(upload, macs, seconds)
+    return estimates
 
 
-def _found(study: Study, cell: Cell) -> Found:
+def _read_cell(study: Study, cell: Cell) -> CellRun:
     path = study.path(cell)
-    settings, summary_file = path / CONFIG, path / SUMMARY
-    # Both are missing for a moment, in which a run may have been killed.
-    if settings.is_file() and settings.stat().st_size:
-        _check_same(load_config(settings), study.config(cell), path)
+    config, summary_file = path / CONFIG, path / SUMMARY
+    # A run killed in its first moments leaves no configuration, or an empty one.
+    if config.is_file() and config.stat().st_size:
+        _check_same(load_config(config), study.config(cell), path)
     try:
-        summary = dict(json.loads(read_plain(summary_file))) if summary_file.is_file() else {}
+        summary = json.loads(summary_file.read_text("utf-8")) if summary_file.is_file() else {}
         if summary.get("status") in ("done", "diverged"):
             rows = read_metrics(path)
-            return Found(summary["status"], len(rows), rows, summary)
-    except Exception as error:  # what is no such JSON can raise almost anything
+            return CellRun(summary["status"], len(rows), rows, summary)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FedLPError(
             f"{path} has a {SUMMARY} or {METRICS} that cannot be read: {why(error)}. Remove the "
             "directory, and the same command runs that cell again."
         ) from error
     lines = (path / METRICS).read_text("utf-8", errors="replace").count("\n")
-    return Found("unfinished", lines, [], summary)
+    return CellRun("unfinished", lines, [], summary)
 
 
-def _check_same(there: Config, wanted: Config, path: Path) -> None:
-    old, new = _settings(there), _settings(wanted)
-    for field in sorted(set(old) | set(new)):
+def _check_same(theirs: Config, ours: Config, path: Path) -> None:
+    old, new = _settings(theirs), _settings(ours)
+    for field in sorted(old | new):
         if old.get(field) != new.get(field):
             raise FedLPError(
                 f"{path} holds another run: {field} is {old.get(field)!r} there and "
@@ -166,16 +198,16 @@ def _check_same(there: Config, wanted: Config, path: Path) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Dotted field -> value, of all that decides a result."""
+    """Dotted field -> value, of every field that affects a result."""
     raw = config.model_dump(
         exclude={"name": True, "plan": True, "checkpoint": True, "data": {"data_dir"}}
     )
 
-    def flat(section: dict[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in section.items():
             if isinstance(value, dict) and value:
-                yield from flat(value, f"{before}{key}.")
+                yield from flat(value, f"{prefix}{key}.")
             else:
-                yield before + key, value
+                yield prefix + key, value
 
     return dict(flat(raw, ""))

@@ -1,8 +1,8 @@
-"""Comm. and Comp. of every row, counted from layer tables and mask policies, beside the published.
+"""Comm. and Comp. of every row, counted from layer tables and mask policies.
 
-All of it is modelled, and expected over masks and depths; nothing is trained, and no data is read.
+Everything is modelled, and expected over masks and depths: nothing is trained and no data is read.
 Comm. is what one client downloads and uploads in a round, in learnable parameters. Comp. is the
-forward pass of one image, in multiply-accumulates, averaged over the clients.
+forward pass of one image in multiply-accumulates, averaged over the clients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fedlp_jax.accounting.ledger import BYTES, Ledger, backward_macs, forward_macs
+from fedlp_jax.accounting.ledger import modelled_traffic
+from fedlp_jax.accounting.macs import backward_macs, forward_macs
 from fedlp_jax.config.experiment import build
 from fedlp_jax.config.schema import Config
 from fedlp_jax.config.section import Data
@@ -27,53 +28,53 @@ from fedlp_jax.simulation import validation as checks
 from fedlp_jax.types import Examples
 
 DIGIT_SLIP = (
-    "The published Comp. of the whole model, 36.36, is probably 39.36 with a slip of one digit: "
+    "The published Comp. of the whole model, 36.36, is probably 39.36 with one digit slipped: "
     "with 36.36 for depth 5 all four Hetero rows come out as published, with 39.36 none does."
 )
 
-_PUBLISHED_WHOLE = ROWS["fedavg"].comp  # of the whole model, by the paper
+_PUBLISHED_WHOLE = ROWS["fedavg"].comp  # of the whole model, according to the paper
 _CIFAR = (32, 32, 3)
 
 
 class RowCost(NamedTuple):
-    """What a row costs. Comm. and bytes are of one client and round, Comp. of one image."""
+    """The cost of a row. Comm. and bytes are per client and round, Comp. per image."""
 
     row: str
     id: str
     comm_kparams: float
     comm_published: float
-    comm_difference: float  # after rounding to the two published decimals
+    comm_difference: float  # after rounding to two decimals, as published
     comp_mmacs: float
     comp_as_published_convention: float  # with the published number for the whole model
     comp_published: float
-    comp_difference: float  # ours less the published, rounded likewise
+    comp_difference: float  # ours minus published, rounded likewise
     comp_difference_as_published_convention: float
-    # What the paper leaves out:
+    # Not in the paper:
     backward_mmacs: float
     download_bytes: float  # with batch statistics
     upload_bytes: float  # with batch statistics and the bits of the mask
     depth_share: tuple[float, ...]  # expected share of the clients at each depth
-    shared_params: tuple[int, ...]  # by depth: what a client exchanges with the server
-    local_params: tuple[int, ...]  # by depth: what it holds, with the head of its own
+    shared_params: tuple[int, ...]  # by depth: exchanged with the server
+    local_params: tuple[int, ...]  # by depth: held, with the private head
     forward_macs: tuple[int, ...]  # by depth
     backward_macs: tuple[int, ...]  # by depth
 
 
 class Structure(NamedTuple):
-    """The levels that rows of one algorithm share."""
+    """The submodel levels that rows of one algorithm share."""
 
     layers: LayerTable
     parts: tuple[LayerTable, ...]  # of each level, in the layers of the whole
     local_params: tuple[int, ...]
     forward: tuple[int, ...]  # MACs
-    backward: tuple[int, ...]
+    backward: tuple[int, ...]  # MACs
 
 
 def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
-    """The costs of some rows, in the order of the table.
+    """Counts the costs of rows, in the order of the table.
 
     Args:
-      rows: keys of `ROWS`; none = all nine.
+      rows: keys of `ROWS`; empty = all nine.
 
     Raises:
       FedLPError: an unknown row.
@@ -82,44 +83,44 @@ def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
 
 
 def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
-    """Counts what one row costs with images of a shape."""
+    """Counts the cost of one row, for images of a shape."""
     published, config = ROWS[row], cell_config(Cell(row, "iid"))
-    found = structure(config.algorithm.name, shape)
-    share = np.asarray(_depth_share(config, len(found.parts)))
-    held = np.stack([part.covered for part in found.parts])  # f32[G, L], 1 = received
-    kept = held * keep_matrix(getattr(config.algorithm, "keep", 1.0), found.layers, clients=1)
-    received, sent = share @ held, share @ kept  # f64[L], expected
-    numbers = BYTES * (found.layers.params + found.layers.statistics)
-    comm = float((received + sent) @ found.layers.params) / 1e3
-    forward = np.asarray(found.forward) / 1e6
-    as_published = np.append(forward[:-1], _PUBLISHED_WHOLE)
+    levels = structure(config.algorithm.name, shape)
+    share = np.asarray(_depth_share(config, len(levels.parts)))
+    held = np.stack([part.covered for part in levels.parts])  # f32[G, L], 1 = received
+    sent = held * keep_matrix(getattr(config.algorithm, "keep", 1.0), levels.layers, clients=1)
+    traffic = modelled_traffic(levels.layers, share @ sent, share @ held, clients=1)
+    comm = float(traffic["upload_params"] + traffic["download_params"]) / 1e3
+    forward = np.asarray(levels.forward) / 1e6
+    comp = float(share @ forward)
+    as_published = float(share @ np.append(forward[:-1], _PUBLISHED_WHOLE))
     return RowCost(
-        published.label,
-        row,
-        comm,
-        published.comm,
-        _difference(comm, published.comm),
-        float(share @ forward),
-        float(share @ as_published),
-        published.comp,
-        _difference(float(share @ forward), published.comp),
-        _difference(float(share @ as_published), published.comp),
-        backward_mmacs=float(share @ np.asarray(found.backward)) / 1e6,
-        download_bytes=float(received @ numbers),
-        upload_bytes=float(sent @ numbers) + Ledger(found.layers, clients=1).mask_bytes,
+        row=published.label,
+        id=row,
+        comm_kparams=comm,
+        comm_published=published.comm,
+        comm_difference=_difference(comm, published.comm),
+        comp_mmacs=comp,
+        comp_as_published_convention=as_published,
+        comp_published=published.comp,
+        comp_difference=_difference(comp, published.comp),
+        comp_difference_as_published_convention=_difference(as_published, published.comp),
+        backward_mmacs=float(share @ np.asarray(levels.backward)) / 1e6,
+        download_bytes=float(traffic["download_bytes"]),
+        upload_bytes=float(traffic["upload_bytes"]),
         depth_share=tuple(share.tolist()),
-        shared_params=tuple(int(part.params.sum()) for part in found.parts),
-        local_params=found.local_params,
-        forward_macs=found.forward,
-        backward_macs=found.backward,
+        shared_params=tuple(int(part.params.sum()) for part in levels.parts),
+        local_params=levels.local_params,
+        forward_macs=levels.forward,
+        backward_macs=levels.backward,
     )
 
 
 @functools.cache
 def structure(algorithm: str, shape: tuple[int, ...]) -> Structure:
-    """Layers, submodels and their MACs of the rows of an algorithm; seconds of tracing."""
+    """Layers, submodels and MACs of an algorithm's rows; takes seconds of tracing."""
     row = next(r for r in ROWS if cell_config(Cell(r, "iid")).algorithm.name == algorithm)
-    # What the images show does not matter.
+    # Only the shape of the images matters.
     images = Data(name="synthetic", options={"examples": 500, "shape": shape})
     config = cell_config(Cell(row, "iid")).model_copy(update={"data": images})
     arguments = build(config)
@@ -129,22 +130,17 @@ def structure(algorithm: str, shape: tuple[int, ...]) -> Structure:
     variables = checks.initial_state(algorithm_, example, root, 1).variables
     layers = layer_table(variables, algorithm_.layers)
     levels = algorithm_.levels(variables, example)
-    own = [checks.initial_shapes(level.task, root, example) for level in levels]
+    shapes = [checks.initial_shapes(level.task, root, example) for level in levels]
+    pairs = list(zip((level.task for level in levels), shapes, strict=True))
     return Structure(
         layers,
-        tuple(
+        parts=tuple(
             layer_table(level.extract(variables), algorithm_.layers, layers.names)
             for level in levels
         ),
-        tuple(sum(x.size for x in jax.tree.leaves(shapes["params"])) for shapes in own),
-        tuple(
-            sum(forward_macs(level.task, shapes, example).values())
-            for level, shapes in zip(levels, own, strict=True)
-        ),
-        tuple(
-            backward_macs(level.task, shapes, example)
-            for level, shapes in zip(levels, own, strict=True)
-        ),
+        local_params=tuple(sum(x.size for x in jax.tree.leaves(s["params"])) for s in shapes),
+        forward=tuple(sum(forward_macs(task, s, example).values()) for task, s in pairs),
+        backward=tuple(backward_macs(task, s, example) for task, s in pairs),
     )
 
 

@@ -1,8 +1,8 @@
-"""The result table of FedLP (arXiv:2303.06360): its published numbers, and its cells.
+"""The result table of FedLP (arXiv:2303.06360): the published numbers, and each cell as a run.
 
-The numbers are those of the README of the authors' code (github.com/Zhuzzq/FedLP, commit fdc5d3b):
-single runs of 200 rounds with seed 25. A cell is a row and a split; its configuration is the one
-that `configs/paper/ROW-SPLIT.yaml` shows, which a test compares.
+The numbers come from the README of the authors' code (github.com/Zhuzzq/FedLP, commit fdc5d3b):
+single runs of 200 rounds with seed 25. A cell is a row and a split. Its configuration equals
+`configs/paper/ROW-SPLIT.yaml`, which a test asserts.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fedlp_jax.config.loading import Raw, merge
 from fedlp_jax.config.schema import Config, parse_config
 from fedlp_jax.errors import check_choice
 
+Raw = dict[str, Any]  # (a part of) a configuration, as in YAML
+
 SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
-SEED = 25  # of the published runs
+ROUNDS = 200  # of the published runs
+SEED = 25
 
 
 class Row(NamedTuple):
-    """A row as published, and the algorithm that it stands for."""
+    """A published row, and its algorithm."""
 
     label: str
-    algorithm: Raw  # laid over the section of the protocol
+    algorithm: Raw  # overrides that section of the protocol
     accuracy: tuple[float, float, float]  # %: iid, D-niid, M-niid
-    comm: float  # Comm.: parameters down and up of a client and round, in thousands
-    comp: float  # Comp.: "MFLOPs", really 10^6 multiply-accumulates forward of one image
+    comm: float  # thousand parameters that a client downloads and uploads in a round
+    comp: float  # "MFLOPs", in fact 10^6 multiply-accumulates of one image's forward pass
 
 
 def _homo(keep: float) -> Raw:
@@ -65,16 +67,16 @@ _PROTOCOL: Raw = {
         "batch_size": 10,
         "client_optimizer": {"name": "adam", "learning_rate": 0.001},
     },
-    "rounds": 200,
+    "rounds": ROUNDS,
     "cohort": 10,
     "eval_every": 1,
 }
-# What a scale lays over the protocol.
+# Overrides of the protocol.
 SCALES: dict[str, Raw] = {
     "paper": {},
     "small": {"rounds": 20},
-    # The model and algorithms of the paper on embedded digits of 8 x 8: it shows that everything
-    # works, and no accuracy of it means anything.
+    # The paper's model and algorithms on embedded 8 x 8 digits: it shows that everything works, and
+    # its accuracies mean nothing.
     "smoke": {
         "data": {"name": "digits"},
         "partition": {"clients": 40},
@@ -94,22 +96,22 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its directory."""
+        """The name of its directory."""
         return f"{self.row}-{self.split}-seed{self.seed}"
 
     @property
     def published(self) -> float:
-        """The accuracy of the paper, %."""
+        """The published accuracy, %."""
         return ROWS[self.row].accuracy[list(SPLITS).index(self.split)]
 
 
 def choose(rows: Sequence[str] = (), splits: Sequence[str] = (), seeds: int = 1) -> list[Cell]:
-    """Cells in the order of the table, seed after seed.
+    """Selects cells, in the order of the table, seed after seed.
 
     Args:
-      rows: keys of `ROWS`; none = all.
-      splits: keys of `SPLITS`; none = all.
-      seeds: how many, from that of the paper on.
+      rows: keys of `ROWS`; empty = all.
+      splits: keys of `SPLITS`; empty = all.
+      seeds: number of seeds, from 25 on.
 
     Raises:
       FedLPError: an unknown row or split.
@@ -131,10 +133,10 @@ def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> 
     """The configuration of a cell.
 
     Args:
-      cell: which one.
-      scale: `paper` is the published protocol, `small` the same with fewer rounds, `smoke` a tiny
-        one that needs no data.
-      rounds: replaces those of the scale.
+      cell: the cell.
+      scale: `paper` is the published protocol, `small` has fewer rounds, `smoke` is tiny and needs
+        no data.
+      rounds: overrides those of the scale.
 
     Raises:
       FedLPError: an unknown row, split or scale, or a number out of range.
@@ -146,10 +148,10 @@ def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> 
     own: Raw = {"algorithm": ROWS[cell.row].algorithm, "partition": SPLITS[cell.split]}
     more: Raw = {} if rounds is None else {"rounds": rounds}
     for layer in (_PROTOCOL, own, SCALES[scale], more):
-        raw = merge(raw, layer, _nothing)
+        raw = _merge(raw, layer)
     return parse_config(raw)
 
 
-def _nothing(section: str, old: str, new: str) -> set[Any]:
-    """No field of the protocol belongs to one kind of section only."""
-    return set()
+def _merge(base: Raw, over: Raw) -> Raw:
+    nested = {k: _merge(base.get(k, {}), v) for k, v in over.items() if isinstance(v, dict)}
+    return base | over | nested

@@ -1,4 +1,4 @@
-"""Finished cells -> the table: table.json, table.csv, table.md, and back from the first.
+"""Finished cells -> table.md, table.csv, table.json, and the same on a terminal.
 
 Accuracies are of the test set, in percent. A cell that was not run has no number.
 """
@@ -8,36 +8,31 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from fedlp_jax.errors import FedLPError
-from fedlp_jax.paper.cells import Found, Study, survey
-from fedlp_jax.paper.published import (
-    ROWS,
-    SEED,
-    SOURCE,
-    SPLIT_LABELS,
-    SPLITS,
-    Cell,
-)
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table as View
+from rich.text import Text
+
+from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_cells, run_cells
+from fedlp_jax.paper.costs import DIGIT_SLIP, RowCost
+from fedlp_jax.paper.figures import draw_figures
+from fedlp_jax.paper.published import ROUNDS, ROWS, SOURCE, SPLIT_LABELS, SPLITS, Cell
+from fedlp_jax.reporting.environment import origin
+from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import plain
 
-LAST = 10  # rounds that are averaged, where there are so many
-_MEANS = (
-    "accuracy_last10",
-    "accuracy_final",
-    "accuracy_best",
-    "upload_megabytes",
-    "seconds",
-)
+LAST = 10  # rounds to average over, if there are as many
+_MEANS = ("accuracy_last10", "accuracy_final", "accuracy_best", "upload_megabytes", "seconds")
 _COLUMNS = (
     "row", "id", "split", "status", "rounds", "seeds", *_MEANS,
     "seed_spread", "published", "difference",
 )  # fmt: skip
-_PLACES = 4  # decimals that are kept
+_DECIMALS = 4  # in table.json and table.csv
 
 
 class Table(NamedTuple):
@@ -47,8 +42,8 @@ class Table(NamedTuple):
     `rounds`, `seeds` of its finished runs, their means `accuracy_last10` (over the last 10 rounds),
     `accuracy_final`, `accuracy_best` [%], `upload_megabytes` (all clients, all rounds) and measured
     `seconds`; `seed_spread`, the standard deviation of `accuracy_last10` over several seeds;
-    `published`; `difference` of `accuracy_last10` to it; and `runs`, the same of each seed, with
-    the commit, versions and device. What there is not is None.
+    `published`; `difference` of `accuracy_last10` from it; and `runs`, the same for each seed, with
+    commit, versions and device. A missing number is None.
     """
 
     scale: str
@@ -58,16 +53,49 @@ class Table(NamedTuple):
     cells: list[dict[str, Any]]
 
 
+def run_study(
+    study: Study,
+    cells: Sequence[Cell],
+    *,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Table, list[str]]:
+    """Runs the unfinished cells, writes the table after each, and draws the figures at the end.
+
+    Args:
+      study: directory and scale.
+      cells: to run.
+      progress: as in `run_cells`.
+      say: as in `run_cells`.
+      stop: as in `run_cells`.
+
+    Returns:
+      The table of all cells in the directory, and the names of its figures.
+
+    Raises:
+      FedLPError: as `run_cells`; nothing has been written then.
+    """
+    make_table(study)  # refuses the directory of another study
+    try:
+        for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
+            write_table(make_table(study), study.out)
+    finally:
+        figures = draw_figures(study)
+    table = make_table(study)
+    write_table(table, study.out)
+    return table, figures
+
+
 def make_table(study: Study) -> Table:
-    """Reads all cells of a study's directory.
+    """Reads all cells of a study's directory into a table.
 
     Raises:
       FedLPError: the directory holds cells of another configuration.
     """
-    found = survey(study)
-    entries = [_entry(row, split, found, study) for row in ROWS for split in SPLITS]
-    rounds = study.config(Cell("fedavg", "iid")).rounds
-    return Table(study.scale, rounds, SOURCE, 200, entries)
+    runs = read_cells(study)
+    entries = [_entry(row, split, runs, study) for row in ROWS for split in SPLITS]
+    return Table(study.scale, study.config(Cell("fedavg", "iid")).rounds, SOURCE, ROUNDS, entries)
 
 
 def write_table(table: Table, out: Path) -> None:
@@ -78,23 +106,8 @@ def write_table(table: Table, out: Path) -> None:
         (out / f"table.{name}").write_text(content, encoding="utf-8")
 
 
-def read_table(path: str | Path) -> Table:
-    """The table of a table.json.
-
-    Raises:
-      FedLPError: the file cannot be read, or is none.
-    """
-    try:
-        raw = json.loads(Path(path).read_text("utf-8"))
-        return Table(**raw)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FedLPError(
-            f"{path} is not the table.json of `fedlp reproduce paper`: {error}."
-        ) from None
-
-
 def as_csv(table: Table) -> str:
-    """The entries, one a line; empty where there is nothing."""
+    """The entries, one per line; a missing number is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -104,87 +117,183 @@ def as_csv(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table as Markdown: measured beside published, then every number of the cells run."""
+    """The accuracies next to the published ones, then every number of the finished cells."""
     seeds = max(len(entry["seeds"]) for entry in table.cells)
     over = f", mean and standard deviation of up to {seeds} seeds" * (seeds > 1)
-    averaged = min(LAST, table.rounds)
     lines = [
-        f"Test accuracy in percent, mean of the last {averaged} of {table.rounds} rounds{over}. "
-        f"Published: {table.published_source}, {table.published_rounds} rounds.",
-        *["Scale `smoke` trains on digits: its accuracies compare with nothing."] * _tiny(table),
+        f"{_title(table)}{over}. Published: {table.published_source}, "
+        f"{table.published_rounds} rounds.",
+        *["Scale `smoke` trains on digits: its accuracies are comparable to nothing."]
+        * (table.scale == "smoke"),
         "",
-        *_lines(["scheme", *(w for s in SPLIT_LABELS.values() for w in (s, "published"))]),
+        *_markdown_head(["scheme", *_accuracy_titles("published")]),
+        *(_markdown_line(words) for words in _accuracies(table)),
     ]
-    by_row = {row: [e for e in table.cells if e["id"] == row] for row in ROWS}
-    for row, entries in by_row.items():
-        words = [w for e in entries for w in (measured(e), f"{e['published']:.2f}")]
-        lines.append(_line([ROWS[row].label, *words]))
-    ran = [entry for entry in table.cells if entry["seeds"]]
-    if ran:
+    finished = [entry for entry in table.cells if entry["seeds"]]
+    if finished:
         titles = "last 10,final,best,published,difference,rounds,uploaded MB,measured seconds"
-        lines += ["", *_lines(["scheme", "split", *titles.split(",")])]
-        lines += [_line(_details(entry)) for entry in ran]
-        lines += ["", *(f"Run on {where}." for where in _origins(ran))]
+        lines += ["", *_markdown_head(["scheme", "split", *titles.split(",")])]
+        lines += [_markdown_line(_details(entry)) for entry in finished]
+        runs = [run for entry in finished for run in entry["runs"] if run["status"] == "done"]
+        lines += ["", *dict.fromkeys(f"Run on {origin(run)}." for run in runs)]
     return "\n".join(lines) + "\n"
 
 
-def measured(entry: Mapping[str, Any]) -> str:
-    """An entry's accuracy as text, or why it has none."""
+def result_tables(table: Table, out: Path, figures: Sequence[str]) -> list[RenderableType]:
+    """The accuracies next to the published ones, for a terminal."""
+    view = _view(
+        _title(table).replace(", ", ",\n", 1) + f",\nand the paper's after {ROUNDS}",
+        *_accuracy_titles("paper"),
+    )
+    for label, *words in _accuracies(table):
+        view.add_row(label.removeprefix("FedLP-"), *words)
+    files = ", ".join(("table.md", "table.csv", "table.json", *figures))
+    return [view, _note(f"Written to {out}: {files}")]
+
+
+def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
+    """Comm. and Comp. next to the published ones, and what the paper leaves out."""
+    table = _view(
+        "Comm.: thousand parameters that a client downloads and uploads in a round\n"
+        "Comp.: million multiply-accumulates of one image's forward pass",
+        "Comm.", "paper", "diff.", "Comp.", "paper", "diff.", "with 36.36", "diff.",
+    )  # fmt: skip
+    more = _view(
+        "Not in the paper: MB per client and round, with batch statistics and the\n"
+        "bits of the mask; thousand parameters that a client holds; million\n"
+        "multiply-accumulates",
+        "MB down", "MB up", "held, mean", "forward MACs", "backward MACs",
+    )  # fmt: skip
+    for cost in costs:
+        label = cost.row.removeprefix("FedLP-")
+        numbers = (
+            cost.comm_kparams, cost.comm_published, cost.comm_difference,
+            cost.comp_mmacs, cost.comp_published, cost.comp_difference,
+            cost.comp_as_published_convention, cost.comp_difference_as_published_convention,
+        )  # fmt: skip
+        table.add_row(label, *(f"{number:.2f}" for number in numbers))
+        held = sum(s * p for s, p in zip(cost.depth_share, cost.local_params, strict=True))
+        more.add_row(
+            label,
+            f"{cost.download_bytes / 1e6:.3f}",
+            f"{cost.upload_bytes / 1e6:.3f}",
+            f"{held / 1e3:.1f}",
+            f"{cost.comp_mmacs:.2f}",
+            f"{cost.backward_mmacs:.2f}",
+        )
+    deepest = max(costs, key=lambda cost: len(cost.local_params))
+    titles = ("exchanged params", "held params", "forward MACs", "backward MACs")
+    depths = _view("By depth", *titles, first="depth")
+    columns = (
+        deepest.shared_params, deepest.local_params, deepest.forward_macs, deepest.backward_macs,
+    )  # fmt: skip
+    for depth, by_depth in enumerate(zip(*columns, strict=True), start=1):
+        depths.add_row(str(depth), *(f"{number:,}" for number in by_depth))
+    return [table, _note(DIGIT_SLIP), "", more, "", depths]
+
+
+def estimate_tables(estimates: Mapping[Cell, Estimate]) -> list[RenderableType]:
+    """Expected traffic, computation and time of unfinished cells, by row."""
+    table = _view("Expected for the unfinished cells", "cells", "MB up", "10^9 MACs", "time")
+
+    def add(label: str, cells: Sequence[Estimate]) -> None:
+        upload, macs, seconds = (sum(column) for column in zip(*cells, strict=True))
+        numbers = f"{upload:,.1f}", f"{macs / 1e9:,.0f}", duration(seconds)
+        table.add_row(label, str(len(cells)), *numbers)
+
+    for row in ROWS:
+        own = [entry for cell, entry in estimates.items() if cell.row == row]
+        if own:
+            add(ROWS[row].label, own)
+    if not estimates:
+        return [_note("All cells are done.")]
+    table.add_section()
+    add("all", list(estimates.values()))
+    return [
+        table,
+        _note(
+            "Time is that of a few local steps of FedAvg, measured now and scaled by modelled "
+            "multiply-accumulates, without compilation. Shallow submodels take longer."
+        ),
+    ]
+
+
+def _entry(row: str, split: str, runs: Mapping[Cell, CellRun], study: Study) -> dict[str, Any]:
+    numbers = [
+        _numbers(cell, run) for cell, run in runs.items() if (cell.row, cell.split) == (row, split)
+    ]
+    done = [run for run in numbers if run["status"] == "done"]
+    statuses = {run["status"] for run in numbers} | {"not run"}
+    published = Cell(row, split).published
+    entry: dict[str, Any] = {
+        "row": ROWS[row].label,
+        "id": row,
+        "split": split,
+        "status": next(s for s in ("done", "diverged", "unfinished", "not run") if s in statuses),
+        "rounds": max((run["rounds"] for run in done or numbers), default=0),
+        "seeds": [run["seed"] for run in done],
+    }
+    for name in _MEANS:
+        entry[name] = round(fmean(run[name] for run in done), _DECIMALS) if done else None
+    last = [run["accuracy_last10"] for run in done]
+    entry["seed_spread"] = round(stdev(last), _DECIMALS) if len(last) > 1 else None
+    entry["published"] = published
+    entry["difference"] = None
+    if done and study.scale != "smoke":
+        entry["difference"] = round(entry["accuracy_last10"] - published, _DECIMALS)
+    return entry | {"runs": numbers}
+
+
+def _numbers(cell: Cell, run: CellRun) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"seed": cell.seed, "status": run.status, "rounds": run.rounds}
+    numbers |= dict.fromkeys(_MEANS)
+    if run.status == "done":
+        accuracy = [100 * row["test_accuracy"] for row in run.rows]
+        means = (
+            fmean(accuracy[-LAST:]),
+            accuracy[-1],
+            max(accuracy),
+            sum(row["upload_bytes"] for row in run.rows) / 1e6,
+            sum(row["seconds"] for row in run.rows),
+        )
+        numbers |= {k: round(v, _DECIMALS) for k, v in zip(_MEANS, means, strict=True)}
+    return numbers | {key: run.summary.get(key) for key in ("commit", "versions", "device")}
+
+
+def _title(table: Table) -> str:
+    last = min(LAST, table.rounds)
+    return f"Test accuracy in percent, mean of the last {last} of {table.rounds} rounds"
+
+
+def _accuracy_titles(published: str) -> list[str]:
+    return [word for label in SPLIT_LABELS.values() for word in (label, published)]
+
+
+def _accuracies(table: Table) -> list[list[str]]:
+    """Label of each row, then accuracy and published accuracy of each split."""
+    lines = []
+    for row in ROWS:
+        words = [ROWS[row].label]
+        for entry in (entry for entry in table.cells if entry["id"] == row):
+            words += [_accuracy(entry), f"{entry['published']:.2f}"]
+        lines.append(words)
+    return lines
+
+
+def _accuracy(entry: Mapping[str, Any]) -> str:
+    """An entry's accuracy, or why it has none."""
     if entry["accuracy_last10"] is None:
         return str(entry["status"])
     spread = entry["seed_spread"]
     return f"{entry['accuracy_last10']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
-def _entry(row: str, split: str, found: Mapping[Cell, Found], study: Study) -> dict[str, Any]:
-    mine = [cell for cell in found if (cell.row, cell.split) == (row, split)]
-    runs = [_run(cell, found[cell]) for cell in mine]
-    ended = [run for run in runs if run["status"] == "done"]
-    statuses = ["done", "diverged", "unfinished", "not run"]
-    there = {run["status"] for run in runs} | {"not run"}
-    published = Cell(row, split, SEED).published
-    entry: dict[str, Any] = {
-        "row": ROWS[row].label,
-        "id": row,
-        "split": split,
-        "status": next(status for status in statuses if status in there),
-        "rounds": max((run["rounds"] for run in ended or runs), default=0),
-        "seeds": [run["seed"] for run in ended],
-    }
-    for name in _MEANS:
-        entry[name] = round(fmean(r[name] for r in ended), _PLACES) if ended else None
-    last = [run["accuracy_last10"] for run in ended]
-    entry["seed_spread"] = round(stdev(last), _PLACES) if len(last) > 1 else None
-    entry["published"] = published
-    compares = ended and study.scale != "smoke"
-    ours = entry["accuracy_last10"]
-    entry["difference"] = round(ours - published, _PLACES) if compares else None
-    return entry | {"runs": runs}
-
-
-def _run(cell: Cell, found: Found) -> dict[str, Any]:
-    run: dict[str, Any] = {"seed": cell.seed, "status": found.status, "rounds": found.rounds}
-    run |= dict.fromkeys(_MEANS)
-    if found.status == "done":
-        accuracy = [100 * row["test_accuracy"] for row in found.rows]
-        numbers = (
-            fmean(accuracy[-LAST:]),
-            accuracy[-1],
-            max(accuracy),
-            sum(row["upload_bytes"] for row in found.rows) / 1e6,
-            sum(row["seconds"] for row in found.rows),
-        )
-        run |= {k: round(v, _PLACES) for k, v in zip(_MEANS, numbers, strict=True)}
-    return run | {key: found.summary.get(key) for key in ("commit", "versions", "device")}
-
-
 def _details(entry: Mapping[str, Any]) -> list[str]:
-    accuracies = [f"{entry[name]:.2f}" for name in _MEANS[:3]]
     difference = entry["difference"]
     return [
         entry["row"],
         SPLIT_LABELS[entry["split"]],
-        *accuracies,
+        *(f"{entry[name]:.2f}" for name in _MEANS[:3]),
         f"{entry['published']:.2f}",
         "" if difference is None else f"{difference:+.2f}",
         str(entry["rounds"]),
@@ -193,29 +302,22 @@ def _details(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _origins(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the runs were made with, each combination once."""
-    runs = [run for entry in entries for run in entry["runs"] if run["status"] == "done"]
-    texts = []
-    for run in runs:
-        device, versions = run["device"], run["versions"]
-        chip = device["kind"]
-        if device["platform"] == "cpu":
-            chip = device.get("processor", chip)
-        with_ = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "python"))
-        commit = run["commit"] or "unknown"
-        texts.append(f"{device['count']} x {chip}, {with_}, commit {commit}")
-    return list(dict.fromkeys(texts))
+def _markdown_head(titles: Sequence[str]) -> list[str]:
+    rule = ["---" if title in ("scheme", "split") else "---:" for title in titles]
+    return [_markdown_line(titles), _markdown_line(rule)]
 
 
-def _tiny(table: Table) -> bool:
-    return table.scale == "smoke"
-
-
-def _lines(titles: Sequence[str]) -> list[str]:
-    text = sum(title in ("scheme", "split") for title in titles)
-    return [_line(titles), _line(["---"] * text + ["---:"] * (len(titles) - text))]
-
-
-def _line(words: Sequence[str]) -> str:
+def _markdown_line(words: Sequence[str]) -> str:
     return f"| {' | '.join(words)} |"
+
+
+def _view(title: str, *columns: str, first: str = "") -> View:
+    table = View(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _note(text: str) -> Text:
+    return Text(text, style="italic")

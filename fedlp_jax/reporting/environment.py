@@ -1,10 +1,11 @@
-"""What a result depends on beside configuration and seed: versions, device, commit."""
+"""What a result depends on besides configuration and seed: versions, device, commit."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """All of it, as `summary.json` has it."""
+    """Versions, device and commit, as in `summary.json`."""
     import jax
 
     devices = jax.devices()
@@ -30,8 +31,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def origin(environment: Mapping[str, Any]) -> str:
+    """One line of an `environment()`: device, versions, commit."""
+    device, versions = environment["device"], environment["versions"]
+    chip = device["kind"]
+    if device["platform"] == "cpu":
+        chip = device.get("processor", chip)
+    names = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "python"))
+    return f"{device['count']} x {chip}, {names}, commit {environment['commit'] or 'unknown'}"
+
+
 def processor() -> str:
-    """The name of the machine's processor, as its system gives it."""
+    """The processor's name, as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):
@@ -40,7 +51,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that determine a result."""
     import fedlp_jax
 
     own = {"python": platform.python_version(), "fedlp_jax": fedlp_jax.__version__}
@@ -48,15 +59,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit this package runs from, `-dirty` if files differ; None outside a checkout."""
+    """The git commit of this package, `-dirty` if files differ; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    ask = (
+    commands = (
         [*git, "ls-files", "--error-unmatch", Path(__file__).name],
         [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
     )
     try:
-        for command in ask:
-            said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        for command in commands:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip()
+    return answer.stdout.strip()

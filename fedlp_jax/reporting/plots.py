@@ -1,11 +1,16 @@
-"""Every picture of the package. Figures are made without pyplot, so no global state is touched."""
+"""Plots of partitions and learning curves.
+
+Figures are made without pyplot and settings are scoped, so no global state of matplotlib changes.
+matplotlib is imported by the first plot.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,25 +21,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, one per round
+
 # Two palettes that stay apart under the common colour blindnesses: Okabe and Ito's for lines
 # (without the yellow, too pale on white), Paul Tol's muted one for areas.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _AREAS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
 _AREAS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB"]
 _SHOWN = 50  # clients drawn one by one
+_MARKED = 25  # points of a line that each get a marker; of more points, every few
 
 _AXES = {
     "round": "round",
     "upload_megabytes": "uploaded by all clients so far [MB]",
     "simulated_time": "modelled time so far [s]",
 }
-# What is summed over rounds for an axis: key of a row, factor.
+# Axes that accumulate a key over rounds: key, factor.
 _SUMS = {"upload_megabytes": ("upload_bytes", 1e-6), "simulated_time": ("simulated_time", 1.0)}
 
 
-class Holdings(Protocol):
-    """What is drawn of a `fedlp_jax.data.partition.Partition`."""
+class Style(NamedTuple):
+    """How a curve is drawn, in matplotlib's terms."""
+
+    colour: str
+    dash: str
+    marker: str
+
+
+class PartitionLike(Protocol):
+    """The part of a `fedlp_jax.data.partition.Partition` that is drawn."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -56,13 +73,13 @@ class Holdings(Protocol):
         """`i32[n_k]`."""
 
 
-def partition(partition: Holdings, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draws the label mix of up to 50 clients, and how many examples every client holds.
+def partition(partition: PartitionLike, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws the label mix of up to 50 clients, and the number of examples of every client.
 
     Args:
-      partition: of any number of clients; of more than 50, 50 at equal distances are shown one by
-        one, and the sizes of all of them as a histogram.
-      path: file to write, whose ending says the format; None writes nothing.
+      partition: of any number of clients. Of more than 50, it draws 50 at equal distances one by
+        one, and the sizes of all as a histogram.
+      path: file to write; its suffix selects the format. None writes nothing.
 
     Returns:
       The figure, 6 x 4 inches.
@@ -72,34 +89,37 @@ def partition(partition: Holdings, path: str | os.PathLike[str] | None = None) -
     """
     figure = _figure()
     mixes, sizes = figure.subplots(2, 1, height_ratios=(3, 2))
-    clients, held = partition.clients, partition.sizes
-    shown = np.arange(min(clients, _SHOWN)) * clients // min(clients, _SHOWN)
-    _draw_mixes(figure, mixes, partition, shown)
-    sizes_are = f"{held.min():,} to {held.max():,} each, median {np.median(held):,.10g}"
+    clients, examples = partition.clients, partition.sizes
+    drawn = np.arange(min(clients, _SHOWN)) * clients // min(clients, _SHOWN)
+    _draw_mixes(figure, mixes, partition, drawn)
+    spread = (
+        f"{examples[0]:,} each"
+        if (examples == examples[0]).all()
+        else f"{examples.min():,} to {examples.max():,} each, median {np.median(examples):,.10g}"
+    )
     mixes.set_title(
-        f"{held.sum():,} examples of {partition.num_classes} classes on {clients:,} "
-        f"client{'s' * (clients > 1)}; "
-        + (f"{held[0]:,} each" if (held == held[0]).all() else sizes_are),
+        f"{examples.sum():,} examples of {partition.num_classes} classes on {clients:,} "
+        f"client{'s' * (clients > 1)}; {spread}",
         fontsize="small",
     )
     if clients <= _SHOWN:
         mixes.tick_params(labelbottom=False)
-        sizes.bar(shown, held, width=0.85, color=_LINES[0])
+        sizes.bar(drawn, examples, width=0.85, color=_LINES[0])
         sizes.set(xlabel="client", ylabel="examples", xlim=mixes.get_xlim())
         sizes.set_xticks(mixes.get_xticks())
     else:
-        mixes.set_xlabel(f"client ({len(shown)} of them, at equal distances)", fontsize="small")
-        _draw_sizes(sizes, held)
+        mixes.set_xlabel(f"client ({len(drawn)} of them, at equal distances)", fontsize="small")
+        _draw_sizes(sizes, examples)
     sizes.yaxis.set_major_formatter("{x:,.0f}")
-    sizes.yaxis.set_major_locator(_whole_numbers(5))
+    sizes.yaxis.set_major_locator(_integers(5))
     for axes in (mixes, sizes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize="small")
-    return written(figure, path)
+    return save(figure, path)
 
 
 def curves(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    histories: Mapping[str, Rows | Sequence[Rows]],
     path: str | os.PathLike[str] | None = None,
     x: str = "round",
     y: str = "test_accuracy",
@@ -107,9 +127,10 @@ def curves(
     """Draws a metric of one or more runs against rounds, uploads or modelled time.
 
     Args:
-      histories: label -> rows of the run as in metrics.jsonl, one a round. Rows without `y` (rounds
-        that were not evaluated) are passed over, but their uploads count.
-      path: file to write, whose ending says the format; None writes nothing.
+      histories: label -> rows of a run as in metrics.jsonl, one per round; or label -> several such
+        runs (seeds), drawn as their mean and a band of one standard deviation. Rows without `y`
+        (rounds without evaluation) are skipped, but their uploads count.
+      path: file to write; its suffix selects the format. None writes nothing.
       x: "round"; "upload_megabytes" for the sum of `upload_bytes` so far, in 10^6 bytes; or
         "simulated_time" for the sum of the modelled seconds of rounds (`fl.Faults(profile=...)`).
       y: key of a row. Accuracies are shown in percent.
@@ -125,24 +146,24 @@ def curves(
     draw_curves(axes, histories, x, y)
     if len(histories) > 1:
         _legend(figure, axes, list(histories))
-    return written(figure, path)
+    return save(figure, path)
 
 
 def draw_curves(
     axes: Axes,
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    histories: Mapping[str, Rows | Sequence[Rows]],
     x: str = "round",
     y: str = "test_accuracy",
-    styles: Mapping[str, tuple[str, str]] | None = None,
+    styles: Mapping[str, Style] | None = None,
 ) -> None:
-    """Draws what `curves` draws on axes of one's own, without a legend.
+    """Draws the lines of `curves` on existing axes, without a legend.
 
     Args:
-      axes: of matplotlib.
+      axes: matplotlib axes.
       histories: as for `curves`.
       x: as for `curves`.
       y: as for `curves`.
-      styles: label -> colour and line style; None = one after the other.
+      styles: label -> style; labels without one take the next of a fixed cycle.
 
     Raises:
       FedLPError: `x` or `y` is unknown, or there is nothing to draw.
@@ -153,19 +174,12 @@ def draw_curves(
         )
     if not histories:
         raise FedLPError("There is no history to draw: pass at least one run, as {label: rows}.")
-    for i, (label, rows) in enumerate(histories.items()):
-        points = _points(label, rows, x, y)
-        plain = _LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % len(_DASHES)]
-        colour, dash = (styles or {}).get(label, plain)
-        axes.plot(
-            *points,
-            label=label,
-            color=colour,
-            linestyle=dash,
-            linewidth=1.6,
-            marker="o" if points.shape[1] <= 25 else "",
-            markersize=3.5,
-        )
+    last = 0.0
+    for i, (label, runs) in enumerate(histories.items()):
+        dash = _DASHES[i // len(_LINES) % len(_DASHES)]
+        cycle = Style(_LINES[i % len(_LINES)], dash, _MARKERS[i % len(_MARKERS)])
+        style = (styles or {}).get(label, cycle)
+        last = max(last, _draw_curve(axes, label, runs, x, y, style))
     axes.set(xlabel=_AXES[x], ylabel=y.replace("_", " "))
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
@@ -174,11 +188,65 @@ def draw_curves(
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter("{x:,.10g}")
     if x == "round":
-        axes.xaxis.set_major_locator(_whole_numbers(9))
+        axes.set_xticks(_ticks_to(last))
     if "accuracy" in y:
         from matplotlib.ticker import PercentFormatter
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def draw_run(folder: Path, name: str, clients: PartitionLike, rows: Rows) -> None:
+    """Draws the plots of a finished run: its partition and its learning curves.
+
+    A failure costs a warning, never the run.
+
+    Args:
+      folder: where the pictures go.
+      name: of the run.
+      clients: its partition.
+      rows: of its metrics.jsonl.
+    """
+    try:
+        partition(clients, folder / "partition.png")
+        if any(row.get("test_accuracy") is not None for row in rows):
+            timed = ("simulated_time",) if "simulated_time" in rows[0] else ()
+            for x in ("round", "upload_megabytes", *timed):
+                curves({name: rows}, folder / f"accuracy_by_{x}.png", x)
+    except Exception as error:
+        warnings.warn(
+            f"The plots in {folder} are incomplete: {error} Everything else is written.",
+            stacklevel=2,
+        )
+
+
+def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Writes a figure and returns it; None writes nothing.
+
+    The picture is written next to its place and moved there, so a reader never sees half of one,
+    and a link at `path` is replaced, not followed. Fonts in PDF are Type 42, which every printer
+    and journal accepts.
+
+    Raises:
+      FedLPError: no permission, or a suffix that matplotlib does not know.
+    """
+    if path is None:
+        return figure
+    from matplotlib import rc_context
+
+    place = Path(path)
+    part = place.with_name(f".{place.stem}.part{place.suffix or '.png'}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
+                figure.savefig(part)
+            os.replace(part, place.with_suffix(part.suffix))
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise FedLPError(f"The picture {path} cannot be written: {error}") from None
+    return figure
 
 
 def _figure() -> Figure:
@@ -187,39 +255,97 @@ def _figure() -> Figure:
     return Figure(figsize=(6, 4), dpi=150, layout="constrained")
 
 
-def written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, after it has been written where there is a path."""
-    if path is not None:
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-        except (OSError, ValueError) as error:  # no permission; an ending matplotlib does not know
-            raise FedLPError(f"The picture {path} cannot be written: {error}") from None
-    return figure
-
-
-def _whole_numbers(ticks: int) -> Locator:
+def _integers(ticks: int) -> Locator:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(ticks, integer=True)
 
 
-def _draw_mixes(figure: Figure, axes: Axes, partition: Holdings, shown: np.ndarray) -> None:
-    """Stacked bars: the share of each class in the data of each client shown."""
-    classes = partition.num_classes
-    counts = np.stack(
-        [
-            np.bincount(partition.labels[partition.rows(k)], minlength=classes)
-            for k in shown.tolist()
-        ]
+def _ticks_to(last: float) -> np.ndarray:
+    """Round ticks from 0, the last of them at the last round."""
+    ticks = np.asarray(_integers(9).tick_values(0, last))
+    step = ticks[1] - ticks[0]
+    return np.append(ticks[ticks < last - 0.6 * step], last)
+
+
+def _draw_curve(
+    axes: Axes, label: str, runs: Rows | Sequence[Rows], x: str, y: str, style: Style
+) -> float:
+    """Draws one line, with a band if it is of several runs; returns its last abscissa."""
+    single = not runs or isinstance(runs[0], Mapping)
+    points = [_points(label, rows, x, y) for rows in ([runs] if single else runs)]  # type: ignore
+    rounds = sorted(set.intersection(*(set(run) for run in points)))
+    if not rounds:
+        raise FedLPError(
+            f"{label}: its {len(points)} runs have no round in common with {y!r}; draw them under "
+            "a label each."
+        )
+    table = np.array([[run[round] for round in rounds] for run in points])  # [runs, rounds, 2]
+    across, mean = table.mean(axis=0).T
+    axes.plot(
+        across,
+        mean,
+        label=label,
+        color=style.colour,
+        linestyle=style.dash,
+        linewidth=1.6,
+        marker=style.marker,
+        markevery=1 if len(rounds) <= _MARKED else len(rounds) // 8,
+        markersize=3.5,
     )
-    shares = counts / counts.sum(axis=1, keepdims=True)  # f64[shown, classes]
+    if len(points) > 1:
+        spread = table[..., 1].std(axis=0, ddof=1)
+        axes.fill_between(
+            across, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
+        )
+    return float(across[-1])
+
+
+def _points(label: str, rows: Rows, x: str, y: str) -> dict[int, tuple[float, float]]:
+    """Round -> abscissa and ordinate of one run, where it has `y`."""
+    points: dict[int, tuple[float, float]] = {}
+    total = 0.0
+    for row in rows:
+        if x in _SUMS:
+            key, factor = _SUMS[x]
+            if key not in row:
+                raise FedLPError(
+                    f"{label}: round {row.get('round')} has no {key} to add up; draw against "
+                    "x='round'."
+                )
+            total += row[key] * factor
+        if row.get(y) is not None:
+            points[row["round"]] = (row["round"] if x == "round" else total, row[y])
+    if not points:
+        keys = sorted({key for row in rows for key in row})
+        raise FedLPError(
+            f"{label}: none of {len(rows)} rounds has {y!r}{nearest(y, keys) or '.'} They have: "
+            f"{', '.join(keys) or 'nothing'}."
+        )
+    return points
+
+
+def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
+    """Names the curves: inside the axes where there is room, else below."""
+    longest = max(map(len, labels))
+    if len(labels) <= 8 and longest <= 30:
+        axes.legend(fontsize="small", frameon=False)
+        return
+    ncols = max(72 // (longest + 8), 1)  # about 72 small characters fit below the axes
+    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
+
+
+def _draw_mixes(figure: Figure, axes: Axes, partition: PartitionLike, drawn: np.ndarray) -> None:
+    """Stacked bars: the share of each class in the data of each client drawn."""
+    classes = partition.num_classes
+    labels = (partition.labels[partition.rows(k)] for k in drawn.tolist())
+    counts = np.stack([np.bincount(own, minlength=classes) for own in labels])
+    shares = counts / counts.sum(axis=1, keepdims=True)  # f64[drawn, classes]
     bottom = np.cumsum(shares, axis=1) - shares
-    position = np.arange(len(shown))
+    position = np.arange(len(drawn))
     if classes <= len(_AREAS):
-        colours: Any = _AREAS
         for c in range(classes):
-            axes.bar(position, shares[:, c], 0.85, bottom[:, c], color=colours[c], label=str(c))
+            axes.bar(position, shares[:, c], 0.85, bottom[:, c], color=_AREAS[c], label=str(c))
         figure.legend(
             title="class", loc="outside right upper", fontsize="x-small", title_fontsize="x-small",
             frameon=False, reverse=True,
@@ -230,62 +356,28 @@ def _draw_mixes(figure: Figure, axes: Axes, partition: Holdings, shown: np.ndarr
         from matplotlib.colors import Normalize
 
         scale = ScalarMappable(Normalize(0, classes - 1), colormaps["viridis"])
-        client, label = np.nonzero(counts)  # many classes: draw only the bars there are
+        client, label = np.nonzero(counts)  # of many classes, most bars would be empty
         axes.bar(
             position[client], shares[client, label], 0.85, bottom[client, label],
             color=scale.to_rgba(label),
         )  # fmt: skip
         figure.colorbar(scale, ax=axes, label="class", fraction=0.05, pad=0.01)
-    axes.set(ylabel="share of examples", ylim=(0, 1), xlim=(-0.7, len(shown) - 0.3))
-    ticks = position[:: max(len(shown) // 5, 1)]
-    axes.set_xticks(ticks, [f"{k:,}" for k in shown[ticks]])
+    axes.set(ylabel="share of examples", ylim=(0, 1), xlim=(-0.7, len(drawn) - 0.3))
+    ticks = position[:: max(len(drawn) // 5, 1)]
+    axes.set_xticks(ticks, [f"{k:,}" for k in drawn[ticks]])
 
 
 def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
-    """Histogram of the sizes of all clients, logarithmic if they differ very much."""
+    """Histogram of the sizes of all clients, logarithmic if they span a factor over 50."""
     smallest, largest = int(sizes.min()), int(sizes.max())
     if largest > 50 * smallest:
         bins: np.ndarray = np.unique(np.geomspace(smallest, largest + 1, 40).round()) - 0.5
         axes.set_xscale("log")
     elif largest - smallest < 60:
         bins = np.arange(max(smallest - 2, 0), largest + 4) - 0.5
-        axes.xaxis.set_major_locator(_whole_numbers(9))
+        axes.xaxis.set_major_locator(_integers(9))
     else:
         bins = np.linspace(smallest, largest, 41)
     axes.hist(sizes, bins=bins.tolist(), color=_LINES[0])
     axes.set(xlabel="examples of a client", ylabel="clients")
     axes.xaxis.set_major_formatter("{x:,.10g}")
-
-
-def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
-    """Names the curves: within the axes where there is room, else below."""
-    longest = max(map(len, labels))
-    if len(labels) <= 8 and longest <= 30:
-        axes.legend(fontsize="small", frameon=False)
-        return
-    ncols = max(72 // (longest + 8), 1)  # about 72 small characters fit below the axes
-    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
-
-
-def _points(label: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> np.ndarray:
-    """Abscissas and ordinates `f64[2, points]` of one run."""
-    points: list[tuple[float, float]] = []
-    so_far = 0.0
-    for row in rows:
-        if x in _SUMS:
-            key, factor = _SUMS[x]
-            if key not in row:
-                raise FedLPError(
-                    f"{label}: round {row.get('round')} has no {key}, which cannot be summed, "
-                    "then; draw against x='round'."
-                )
-            so_far += row[key] * factor
-        if row.get(y) is not None:
-            points.append((row["round"] if x == "round" else so_far, row[y]))
-    if not points:
-        keys = sorted({key for row in rows for key in row})
-        raise FedLPError(
-            f"{label}: none of {len(rows)} rounds has {y!r}{nearest(y, keys) or '.'} They have: "
-            f"{', '.join(keys) or 'nothing'}."
-        )
-    return np.asarray(points, np.float64).T

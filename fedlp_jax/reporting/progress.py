@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, on stderr."""
+"""Progress of a run on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,39 +17,36 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 _SECONDS_BETWEEN_LINES = 10.0
-_LINES = 10  # at least so many lines a run, where there is no bar
+_LINES = 10  # at least, per run, where there is no bar
 
 
 class Progress:
-    """Shows rounds as they end: a bar on a terminal, plain lines elsewhere. A context manager."""
+    """Shows each round as it ends. A context manager."""
 
     def __init__(
         self,
         rounds: int,
         name: str,
-        wanted: bool | None = None,
+        show: bool | None = None,
         console: Console | None = None,
         done: Sequence[Mapping[str, Any]] = (),
     ):
-        """Prepares to show a run.
+        """Prepares the display of a run.
 
         Args:
-          rounds: how many the run has.
+          rounds: of the run.
           name: of the run.
-          wanted: None = on a terminal only.
-          console: where; None = stderr.
-          done: the rows of the rounds before, if the run is resumed.
+          show: None = on a terminal only.
+          console: to print to; None = stderr.
+          done: rows of the rounds before, if the run is resumed.
         """
         self._console = console or Console(stderr=True)
-        self._wanted = self._console.is_terminal if wanted is None else wanted
-        self._rounds, self._name = rounds, name
+        self._show = self._console.is_terminal if show is None else show
+        self._rounds, self._name, self._first = rounds, name, len(done) + 1
         self._uploaded = 0.0  # bytes
         self._accuracy, self._tested = "", 0
         for row in done:
             self._count(row)
-        self._first = len(done) + 1
-        self._shown, self._shown_at = len(done), time.monotonic()
-        self._first_at = self._shown_at
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,41 +56,44 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=self._console,
+            get_time=time.monotonic,
         )
         self._task = self._bar.add_task(
             name, total=rounds, completed=len(done), numbers="loading and compiling ..."
         )
+        self._line_round, self._line_at = len(done), self._bar.get_time()
 
     def __enter__(self) -> Progress:
-        """Starts showing."""
-        if self._wanted and self._console.is_terminal:
+        """Shows the bar, or a first line."""
+        if self._show and self._console.is_terminal:
             self._bar.start()
-        elif self._wanted and self._rounds:
+        elif self._show and self._rounds:
             which = "the first" if self._first == 1 else f"round {self._first}"
-            self._line(f"{self._name}: compiling {which} of {self._rounds} rounds ...")
+            self._line(f"compiling {which} of {self._rounds} rounds ...")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends showing."""
+        """Leaves the bar where it is."""
         if self._console.is_terminal:
             self._bar.stop()
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """Shows one more round, a row of `metrics.jsonl`."""
-        now, round = time.monotonic(), int(row["round"])
-        if round == self._first:
-            self._first_at = now
+        """Shows one more round, given as a row of `metrics.jsonl`."""
+        round = int(row["round"])
         self._count(row)
-        if not self._wanted:
+        self._bar.update(self._task, completed=round, numbers=self._numbers(row))
+        if not self._show or self._console.is_terminal:
             return
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=round, numbers=self._numbers(row))
-        elif self._due(round, now):
-            self._shown, self._shown_at = round, now
-            self._line(
-                f"{self._name}: round {round}/{self._rounds}  {self._numbers(row)}"
-                f"{self._remaining(round, now)}"
-            )
+        now = self._bar.get_time()
+        if (
+            round in (self._first, self._rounds)
+            or round - self._line_round >= self._rounds / _LINES
+            or now - self._line_at >= _SECONDS_BETWEEN_LINES
+        ):
+            self._line_round, self._line_at = round, now
+            left = self._bar.tasks[self._task].time_remaining
+            eta = f"  {duration(left)} left" if left and round > self._first else ""
+            self._line(f"round {round}/{self._rounds}  {self._numbers(row)}{eta}")
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self._uploaded += row["upload_bytes"]
@@ -101,16 +101,9 @@ class Progress:
             self._accuracy = f"accuracy {row['test_accuracy']:.4f}"
             self._tested = int(row["round"])
 
-    def _due(self, round: int, now: float) -> bool:
-        return (
-            round in (self._first, self._rounds)
-            or round - self._shown >= self._rounds / _LINES
-            or now - self._shown_at >= _SECONDS_BETWEEN_LINES
-        )
-
     def _numbers(self, row: Mapping[str, Any]) -> str:
         loss = row.get("train_loss")
-        # An older accuracy says so: it is not that of the loss beside it.
+        # An accuracy of an earlier round says so, since the loss next to it is newer.
         when = f" (round {self._tested})" if self._tested != row["round"] else ""
         parts = [
             f"loss {loss:.4f}" if loss is not None else "",
@@ -119,15 +112,8 @@ class Progress:
         ]
         return "  ".join(filter(None, parts))
 
-    def _remaining(self, round: int, now: float) -> str:
-        if round <= self._first or round >= self._rounds:
-            return ""
-        # The first may hold what is done once.
-        each = (now - self._first_at) / (round - self._first)
-        return f"  {duration(each * (self._rounds - round))} left"
-
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

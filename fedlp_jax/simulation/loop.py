@@ -112,7 +112,7 @@ def simulate(
     if stop is not None and hosts.anywhere("stop", stop()):
         left = range(0)
     wanted = progress and hosts.is_first()
-    with Progress(rounds, data.name, wanted=wanted, done=done) as shown, saver, hosts.explained():
+    with Progress(rounds, data.name, show=wanted, done=done) as shown, saver, hosts.explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         if left:
             with conv.repeating(resume.lowerings if resume is not None else {}):

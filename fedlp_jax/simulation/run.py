@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.accounting.ledger import Ledger, level_macs
+from fedlp_jax.accounting.ledger import Ledger
+from fedlp_jax.accounting.macs import relative_work
 from fedlp_jax.aggregation.privacy import accountant
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Exposure, Faults
@@ -94,7 +95,7 @@ class Simulation:
         )
         state = algorithm.init(root, example, self.population, variables)
         self.begun_with = checks.first_numbers(state)
-        costs = level_macs([level.task for level in self.levels], root, example)
+        costs = relative_work([level.task for level in self.levels], root, example)
         population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
         self.stage = Stage(
             algorithm, data, population, self.levels, costs, root, example, self.plan

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from fedlp_jax.accounting.ledger import BYTES, Ledger
+from fedlp_jax.accounting.ledger import modelled_traffic
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Keep, keep_matrix
@@ -48,7 +48,7 @@ def uploads(keep: Keep, cohort: int, layers: LayerTable) -> Uploads:
 
 
 def communication(keep: Keep, cohort: int, layers: LayerTable) -> dict[str, float]:
-    """What a round of FedLP-Homo exchanges on average: the row of `costs.Ledger`, in expectation.
+    """What a round of FedLP-Homo exchanges on average: the expected row of the ledger.
 
     Every client downloads all layers and sends layer l with probability `p_{k,l}`:
     `E upload_params = sum_l size_l sum_k p_{k,l}`, and one bit per layer for the mask.
@@ -62,13 +62,9 @@ def communication(keep: Keep, cohort: int, layers: LayerTable) -> dict[str, floa
       `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, summed over the cohort.
     """
     sent = _matrix(keep, cohort, layers).sum(axis=0)
-    size = BYTES * (layers.params + layers.statistics)
-    return {
-        "upload_params": float(sent @ layers.params),
-        "download_params": float(cohort * layers.params.sum()),
-        "upload_bytes": float(sent @ size) + cohort * Ledger(layers, cohort).mask_bytes,
-        "download_bytes": float(cohort * size.sum()),
-    }
+    received = np.full(len(layers), cohort)
+    row = modelled_traffic(layers, sent, received, clients=cohort)
+    return {name: float(value) for name, value in row.items()}
 
 
 def senders(keep: ArrayLike) -> np.ndarray:

@@ -165,7 +165,7 @@ def test_plots_that_cannot_be_written_cost_a_warning_only(monkeypatch):
     monkeypatch.setattr(plots, "curves", fail)
     said = fedlp("run", "small.yaml")
     assert said.exit_code == 0
-    assert "warning: the plots of runs/small-1 are not complete" in said.stderr
+    assert "warning: The plots in runs/small-1/plots are incomplete" in said.stderr
     assert "cannot be written: no space" in said.stderr
     assert "of FedAvg's" in said.stdout
 

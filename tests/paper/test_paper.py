@@ -1,4 +1,4 @@
-"""`fedlp reproduce paper`: costs to the published digits, and cells that survive interruption."""
+"""`fedlp reproduce paper`: costs to the published digits; cells survive interruption."""
 
 import csv
 import io
@@ -8,22 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 import typer.testing
 
 from fedlp_jax import FedLPError, cli
 from fedlp_jax.config.schema import dump_config, load_config
 from fedlp_jax.execution import map_clients as placement
-from fedlp_jax.nn import conv
 from fedlp_jax.paper import cells as cells_module
-from fedlp_jax.paper import forecast as forecast_module
-from fedlp_jax.paper import results as tables
-from fedlp_jax.paper import run as study_module
-from fedlp_jax.paper.cells import Study, remaining, run_cells, survey
+from fedlp_jax.paper import results
+from fedlp_jax.paper.cells import Study, estimate, read_cells, run_cells, unfinished
 from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
@@ -48,7 +44,7 @@ def fedlp(*words, columns=80):
 
 
 def invented(study, cell, status="done", accuracy=0.5, config=None):
-    """A cell with numbers that no training gave, as a run would leave it."""
+    """A cell with invented numbers, as a run would leave it."""
     config = config or study.config(cell)
     path = study.path(cell)
     path.mkdir(parents=True)
@@ -67,16 +63,21 @@ def invented(study, cell, status="done", accuracy=0.5, config=None):
     return path
 
 
-# the paper
+def table(out):
+    """The table.json of a directory."""
+    return results.Table(**json.loads((out / "table.json").read_text()))
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.row}-{cell.split}")
-def test_a_cell_is_the_configuration_that_is_shown(cell):
-    file = PAPER / f"{cell.row}-{cell.split}.yaml"
-    assert cell_config(cell) == load_config(file)
-    head = f"# {ROWS[cell.row].label}, "
-    assert file.read_text().startswith(head)
-    assert f"published accuracy {cell.published:.2f}%" in file.read_text().splitlines()[0]
+# the published table
+
+
+def test_a_cell_equals_its_configuration_file():
+    for cell in CELLS:
+        file = PAPER / f"{cell.row}-{cell.split}.yaml"
+        head = file.read_text().splitlines()[0]
+        assert cell_config(cell) == load_config(file), file.name
+        assert head.startswith(f"# {ROWS[cell.row].label}, "), file.name
+        assert f"published accuracy {cell.published:.2f}%" in head, file.name
 
 
 def test_small_is_the_protocol_with_fewer_rounds():
@@ -174,7 +175,7 @@ def test_costs_fit_a_terminal(costs, columns):
 # a directory of cells
 
 
-def test_a_cell_is_known_whoever_ran_it(tmp_path):
+def test_a_cell_is_recognised_by_its_configuration(tmp_path):
     study = Study(tmp_path, "small")
     plain = load_config(
         PAPER / "fedavg-iid.yaml", {"rounds": 20, "data.data_dir": "elsewhere", "plan.devices": 3}
@@ -182,15 +183,15 @@ def test_a_cell_is_known_whoever_ran_it(tmp_path):
     invented(study, IID[0], config=plain)
     invented(study, IID[1], "unfinished")
     invented(study, Cell("hetero-1", "m-niid", 26), "diverged")
-    assert {cell: (f.status, f.rounds) for cell, f in survey(study).items()} == {
+    assert {cell: (f.status, f.rounds) for cell, f in read_cells(study).items()} == {
         IID[0]: ("done", 20),
         IID[1]: ("unfinished", 19),
         Cell("hetero-1", "m-niid", 26): ("diverged", 20),
     }
-    assert remaining(study, [*IID, Cell("fedavg", "m-niid")]) == [IID[1], Cell("fedavg", "m-niid")]
+    assert unfinished(study, [*IID, Cell("fedavg", "m-niid")]) == [IID[1], Cell("fedavg", "m-niid")]
 
 
-def test_another_study_is_refused_and_left_alone(tmp_path):
+def test_the_directory_of_another_study_is_refused_and_unchanged(tmp_path):
     invented(Study(tmp_path, "small"), IID[0])
     before = sorted(tmp_path.rglob("*"))
     said = fedlp("--out", str(tmp_path), "--rows", "hetero-1")
@@ -205,7 +206,7 @@ def test_a_run_that_was_killed_before_its_configuration_was_written_is_unfinishe
     study = Study(tmp_path, "small")
     path = invented(study, IID[0], "unfinished")
     (path / "config.yaml").write_text("")
-    assert survey(study)[IID[0]].status == "unfinished"
+    assert read_cells(study)[IID[0]].status == "unfinished"
 
 
 def test_a_cell_that_another_process_runs_is_refused(tmp_path):
@@ -219,7 +220,7 @@ def test_a_cell_that_another_process_runs_is_refused(tmp_path):
 
 
 def executing(monkeypatch, study, error_at=None, error=None):
-    """Puts invented cells where training would be; one may end in an error."""
+    """Replaces training by invented cells; one may end in an error."""
     ran = []
 
     def execute(config, path, *, resume, progress, stop):
@@ -235,7 +236,7 @@ def executing(monkeypatch, study, error_at=None, error=None):
     return ran
 
 
-def test_only_what_is_left_is_run_and_says_how_long_that_takes(tmp_path, monkeypatch):
+def test_only_unfinished_cells_run_and_the_time_left_is_shown(tmp_path, monkeypatch):
     study = Study(tmp_path, "smoke")
     invented(study, CELLS[1])
     ran = executing(monkeypatch, study)
@@ -252,15 +253,14 @@ def test_only_what_is_left_is_run_and_says_how_long_that_takes(tmp_path, monkeyp
     assert list(run_cells(study, CELLS[:4])) == []
 
 
-def test_interruption_says_how_to_go_on_and_leaves_the_table(tmp_path, monkeypatch):
+def test_an_interruption_says_how_to_resume_and_leaves_the_table(tmp_path, monkeypatch):
     study = Study(tmp_path, "smoke")
     executing(monkeypatch, study, error_at=2, error=KeyboardInterrupt())
     said = fedlp("--out", str(tmp_path), "--scale", "smoke")
     assert said.exit_code == 130
     assert "fedlp: interrupted." in said.stderr
-    assert "2 of 27 cells are done. The same command goes on with fedavg-m-niid" in said.stderr
-    table = tables.read_table(tmp_path / "table.json")
-    assert [entry["status"] for entry in table.cells] == ["done"] * 2 + ["not run"] * 25
+    assert "2 of 27 cells are done. The same command resumes fedavg-m-niid" in said.stderr
+    assert [entry["status"] for entry in table(tmp_path).cells] == ["done"] * 2 + ["not run"] * 25
     assert (tmp_path / "accuracy_by_round.png").is_file()
 
 
@@ -307,7 +307,7 @@ def study(tmp_path):
 
 
 def test_a_table_has_a_number_only_for_what_was_run(study):
-    found = {(entry["id"], entry["split"]): entry for entry in tables.make_table(study).cells}
+    found = {(entry["id"], entry["split"]): entry for entry in results.make_table(study).cells}
     assert len(found) == 27
     cell = found["fedavg", "iid"]
     # Rounds 11 to 20 add 1.1 to 2 points to the accuracy of each seed.
@@ -327,10 +327,10 @@ def test_a_table_has_a_number_only_for_what_was_run(study):
         assert found[key]["accuracy_last10"] is found[key]["difference"] is None
 
 
-def test_a_table_is_written_and_read_back(study):
-    table = tables.make_table(study)
-    tables.write_table(table, study.out)
-    assert tables.read_table(study.out / "table.json") == table
+def test_a_table_is_written_as_json_csv_and_markdown(study):
+    made = results.make_table(study)
+    results.write_table(made, study.out)
+    assert table(study.out) == made
     lines = list(csv.DictReader(io.StringIO((study.out / "table.csv").read_text())))
     assert len(lines) == 27
     assert (lines[0]["accuracy_last10"], lines[0]["seeds"]) == ("62.55", "25 26")
@@ -339,17 +339,14 @@ def test_a_table_is_written_and_read_back(study):
     assert "| FedAvg | 62.55 ± 1.41 | 77.94 | not run | 77.67 | not run | 67.57 |" in text
     assert "| FedLP-Homo(0.5) | unfinished | 77.60 |" in text
     assert "2 x Abacus 1, jax 1.0" in text and "commit abc" in text
-    (study.out / "table.json").write_text("{}")
-    with pytest.raises(FedLPError, match=r"is not the table.json of `fedlp reproduce paper`"):
-        tables.read_table(study.out / "table.json")
 
 
 def test_a_smoke_table_compares_with_nothing(tmp_path):
     study = Study(tmp_path, "smoke")
     invented(study, IID[0])
-    table = tables.make_table(study)
-    assert table.cells[0]["difference"] is None
-    assert "its accuracies compare with nothing" in tables.markdown(table)
+    made = results.make_table(study)
+    assert made.cells[0]["difference"] is None
+    assert "its accuracies are comparable to nothing" in results.markdown(made)
 
 
 def test_a_panel_for_each_split_that_was_run(study):
@@ -362,17 +359,22 @@ def test_a_panel_for_each_split_that_was_run(study):
 
 
 def test_an_estimate_scales_a_measured_piece_by_modelled_work(tmp_path, monkeypatch):
-    piece = forecast_module.Piece(3, 4, seconds=0.6, test_seconds=0.5, compiling=7)
-    monkeypatch.setattr(forecast_module, "measure", lambda *_: piece)
+    rows = [{"seconds": 9.0}, {"seconds": 0.6}, {"seconds": 1.1}]  # compiled; trained; tested
+
+    def simulate(**arguments):
+        assert arguments["algorithm"] and arguments["rounds"] == 3
+        return types.SimpleNamespace(history=types.SimpleNamespace(rows=rows))
+
+    monkeypatch.setattr(cells_module, "simulate", simulate)
     study = Study(tmp_path, "smoke")
-    (found, half), _ = forecast_module.forecast(study, IID)
+    whole, half = estimate(study, IID).values()
     images = 2 * 4 * 1437 / 40  # of two rounds of four clients, one epoch
-    assert found.seconds == pytest.approx(0.6 / (3 * 4 * 10) * images + 2 * 0.5)
-    assert half.seconds == pytest.approx(found.seconds)
-    # The ledger's bytes of a client: without the images' size nothing depends on but conv1 and fc1.
+    assert whole.seconds == pytest.approx(0.6 / (3 * 4 * 10) * images + 2 * 0.5)
+    assert half.seconds == pytest.approx(whole.seconds)
+    # The ledger's bytes of a client; only conv1 and fc1 depend on the size of the images.
     fc1, conv1 = (2048 - 128) * 128, 2 * 9 * 32
-    assert found.upload_megabytes == pytest.approx(8e-6 * (4 * (552_362 - fc1 - conv1) + 5))
-    assert 0.5 < half.upload_megabytes / found.upload_megabytes < 0.5001
+    assert whole.upload_megabytes == pytest.approx(8e-6 * (4 * (552_362 - fc1 - conv1) + 5))
+    assert 0.5 < half.upload_megabytes / whole.upload_megabytes < 0.5001
     said = fedlp("--estimate", "--scale", "smoke", "--rows", "homo-0.5", "--splits", "iid,m-niid")
     assert said.exit_code == 0, said.output
     assert "measured now" in said.stdout and "FedLP-Homo(0.5)" in said.stdout
@@ -383,7 +385,7 @@ def test_an_estimate_scales_a_measured_piece_by_modelled_work(tmp_path, monkeypa
 
 
 def command(*words):
-    """The command, as a process of its own."""
+    """The command, as a process."""
     return subprocess.Popen(
         [
             sys.executable,
@@ -400,60 +402,29 @@ def command(*words):
     )
 
 
-@pytest.mark.parametrize("scale", ["smoke", "small"])
-def test_settings_of_jax_are_those_of_the_study_until_it_ends(tmp_path, monkeypatch, scale):
-    def settings():
-        return {name: jax.config.values[name] for name in study_module._SETTINGS}
-
-    seen = []
-
-    def instead(study, cells, **rest):
-        with conv.recording() as lowerings:
-            x, w = jnp.zeros((2, 8, 8, 32)), jnp.zeros((3, 3, 32, 32))
-            conv.conv_general_dilated(
-                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        seen.append((settings(), set(lowerings.values())))
-        yield cells[0]
-
-    monkeypatch.setattr(study_module, "run_cells", instead)
-    monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
-    before = settings()
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        study_module.run_study(Study(tmp_path / "out", scale), IID)
-        ((during, forms),) = seen
-        after = settings()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
-    assert during["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
-    assert during["jax_disable_most_optimizations"] == (scale == "smoke")
-    assert (forms == {"patches"}) == (scale == "smoke")
-    assert after == before | {"jax_compilation_cache_dir": None}
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_killed_study_resumes_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLP_CACHE_DIR", str(tmp_path / "cache"))
     out, study = tmp_path / "out", Study(tmp_path / "out", "smoke")
     words = ["--scale", "smoke", "--rows", "fedavg,homo-0.5", "--splits", "iid", "--out", str(out)]
     process = command(*words)
     deadline = time.monotonic() + 300
-    while not (study.path(IID[1]) / ".claim").exists() and time.monotonic() < deadline:
+    while not study.path(IID[1]).exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert remaining(study, IID) == IID[1:]
+    assert unfinished(study, IID) == IID[1:]
     first = (study.path(IID[0]) / "metrics.jsonl").stat().st_mtime_ns
-    table = tables.read_table(out / "table.json")
-    assert [entry["status"] for entry in table.cells if entry["status"] != "not run"] == ["done"]
+    assert [entry["status"] for entry in table(out).cells if entry["status"] != "not run"] == [
+        "done"
+    ]
 
     said = fedlp(*words)
     assert said.exit_code == 0, said.output
     assert "cell 2 of 2: homo-0.5-iid-seed25" in said.stderr
     assert (study.path(IID[0]) / "metrics.jsonl").stat().st_mtime_ns == first
-    entries = [e for e in tables.read_table(out / "table.json").cells if e["seeds"]]
+    entries = [e for e in table(out).cells if e["seeds"]]
     assert [(e["id"], e["rounds"]) for e in entries] == [("fedavg", 2), ("homo-0.5", 2)]
     fedavg, homo = (e["upload_megabytes"] for e in entries)
     assert 0.2 < homo / fedavg < 0.8
@@ -467,4 +438,4 @@ def test_a_cell_with_broken_files_is_named(study, name, content):
     with pytest.raises(
         FedLPError, match=f"{IID[0].name} has a .* that cannot be read: .*Remove the"
     ):
-        survey(study)
+        read_cells(study)

@@ -6,9 +6,10 @@ from fedlp_jax.reporting import run_directory as report
 
 
 def test_the_environment_can_be_written_down():
-    found = json.loads(json.dumps(report.plain(environment.environment())))
-    assert found["device"]["count"] >= 1
-    assert found["versions"]["jax"] and found["versions"]["fedlp_jax"]
+    written = json.loads(json.dumps(report.plain(environment.environment())))
+    assert written["device"]["count"] >= 1
+    assert written["versions"]["jax"] and written["versions"]["fedlp_jax"]
+    assert environment.origin(written).startswith(f"{written['device']['count']} x ")
 
 
 def test_the_commit_is_that_of_the_package_or_none(tmp_path, monkeypatch):

@@ -97,6 +97,37 @@ def test_curves_show_the_rounds_that_were_evaluated():
     assert axes.get_yticklabels()[0].get_text().endswith("%")
 
 
+def test_the_last_tick_is_at_the_last_round():
+    for rounds in (1, 3, 60, 199, 200, 1013):
+        (axes,) = plots.curves({"a": _rows(rounds), "b": _rows(1)}).axes
+        ticks = axes.get_xticks()
+        assert (ticks[0], ticks[-1]) == (0, rounds)
+        assert np.diff(ticks).min() > 0.5 * np.diff(ticks).max()
+
+
+def test_a_line_has_a_marker_of_its_own_on_some_points():
+    axes = plots.curves({"a": _rows(200), "b": _rows(5)}).axes[0]
+    first, second = axes.get_lines()
+    assert first.get_marker() != second.get_marker()
+    assert (first.get_markevery(), second.get_markevery()) == (25, 1)
+
+
+def test_several_runs_of_a_label_are_a_mean_with_a_band():
+    runs = [
+        [row | {"test_accuracy": row["test_accuracy"] + shift} for row in _rows(5, upload=upload)]
+        for shift, upload in ((0.0, 10**6), (0.1, 2 * 10**6), (0.2, 3 * 10**6))
+    ]
+    (axes,) = plots.curves({"a": runs}, x="upload_megabytes").axes
+    (line,) = axes.get_lines()
+    np.testing.assert_allclose(line.get_xdata(), [2, 4, 6, 8, 10])
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.3, 0.4, 0.5, 0.6])
+    (band,) = axes.collections
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    assert (low, high) == pytest.approx((0.2 - 0.1, 0.6 + 0.1))
+    (axes,) = plots.curves({"a": [_rows(3), _rows(5)]}).axes
+    assert axes.get_lines()[0].get_xdata().tolist() == [1, 2, 3]
+
+
 def test_uploads_of_rounds_without_a_test_count():
     (axes,) = plots.curves({"a": _rows(6, every=2)}, x="upload_megabytes").axes
     assert axes.get_lines()[0].get_xdata().tolist() == [4.0, 8.0, 12.0]
@@ -146,12 +177,33 @@ def test_curves_are_written_in_the_format_of_the_ending(tmp_path, ending):
             "a: round 1 has no upload_bytes",
         ),
         ({"a": _rows(2)}, {"path": "curve.xyz"}, "picture curve.xyz cannot be written: .*xyz"),
+        ({"a": [_rows(1), _rows(2)[1:]]}, {}, "a: its 2 runs have no round in common"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(histories, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FedLPError, match=message):
         plots.curves(histories, **options)
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("")
+    picture = tmp_path / "curve.png"
+    picture.symlink_to(tmp_path / "precious")
+    plots.curves({"a": _rows(2)}, picture)
+    assert picture.is_file() and not picture.is_symlink()
+    assert (tmp_path / "precious").read_text() == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"precious", "curve.png"}
+
+
+def test_pdf_fonts_are_type_42_and_settings_stay(tmp_path):
+    import matplotlib
+
+    before = matplotlib.rcParams["pdf.fonttype"]
+    plots.curves({"a": _rows(2)}, tmp_path / "curve.pdf")
+    content = (tmp_path / "curve.pdf").read_bytes()
+    assert b"/Type3" not in content and b"/CIDFontType2" in content
+    assert matplotlib.rcParams["pdf.fonttype"] == before
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

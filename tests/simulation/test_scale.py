@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import fedlp_jax as fl
-from fedlp_jax.accounting.ledger import forward_macs
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.nn.conv import using
 from fedlp_jax.types import Batch, Examples, Normalize
