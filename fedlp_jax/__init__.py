@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.clients.failures import Corruption as Corruption
     from fedlp_jax.clients.failures import Faults as Faults
     from fedlp_jax.config.experiment import run as run
-    from fedlp_jax.config.schema import load_config as load_config
+    from fedlp_jax.config.loading import load_config as load_config
     from fedlp_jax.data import partition as partition
     from fedlp_jax.data.loading import Dataset as Dataset
     from fedlp_jax.data.loading import from_arrays as from_arrays
@@ -88,7 +88,7 @@ _HOMES = {
     "clients.devices": "Profile",
     "clients.failures": "Corruption Faults",
     "config.experiment": "run",
-    "config.schema": "load_config",
+    "config.loading": "load_config",
     "data.loading": "Dataset from_arrays load",
     "data.partition": "Partition",
     "execution.connection": "connect",

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from fedlp_jax.config.schema import parse_config
+from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()

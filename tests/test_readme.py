@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fedlp_jax.cli import reproduce as cli_reproduce
-from fedlp_jax.config.schema import parse_config
+from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -175,7 +175,7 @@ def info(context: typer.Context, config: ConfigFile = "") -> None:
             setup()
             tables.show(tables.environment_table())
             return
-        from fedlp_jax.config.experiment import build
+        from fedlp_jax.config.build import build
         from fedlp_jax.config.overview import overview
 
         path, settings = _settings(words, {})
@@ -204,7 +204,7 @@ def tune(
 
 def _load(path: str, settings: dict[str, Any], every_device: bool = False) -> Any:
     """The checked configuration; then, before jax is used for the first time, its settings."""
-    from fedlp_jax.config.schema import load_config
+    from fedlp_jax.config.loading import load_config
     from fedlp_jax.execution import processes as hosts
     from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.execution.map_clients import setup
@@ -228,7 +228,7 @@ def _settings(words: Sequence[str], typed: dict[str, Any]) -> tuple[str, dict[st
     Raises:
       FedLPError: a field without a value, or not exactly one file.
     """
-    from fedlp_jax.config.yaml import parse_value
+    from fedlp_jax.config.loading import parse_value
     from fedlp_jax.errors import FedLPError, shown
 
     files: list[str] = []
@@ -274,10 +274,10 @@ def _exit_codes() -> Iterator[None]:
         _leave(error, "the run failed: ", _FAILED)
 
 
-reproduce = typer.Typer(no_args_is_help=True, help="Reproduce published results.")
-app.add_typer(reproduce, name="reproduce")
-reproduce.callback()(lambda: None)  # without it typer makes the only command the group itself
-reproduce.command(epilog=cli_reproduce.EXAMPLES)(_exit_codes()(cli_reproduce.paper))
+_reproduce = typer.Typer(no_args_is_help=True, help="Reproduce published results.")
+app.add_typer(_reproduce, name="reproduce")
+_reproduce.callback()(lambda: None)  # without it typer makes the only command the group itself
+_reproduce.command(epilog=cli_reproduce.EXAMPLES)(_exit_codes()(cli_reproduce.paper))
 
 
 def _leave(error: BaseException, what: str, code: int) -> None:

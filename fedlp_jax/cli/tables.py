@@ -10,8 +10,9 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fedlp_jax.config.loading import dump_config
 from fedlp_jax.config.overview import Overview, macs_by_layer
-from fedlp_jax.config.schema import Config, dump_config
+from fedlp_jax.config.schema import Config
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.progress import duration
 

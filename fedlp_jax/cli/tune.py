@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,14 +40,15 @@ Convolutions = Annotated[
 
 def tune(config: Config, file: str, seconds: float, dry_run: bool) -> None:
     """Measures plans for a configuration, says each, and writes the quickest into its file."""
-    from fedlp_jax.config.experiment import build
-    from fedlp_jax.config.plan_file import check_writable, write_plan
+    from fedlp_jax.config.build import build
+    from fedlp_jax.config.loading import write_plan
+    from fedlp_jax.errors import FedLPError
     from fedlp_jax.execution.map_clients import Plan
     from fedlp_jax.simulation.tuning import describe
     from fedlp_jax.simulation.tuning import tune as measure
 
-    if not dry_run:
-        check_writable(file)
+    if not dry_run and not os.access(file, os.W_OK):
+        raise FedLPError(f"{file} cannot be written; measure only, with --dry-run.")
     arguments: dict[str, Any] = build(config)
     names = "  ".join(f"{field.name:>7}" for field in dataclasses.fields(Plan))
     typer.echo(f"{names}  seconds a round  of the quickest before  compiled in", err=True)
@@ -63,7 +65,7 @@ def tune(config: Config, file: str, seconds: float, dry_run: bool) -> None:
 
 def tune_convolutions(config: Config, seconds: float, dry_run: bool) -> None:
     """Measures the convolutions of a model, says each, and puts them into the user's table."""
-    from fedlp_jax.config.experiment import build
+    from fedlp_jax.config.build import build
     from fedlp_jax.config.tuning_conv import tune_convolutions as measure
     from fedlp_jax.errors import FedLPError
     from fedlp_jax.nn.conv import table

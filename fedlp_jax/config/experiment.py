@@ -9,22 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optax
-
 from fedlp_jax.accounting.ledger import fedavg_traffic
-from fedlp_jax.aggregation.privacy import Privacy
-from fedlp_jax.algorithms import Algorithm, fedavg, fedlp_hetero, fedlp_homo
-from fedlp_jax.clients.failures import Faults
-from fedlp_jax.config import section as section
+from fedlp_jax.config.build import build
+from fedlp_jax.config.loading import dump_config, load_config, parse_config
 from fedlp_jax.config.resumption import earlier, run_checkpoint
-from fedlp_jax.config.schema import Config, dump_config, load_config, parse_config
-from fedlp_jax.data import partition as schemes
-from fedlp_jax.data.loading import Dataset, load
+from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
-from fedlp_jax.nn import models
 from fedlp_jax.reporting.elsewhere import Elsewhere, run_directory
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run
@@ -32,103 +25,6 @@ from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
-from fedlp_jax.tasks.task import classification
-
-_ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "fedavg": fedavg,
-    "fedlp_homo": fedlp_homo,
-    "fedlp_hetero": fedlp_hetero,
-}
-_MODELS: dict[str, Callable[..., Any]] = {
-    "fedlp_cnn": models.FedLPCNN,
-    "mnist_cnn": models.MNISTCNN,
-    "mlp": models.MLP,
-    "resnet": models.ResNet,
-    "logistic": models.Logistic,
-}
-
-
-def build(config: Config) -> dict[str, Any]:
-    """Loads the data and builds everything else, on the host.
-
-    Returns:
-      The arguments of `simulate`.
-
-    Raises:
-      FedLPError: the data cannot be read, or a part cannot be built from these settings.
-    """
-    data = load(config.data.name, config.data.data_dir, **config.data.options)
-    clients = build_partition(config.partition, data, config.seed)
-    arguments = config.algorithm.model_dump(exclude={"name", "client_optimizer"})
-    arguments["server_optimizer"] = (
-        None
-        if config.algorithm.server_optimizer is None
-        else build_optimizer(config.algorithm.server_optimizer)
-    )
-    if arguments["privacy"] is not None:
-        arguments["privacy"] = Privacy(**arguments["privacy"])
-    algorithm = _ALGORITHMS[config.algorithm.name](
-        classification(build_model(config.model, data.num_classes)),
-        # The rate is a factor on the updates of a client optimizer with rate 1, for then it is an
-        # argument of the compiled round, and other rates need no other program. It is the last
-        # factor of all these optimizers, so the bits are the same.
-        client_optimizer=build_optimizer(config.algorithm.client_optimizer, learning_rate=1.0),
-        client_schedule=config.algorithm.client_optimizer.learning_rate,
-        **arguments,
-    )
-    faults = None if config.faults is None else Faults.of(config.faults.model_dump())
-    return {
-        "algorithm": algorithm,
-        "data": data,
-        "clients": clients,
-        "rounds": config.rounds,
-        "cohort": config.cohort,
-        "seed": config.seed,
-        "eval_every": config.eval_every,
-        "faults": faults,
-        "plan": Plan(**config.plan.model_dump()),
-    }
-
-
-def build_partition(settings: section.Partition, data: Dataset, run_seed: int) -> Partition:
-    """Deals the training examples to clients; the seed is the run's unless it has its own.
-
-    Raises:
-      FedLPError: an impossible request, or `natural` for data that names no clients.
-    """
-    if isinstance(settings, section.Natural):
-        if data.client is None:
-            raise FedLPError(
-                f"partition.name is 'natural', but the data set '{data.name}' does not say whose "
-                "its examples are; choose iid, dirichlet, shards, mixed or quantity."
-            )
-        return schemes.natural(data.train.labels, clients=data.client)
-    arguments = settings.model_dump(exclude={"name"})
-    if arguments["seed"] is None:
-        arguments["seed"] = run_seed
-    scheme = getattr(schemes, settings.name)
-    return scheme(data.train.labels, **arguments)
-
-
-def build_model(settings: section.Model, num_classes: int) -> Any:
-    """The flax module of a model section."""
-    return _MODELS[settings.name](num_classes=num_classes, **settings.model_dump(exclude={"name"}))
-
-
-def build_optimizer(
-    settings: section.Optimizer, learning_rate: float | None = None
-) -> optax.GradientTransformation:
-    """The optax transform of an optimizer section; `learning_rate` replaces that of the section."""
-    arguments = settings.model_dump(exclude={"name"})
-    if learning_rate is not None:
-        arguments["learning_rate"] = learning_rate
-    if not isinstance(settings, section.SGD):
-        return getattr(optax, settings.name)(**arguments)
-    decay = arguments.pop("weight_decay")
-    # A trace of zero momentum would carry a copy of the parameters for nothing.
-    arguments["momentum"] = arguments["momentum"] or None
-    sgd = optax.sgd(**arguments)
-    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
 
 
 class Outcome(NamedTuple):

@@ -1,193 +1,235 @@
-"""YAML files -> one nested dictionary: parents first, then the file itself, then overrides.
+"""YAML files -> a checked `Config`: parents first, then the file itself, then overrides.
 
-A file may name one or several parents in `extends:`, relative to itself; later parents win over
-earlier ones and the file over all of them. Sections are merged field by field, everything else
-(lists, the mapping of `algorithm.layers`) is replaced. Where a section changes its kind, the fields
-that only the old kind has are left behind.
+A file names its parents in `extends:`, relative to itself; later parents win over earlier ones, and
+the file over all of them. Sections are merged field by field, anything else is replaced. A section
+that changes its kind (`name`) loses the fields that only the old kind has.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.config.yaml import parse_yaml
-from fedlp_jax.data.files import read_plain
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from fedlp_jax.config.schema import KINDS, Config
+from fedlp_jax.data.files import read_plain, replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, why
+from fedlp_jax.execution.map_clients import Plan
 
-_FILES = 100  # that one configuration may extend, each counted as often as it is named
-
-Raw = dict[str, Any]  # as read: nested, not yet checked
-# dropped(section, old kind, new kind) -> the fields which do not survive that change
-Dropped = Callable[[str, str, str], set[str]]
-
-# Only these are merged field by field.
-SECTIONS = frozenset(
-    {
-        "data",
-        "data.options",
-        "partition",
-        "model",
-        "algorithm",
-        "algorithm.client_optimizer",
-        "algorithm.server_optimizer",
-        "algorithm.privacy",
-        "faults",
-        "faults.corruption",
-        "faults.profile",
-        "plan",
-        "checkpoint",
-    }
-)
+Raw = dict[str, Any]  # a file's content: nested, not yet checked
+_WORDS = {
+    "a valid tuple": "a list",
+    "a valid dictionary": "a section",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "Field required": "is missing",
+}  # pydantic's -> YAML's
+_REPLACED = {"keep", "layers", "aggregator"}  # mappings that are one value, and never merged
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any] | None, dropped: Dropped) -> Raw:
-    """Reads a file with all its parents and lays the overrides over them.
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a YAML file and all that it extends, and checks the result.
 
     Args:
-      path: a YAML file. A run's `name` is the file's own `name`, or else its stem: it is never
-        inherited.
-      overrides: dotted field -> value, as `{"algorithm.keep": 0.7}`.
-      dropped: says which fields a change of kind leaves behind.
+      path: the file. Its stem is the run's `name` unless it gives one; no parent does.
+      overrides: dotted field -> value, laid over the file: `{"algorithm.keep": 0.7}`.
 
     Raises:
-      FedLPError: a file is missing, empty, broken or no mapping, names a key twice, extends itself,
-        or extends something outside the folder of the first file.
+      FedLPError: one sentence for each problem, with the dotted field.
     """
-    top = Path(path)
-    raw = {"name": top.stem} | _with_parents(top, _root(top), (), dropped, [])
+    path = Path(path).expanduser()
+    raw = {"name": path.stem} | _with_parents(path, _root(path), ())
     for field, value in (overrides or {}).items():
-        raw = merge(raw, nest(field, value), dropped)
-    return raw
+        raw = merge(raw, _nested(field, value))
+    return parse_config(raw, source=str(path))
 
 
-def nest(field: str, value: Any) -> Raw:
-    """`("a.b", 1)` -> `{"a": {"b": 1}}`.
+def parse_config(raw: Mapping[str, Any], source: str = "") -> Config:
+    """Checks a nested dictionary.
+
+    Args:
+      raw: what a YAML file would give.
+      source: the name of the file, for the messages.
 
     Raises:
-      FedLPError: a part of the dotted field is empty.
+      FedLPError: one sentence for each problem, with the dotted field.
     """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        sentences = _sentences(error, raw)
+    raise FedLPError("\n".join(f"{source}: {one}" if source else one for one in sentences))
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    text = io.StringIO()
+    YAML().dump(config.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The values of YAML 1.2 text: 1e-3 is a number, 010 is ten, no key comes twice.
+
+    Raises:
+      FedLPError: the text is not YAML, or asks for an object of a Python class.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise FedLPError(f"not valid YAML: {line}{error.problem or error.context}") from None
+    except Exception as error:  # text that is not UTF-8, a bad date, nesting without end
+        raise FedLPError(f"not valid YAML: {why(error)}") from None
+
+
+def parse_value(text: str) -> Any:
+    """One value of the command line: `0.5`, `[64, 32]`, `null`, `uniform`.
+
+    Raises:
+      FedLPError: the text is not YAML.
+    """
+    try:
+        return parse_yaml(text)
+    except FedLPError as error:
+        raise FedLPError(f"{shown(text)} is {error}; quote it.") from None
+
+
+def merge(base: Raw, over: Raw, section: str = "") -> Raw:
+    """Lays `over` over `base`; neither is changed."""
+    kinds, old, new = KINDS.get(section, {}), base.get("name"), over.get("name", base.get("name"))
+    if new != old and section == "data":
+        base = {key: value for key, value in base.items() if key != "options"}
+    elif new != old and {old, new} <= kinds.keys():
+        lost = kinds[old].model_fields.keys() - kinds[new].model_fields.keys()
+        base = {key: value for key, value in base.items() if key not in lost}
+    result = base | over
+    for key in base.keys() & over.keys() - _REPLACED:
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            result[key] = merge(base[key], over[key], f"{section}.{key}".strip("."))
+    return result
+
+
+def write_plan(path: str | Path, plan: Plan) -> None:
+    """Puts the fields of a plan that are not None into a file's `plan:`; comments stay.
+
+    Raises:
+      FedLPError: the file cannot be read or written.
+    """
+    path = Path(path).expanduser()
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 1000
+    try:
+        raw = yaml.load(path.read_text("utf-8"))
+        fields = {k: v for k, v in vars(plan).items() if v is not None}
+        raw["plan"] = {**(raw.get("plan") or {}), **fields}
+        with replacing(path.resolve()) as file:
+            yaml.dump(raw, file)
+    except OSError as error:
+        raise FedLPError(f"{path} cannot be written: {why(error)}.") from error
+
+
+def _nested(field: str, value: Any) -> Raw:
+    """`("a.b", 1)` -> `{"a": {"b": 1}}`."""
     parts = field.split(".")
-    if not all(parts) or not field.isprintable() or len(parts) > 10:
+    if not all(parts):
         raise FedLPError(f"{shown(field)} is not a field: write it as in --algorithm.keep 0.5.")
     for part in reversed(parts):
         value = {part: value}
     return value
 
 
-def merge(base: Raw, over: Raw, dropped: Dropped, section: str = "") -> Raw:
-    """Lays `over` over `base`; neither is changed."""
-    result = dict(base)
-    old, new = base.get("name"), over.get("name")
-    if section and isinstance(old, str) and isinstance(new, str) and old != new:
-        result = {k: v for k, v in base.items() if k not in dropped(section, old, new)}
-    for key, value in over.items():
-        inner = f"{section}.{key}" if section else str(key)
-        below = result.get(key)
-        if inner in SECTIONS and isinstance(below, dict) and isinstance(value, dict):
-            value = merge(below, value, dropped, inner)
-        result[key] = value
-    return result
-
-
-def _with_parents(
-    path: Path, root: Path, chain: tuple[Path, ...], dropped: Dropped, read: list[Path]
-) -> Raw:
-    """The file at `path` over its parents.
-
-    `chain` holds the files that led here, `read` all files so far.
-    """
-    real = _real(path)
-    if real in chain:
-        circle = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
-        raise FedLPError(f"{path} extends itself: {circle}.")
-    read.append(real)
-    if len(read) > _FILES:
-        raise FedLPError(
-            f"{read[0].name} extends more than {_FILES} files, each counted as often as it is "
-            "extended; write some of them as one."
-        )
+def _with_parents(path: Path, root: Path, children: tuple[Path, ...]) -> Raw:
+    """A file over its parents; `children` are the files that led here."""
+    if path.resolve() in children:
+        raise FedLPError(f"{path} extends itself, through {children[-1].name}.")
     raw = _read(path)
-    extends = raw.pop("extends", None)
-    parents = [extends] if isinstance(extends, str) else extends or []
-    if not isinstance(parents, list) or not all(p and isinstance(p, str) for p in parents):
-        raise FedLPError(
-            f"{path}: extends is {shown(extends)}, but must be a file name or a list of them."
-        )
+    extends = raw.pop("extends", None) or []
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(one, str) for one in parents):
+        raise FedLPError(f"{path}: extends must be a file name or a list of them (got {extends}).")
     base: Raw = {}
-    for name in parents:
-        parent = path.parent / name
-        if not _real(parent).is_relative_to(root):
+    for parent in parents:
+        if not (path.parent / parent).resolve().is_relative_to(root):
             raise FedLPError(
-                f"{path} extends {_named(name)}, which is outside {root}; a configuration "
-                "may only extend files of its own folder or of the configs folder it is in."
+                f"{path} extends {parent}, which is outside {root}; a configuration extends files "
+                "of its own folder, or of the folder configs that it is in."
             )
-        inherited = _with_parents(parent, root, (*chain, real), dropped, read)
+        inherited = _with_parents(path.parent / parent, root, (*children, path.resolve()))
         inherited.pop("name", None)
-        base = merge(base, inherited, dropped)
-    return merge(base, raw, dropped)
+        base = merge(base, inherited)
+    return merge(base, raw)
 
 
-def _real(path: Path) -> Path:
-    """Where a path leads in the end."""
-    try:
-        return path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # no text, too long, a circle of links
-        raise FedLPError(
-            f"{_named(path)} cannot be read as a text file: {_cause(error)}."
-        ) from None
-
-
-def _cause(error: Exception) -> str:
-    return "its links lead in a circle" if isinstance(error, RuntimeError) else why(error)
-
-
-def _named(path: Path | str) -> str:
-    """A path in a sentence."""
-    text = str(path)
-    return text if text.isprintable() and len(text) <= 200 else shown(text)
-
-
-def _root(top: Path) -> Path:
-    """The folder no `extends` may leave: the nearest one named configs, or the file's own."""
-    folder = _real(top).parent
-    named = (p for p in (folder, *folder.parents) if p.name == "configs")
-    return next(named, folder)
+def _root(path: Path) -> Path:
+    """The folder that no `extends` may leave: the nearest one named configs, or the file's own."""
+    folder = path.resolve().parent
+    return next((p for p in (folder, *folder.parents) if p.name == "configs"), folder)
 
 
 def _read(path: Path) -> Raw:
     try:
-        text = read_plain(path).decode("utf-8-sig")
+        raw = parse_yaml(read_plain(path))
     except FileNotFoundError:
-        if path.is_symlink():
-            raise FedLPError(
-                f"{path} is a link to {os.readlink(path)}, where nothing is."
-            ) from None
-        raise FedLPError(f"{_named(path)} does not exist{_nearest_file(path)}") from None
-    except (OSError, ValueError) as error:
-        raise FedLPError(
-            f"{_named(path)} cannot be read as a text file: {_cause(error)}."
-        ) from error
-    try:
-        raw = parse_yaml(text)
-    except ValueError as error:
-        raise FedLPError(f"{path}{error}.") from None
-    if raw is None:
-        raise FedLPError(f"{path} is empty; configs/quickstart.yaml is one to start from.")
+        hint = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        raise FedLPError(f"{path} does not exist{hint or '.'}") from None
+    except OSError as error:
+        raise FedLPError(f"{path} cannot be read: {why(error)}.") from None
+    except FedLPError as error:
+        raise FedLPError(f"{path} is {error}.") from None
     if not isinstance(raw, dict):
-        what = "a list" if isinstance(raw, list) else "a single value"
-        raise FedLPError(f"{path} holds {what}, but must hold fields and values.")
+        raise FedLPError(
+            f"{path} holds {shown(raw)}, not fields and values; start from configs/quickstart.yaml."
+        )
     return raw
 
 
-def _nearest_file(path: Path) -> str:
-    """A hint at a file of the same folder with nearly that name."""
-    if not path.parent.is_dir():
-        return f", nor does the folder {path.parent}."
-    try:
-        names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
-    except OSError:  # a folder that may be passed, but not listed
-        return "."
-    return nearest(path.name, names, lambda name: str(path.parent / name)) or "."
+def _sentences(error: ValidationError, raw: Any) -> Iterable[str]:
+    """`field: message (got value)` for each field that has a problem."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(_field(problem, raw), []).append(problem)
+    for field, several in problems.items():
+        if any(other.startswith(f"{field}.") for other in problems):
+            continue  # it failed as another type, too; the inner problem says more
+        message = " or ".join(dict.fromkeys(map(_message, several)))
+        message = message.replace(" or must be ", " or ")
+        shows_value = several[0]["type"] not in ("missing", "value_error")
+        got = f" (got {shown(several[0]['input'])})" if shows_value else ""
+        if several[0]["type"] == "literal_error":
+            choices = several[0]["ctx"]["expected"].replace(" or ", ", ").split(", ")
+            got += nearest(several[0]["input"], [choice.strip("'") for choice in choices])
+        sentence = f"{field}{': ' if field else ''}{message}{got}"
+        yield sentence if sentence.endswith(("?", ".")) else f"{sentence}."
+
+
+def _message(problem: Any) -> str:
+    """What pydantic says, in the words of YAML."""
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return "must be a section"
+    message = problem["msg"].replace("Input should be", "must be")
+    for python, yaml in _WORDS.items():
+        message = message.replace(python, yaml)
+    return message[0].lower() + message[1:]
+
+
+def _field(problem: Any, raw: Any) -> str:
+    """The dotted field of a problem, without the types that pydantic tried on the way to it."""
+    parts, value = [], raw
+    for part in problem["loc"]:
+        in_list = isinstance(value, list) and isinstance(part, int)
+        if in_list or (isinstance(value, dict) and part in value):
+            parts.append(str(part) if str(part).isprintable() else ascii(part))
+            value = value[part]
+    if problem["type"] == "missing":
+        parts.append(str(problem["loc"][-1]))
+    return ".".join(parts)

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.config.schema import Config, load_config
+from fedlp_jax.config.loading import load_config
+from fedlp_jax.config.schema import Config
 from fedlp_jax.data.files import read_plain
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY

@@ -1,166 +1,321 @@
-"""The typed configuration of one run: what every field may hold, checked before anything else.
+"""What a configuration may hold: one pydantic model for each section.
 
-A YAML file, with what it extends and what the command line lays over it, becomes one `Config`;
-its fields are the arguments of `fl.simulate` and of what that takes. Fields that nobody knows are
-refused with the nearest known one.
+The models are derived: `derive` reads the fields, types and defaults of a section from the
+signature of the function or dataclass that the section configures. To make something new available
+in YAML, add its function to the table of its section below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+import dataclasses
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Never, Union, get_args, get_origin
+from typing import get_type_hints as hints_of
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
-
-from fedlp_jax.algorithms.presets import BEHAVIOURS
-from fedlp_jax.config import section as config_section
-from fedlp_jax.config.fault import Faults
-from fedlp_jax.config.field import (
-    Checked,
-    Count,
-    OptionalCount,
-    Section,
-    Seed,
-    choice,
-    is_number,
-    optional,
-    real,
-    refuse,
-    text,
-    whole,
+import optax
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    Strict,
+    create_model,
+    model_validator,
 )
-from fedlp_jax.config.loading import Raw, read_config
-from fedlp_jax.config.problem import section_kinds, sentences
-from fedlp_jax.config.yaml import to_yaml
-from fedlp_jax.errors import FedLPError, shown
+
+from fedlp_jax.algorithms import fedavg, fedlp_hetero, fedlp_homo
+from fedlp_jax.algorithms.compose import compose
+from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
+from fedlp_jax.clients.failures import Faults
+from fedlp_jax.data import partition as schemes
+from fedlp_jax.data.loading import Dataset, load
+from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.nn import models
+from fedlp_jax.simulation.checkpoint import Checkpoint
+
+# VALUES
+
+# Strict, because "1" and true are not numbers.
+Whole = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+Real = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+_LEAVES: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, str: Text, type(None): type(None)}
 
 
-def _folder_name(value: str) -> str:
-    if not value.strip(". ") or any(c in value for c in "/\\") or len(value.encode()) > 200:
-        raise refuse(f"is {shown(value)}, but must be usable as the name of a folder")
-    return value
+class Section(BaseModel):
+    """A part of the configuration: the arguments of one function."""
 
-
-def _cohort(value: Any) -> int | float:
-    # As in simulate: 1 is one client and 1.0 all of them.
-    if isinstance(value, float) and 0 < value <= 1:
-        return value
-    if not is_number(value) or not 1 <= value < 2**31 or value % 1:
-        raise refuse(
-            f"is {shown(value)}, but must be a whole number of clients >= 1, or a share of them "
-            "above 0 and up to 1.0"
-        )
-    return int(value)
-
-
-class PlanSection(Section):
-    """How a round is laid on the hardware; it changes the cost of a run, never its result."""
-
-    devices: OptionalCount = None  # null = all there are
-    width: OptionalCount = None  # clients vmapped at once; null = as measured to be good
-    # where the training split lies; null = on every device if it fits there, else on the host
-    data: Annotated[str | None, Checked(optional(choice("device", "host")))] = None
-    rounds_at_once: OptionalCount = None  # the most that one call runs; null = 1
-
-
-class CheckpointSection(Section):
-    """How often a run is saved; it is also when it is interrupted."""
-
-    every: OptionalCount = None  # rounds; null = by time alone
-    minutes: Annotated[float | None, Checked(optional(real(0)))] = 10.0  # null = by rounds alone
-    keep: Count = 2  # the latest
-
-
-class Config(Section):
-    """One run, whole."""
-
-    name: Annotated[str, Checked(text), AfterValidator(_folder_name)] = "run"
-    seed: Seed = 0
-    data: config_section.Data
-    partition: config_section.Partition
-    model: config_section.Model
-    algorithm: config_section.Algorithm
-    rounds: Annotated[int, Checked(whole(0))]
-    cohort: Annotated[int | float, Checked(_cohort)]  # clients of a round, or their share
-    eval_every: OptionalCount = None  # rounds from one evaluation to the next; null = the last only
-    faults: Faults | None = None
-    plan: PlanSection = PlanSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    # null once read: it has then set the settings it stands for, where they were not given.
-    behaviour: Annotated[
-        str | None, Checked(optional(choice(*BEHAVIOURS))), Field(exclude=True)
-    ] = None
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    factory: ClassVar[Callable[..., Any]]
 
     @model_validator(mode="before")
     @classmethod
-    def _behave(cls, raw: Any) -> Any:
-        preset = BEHAVIOURS.get(str(raw.get("behaviour"))) if isinstance(raw, dict) else None
-        if preset is None:
-            return raw
-        raw = {key: value for key, value in raw.items() if key != "behaviour"}
-        for key in ("partition", "model", "algorithm"):
-            given = raw.get(key)
-            if isinstance(given, dict) and (kind := _KINDS[key].get(str(given.get("name")))):
-                fields = kind.model_fields
-                raw[key] = {k: v for k, v in preset._asdict().items() if k in fields} | given
+    def _known_fields(cls, raw: Any) -> Any:
+        for field in map(str, raw) if isinstance(raw, Mapping) else ():
+            if field not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                hint = _owners(field) or nearest(field, cls.model_fields) or f"; it has {known}"
+                raise FedLPError(f"{shown(field)} is not a field of {_kind_name(cls)}{hint}")
         return raw
 
-    @model_validator(mode="after")
-    def _cohort_fits(self) -> Config:
-        clients = getattr(self.partition, "clients", None)
-        if clients is not None and self.cohort > clients:
-            raise refuse(
-                f"cohort is {self.cohort}, but there are only {clients} clients; lower cohort or "
-                "raise partition.clients"
-            )
-        return self
+    def build(self, **arguments: Any) -> Any:
+        """Calls the section's function; `arguments` come on top of the fields."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        built = {k: v.build() if isinstance(v, Section) else v for k, v in fields.items()}
+        return type(self).factory(**built | arguments)
 
 
-_KINDS = section_kinds(Config)
+def _kind_name(cls: type[Section]) -> str:
+    return "a configuration" if cls is Config else f"'{cls.__name__}'"
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Reads a YAML file, with all it extends, and checks it.
-
-    Args:
-      path: the file.
-      overrides: dotted field -> value, laid over the file: `{"algorithm.keep": 0.7}`.
-
-    Raises:
-      FedLPError: one sentence for each problem, with the dotted field.
-    """
-    return parse_config(read_config(path, overrides, _left_behind), source=str(path))
+def _owners(field: str) -> str:
+    """A hint at the sections that have this field."""
+    for section, kinds in KINDS.items():
+        owners = [name for name, kind in kinds.items() if field in kind.model_fields]
+        if owners:
+            return f"; it is '{section}.{field}', of {', '.join(owners)}"
+    return ""
 
 
-def parse_config(raw: Raw, source: str = "") -> Config:
-    """Checks a nested dictionary.
+# DERIVATION
+
+
+def derive(
+    name: str, /, *functions: Callable[..., Any], without: Sequence[str] = (), **fields: Any
+) -> type[Section]:
+    """The section that holds the arguments of a function.
 
     Args:
-      raw: as a YAML file would give it.
-      source: what to put before every sentence about it, as the name of the file.
-
-    Raises:
-      FedLPError: one sentence for each problem, with the dotted field.
+      name: of the section's class, shown in messages.
+      *functions: the first is called by `Section.build`; the others contribute the arguments that
+        the first passes on as `**settings`. An argument that YAML cannot express, such as a
+        function, is no field.
+      without: arguments that are no fields.
+      **fields: fields that are added or replaced, as `(annotation, default)`.
     """
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = sentences(error, raw, _KINDS)
-    before = f"{source}: " if source else ""
-    raise FedLPError("\n".join(before + line for line in lines))
+    derived = {
+        argument: (annotation, default)
+        for function in reversed(functions)
+        for argument, hint, default in _arguments(function)
+        if argument not in without and (annotation := _in_yaml(hint)) is not Never
+    }
+    return _section(functions[0], derived | fields, name)
 
 
-def dump_config(config: Config) -> str:
-    """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return to_yaml(config.model_dump(mode="json"))
+def _section(
+    factory: Callable[..., Any], fields: Mapping[str, Any], name: str | None = None
+) -> type[Section]:
+    in_order = dict(sorted(fields.items(), key=lambda field: field[0] != "name"))
+    model: Any = create_model(name or factory.__name__, __base__=Section, **in_order)
+    model.factory = staticmethod(factory)
+    return model
 
 
-def _left_behind(section: str, old: str, new: str) -> set[str]:
-    """Fields which a section does not take along when its kind changes from old to new."""
-    if section == "data":
-        return {"options"}
-    kinds = _KINDS.get(section, {})
-    if old not in kinds or new not in kinds:
-        return set()
-    return set(kinds[old].model_fields) - set(kinds[new].model_fields)
+def _arguments(function: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
+    """`(name, annotation, default)` of each argument; the default is ... where it is required."""
+    hints = hints_of(function)
+    if dataclasses.is_dataclass(function):  # also flax modules, whose signature hides their fields
+        for field in dataclasses.fields(function):
+            required = field.default is dataclasses.MISSING
+            yield field.name, hints[field.name], ... if required else field.default
+    else:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                required = parameter.default is parameter.empty
+                yield name, hints.get(name, Any), ... if required else parameter.default
+
+
+def _in_yaml(hint: Any) -> Any:
+    """The annotation for values that come from YAML; Never where nothing from YAML fits."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in _LEAVES:
+        return _LEAVES[hint]
+    if hint is optax.GradientTransformation:
+        return one_of(OPTIMIZERS)
+    if origin is Literal:
+        return hint
+    if origin in (Union, types.UnionType):
+        parts = [part for part in map(_in_yaml, inner) if part is not Never]
+        return Never if parts in ([], [type(None)]) else _union(parts)
+    if origin is tuple or origin is Sequence:
+        item = Real | tuple[Real, ...] if inner[0] is Any else _in_yaml(inner[0])
+        return tuple.__class_getitem__((item, ...))
+    if origin is Mapping:
+        return dict.__class_getitem__((Text, Any if inner[1] is Any else _in_yaml(inner[1])))
+    if dataclasses.is_dataclass(hint):
+        return derive(hint.__name__, hint)  # type: ignore[union-attr, arg-type]
+    return Never
+
+
+def _union(annotations: Iterable[Any]) -> Any:
+    return functools.reduce(operator.or_, annotations)
+
+
+def one_of(kinds: Mapping[str, type[Section]]) -> Any:
+    """The annotation of a section of several kinds; its field `name` says which."""
+
+    def check(raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            if "name" not in raw:
+                raise FedLPError(f"name is missing; it is one of {', '.join(kinds)}")
+            check_choice("name", raw["name"], tuple(kinds))
+        return raw
+
+    union: Any = _union(kinds.values())
+    return Annotated[union, Field(discriminator="name"), BeforeValidator(check)]
+
+
+def _kinds(functions: Mapping[str, Callable[..., Any]], *more: Any, **replaced: Any) -> Any:
+    """One section for each function of a table."""
+    without = replaced.pop("without", ())
+    return {
+        name: derive(name, function, *more, without=without, **replaced, name=(Literal[name], ...))
+        for name, function in functions.items()
+    }
+
+
+# SECTIONS
+
+
+def sgd(
+    learning_rate: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum and an L2 penalty, both optional."""
+    # A trace of zero momentum would carry a copy of the parameters for nothing.
+    descent = optax.sgd(learning_rate, momentum or None, nesterov)
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, descent) if weight_decay else descent
+
+
+_NOT_NEGATIVE = Annotated[Real, Field(ge=0)]
+_DECAY = Annotated[Real, Field(ge=0, lt=1)]  # of a running mean
+_RANGES = {"momentum": _DECAY, "b1": _DECAY, "b2": _DECAY, "eps": Annotated[Real, Field(gt=0)]}
+
+
+def _optimizer(function: Callable[..., optax.GradientTransformation]) -> type[Section]:
+    """A section with the numbers and flags of an optax optimizer."""
+    fields: dict[str, Any] = {"name": (Literal[function.__name__], ...)}
+    fields["learning_rate"] = (_NOT_NEGATIVE, ...)
+    for name, parameter in inspect.signature(function).parameters.items():
+        # The default says the type, since optax's annotations allow arrays and schedules.
+        if isinstance(parameter.default, bool):
+            fields[name] = (Flag, parameter.default)
+        elif isinstance(parameter.default, float):
+            fields[name] = (_RANGES.get(name, _NOT_NEGATIVE), parameter.default)
+    return _section(function, fields)
+
+
+OPTIMIZERS = {
+    function.__name__: _optimizer(function)
+    for function in (sgd, optax.adam, optax.adamw, optax.yogi, optax.adagrad)
+}
+PARTITIONS = _kinds(
+    {
+        "iid": schemes.iid,
+        "dirichlet": schemes.dirichlet,
+        "shards": schemes.shards,
+        "mixed": schemes.mixed,
+        "quantity": schemes.quantity,
+    },
+    seed=(Whole | None, None),  # null = the run's
+) | _kinds({"natural": schemes.natural})
+MODELS = _kinds(
+    {
+        "fedlp_cnn": models.FedLPCNN,
+        "mnist_cnn": models.MNISTCNN,
+        "mlp": models.MLP,
+        "resnet": models.ResNet,
+        "logistic": models.Logistic,
+    },
+    without=("num_classes", "parent", "initial"),
+    init=(Literal["flax", "pytorch"], "flax"),
+    dtype=(Literal["float32", "bfloat16"], "float32"),  # of activations
+)
+ALGORITHMS = _kinds(
+    {"fedavg": fedavg, "fedlp_homo": fedlp_homo, "fedlp_hetero": fedlp_hetero},
+    compose,
+    without=("behaviour", "client_schedule"),
+)
+# The sections that come in several kinds.
+KINDS = {
+    "partition": PARTITIONS,
+    "model": MODELS,
+    "algorithm": ALGORITHMS,
+    "algorithm.client_optimizer": OPTIMIZERS,
+    "algorithm.server_optimizer": OPTIMIZERS,
+}
+
+
+class Data(Section):
+    """Which data set; the arguments of `fl.load`."""
+
+    factory = staticmethod(load)
+
+    name: Text
+    data_dir: Text | None = None
+    options: dict[Text, Any] = {}  # what only some data sets take
+
+    def build(self, **arguments: Any) -> Dataset:
+        """Loads the data set."""
+        return load(self.name, self.data_dir, **self.options, **arguments)
+
+
+PlanSection = derive("plan", Plan)
+CheckpointSection = derive("checkpoint", Checkpoint, without=("directory", "settings", "overwrite"))
+FaultsSection = derive("faults", Faults)
+
+
+def _folder_name(name: str) -> str:
+    if not name.strip(". ") or "/" in name or "\\" in name or not name.isprintable():
+        raise FedLPError("a run's name must be usable as the name of a folder")
+    return name
+
+
+def _type(annotation: Any) -> Any:
+    """Lets a field that mypy sees as Any have a derived annotation."""
+    return GetPydanticSchema(lambda _, handler: handler(annotation))
+
+
+class Config(Section):
+    """One run: the arguments of `fl.simulate`."""
+
+    name: Annotated[Text, AfterValidator(_folder_name)] = "run"
+    seed: Whole = 0
+    data: Data
+    partition: Annotated[Any, _type(one_of(PARTITIONS))]
+    model: Annotated[Any, _type(one_of(MODELS))]
+    algorithm: Annotated[Any, _type(one_of(ALGORITHMS))]
+    rounds: Whole
+    cohort: Whole | Real  # clients of a round, or their share
+    eval_every: Annotated[Whole, Field(ge=1)] | None = None  # rounds; null = the last only
+    faults: Annotated[Any, _type(FaultsSection | None)] = None
+    plan: Annotated[Any, _type(PlanSection)] = PlanSection()
+    checkpoint: Annotated[Any, _type(CheckpointSection)] = CheckpointSection()
+    behaviour: Literal["layerwise", "reference"] | None = Field(None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_behaviour(cls, raw: Any) -> Any:
+        """Replaces `behaviour` by the settings that it stands for, where they are not given."""
+        if not isinstance(raw, Mapping) or raw.get("behaviour") not in (None, *BEHAVIOURS):
+            return raw
+        preset = BEHAVIOURS[raw.get("behaviour") or DEFAULT]._asdict()
+        raw = {**raw, "behaviour": None}
+        for section in ("partition", "model", "algorithm"):
+            values = raw.get(section)
+            if isinstance(values, Mapping) and values.get("name") in (*KINDS[section],):
+                fields = KINDS[section][values["name"]].model_fields
+                defaults = {k: v for k, v in preset.items() if k in fields}
+                raw[section] = defaults | {
+                    k: v for k, v in values.items() if v is not None or k not in defaults
+                }
+        return raw

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fedlp_jax.config.experiment import build, build_partition, execute
-from fedlp_jax.config.schema import Config, load_config
+from fedlp_jax.config.build import build, build_partition
+from fedlp_jax.config.experiment import execute
+from fedlp_jax.config.loading import load_config
+from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config
@@ -156,7 +158,7 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
     estimates = {}
     for cell in cells:
         own = study.config(cell)
-        clients = build_partition(own.partition, data, own.seed)
+        clients = build_partition(own, data)
         visits = own.rounds * size
         images = visits * float(clients.sizes.mean()) * (own.algorithm.epochs or 1)
         macs = images * macs_per_image(cell.row)

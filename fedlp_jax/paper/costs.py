@@ -16,9 +16,8 @@ import numpy as np
 
 from fedlp_jax.accounting.ledger import modelled_traffic
 from fedlp_jax.accounting.macs import backward_macs, forward_macs
-from fedlp_jax.config.experiment import build
-from fedlp_jax.config.schema import Config
-from fedlp_jax.config.section import Data
+from fedlp_jax.config.build import build
+from fedlp_jax.config.schema import Config, Data
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.paper.published import ROWS, Cell, cell_config, choose
 from fedlp_jax.pruning.layers import LayerTable, layer_table

@@ -8,12 +8,11 @@ single runs of 200 rounds with seed 25. A cell is a row and a split. Its configu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fedlp_jax.config.schema import Config, parse_config
+from fedlp_jax.config.loading import Raw, merge, parse_config
+from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import check_choice
-
-Raw = dict[str, Any]  # (a part of) a configuration, as in YAML
 
 SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
 ROUNDS = 200  # of the published runs
@@ -148,10 +147,5 @@ def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> 
     own: Raw = {"algorithm": ROWS[cell.row].algorithm, "partition": SPLITS[cell.split]}
     more: Raw = {} if rounds is None else {"rounds": rounds}
     for layer in (_PROTOCOL, own, SCALES[scale], more):
-        raw = _merge(raw, layer)
+        raw = merge(raw, layer)
     return parse_config(raw)
-
-
-def _merge(base: Raw, over: Raw) -> Raw:
-    nested = {k: _merge(base.get(k, {}), v) for k, v in over.items() if isinstance(v, dict)}
-    return base | over | nested

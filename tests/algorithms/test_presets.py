@@ -13,7 +13,7 @@ from small import Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
-from fedlp_jax.config.schema import dump_config, load_config, parse_config
+from fedlp_jax.config.loading import dump_config, load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/behaviours.md").read_text()

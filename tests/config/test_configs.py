@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from fedlp_jax.config import experiment
-from fedlp_jax.config.schema import load_config
+from fedlp_jax.config.build import build
+from fedlp_jax.config.loading import load_config
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.types import Examples
 
@@ -55,7 +56,7 @@ def test_is_read_and_says_how_to_run_it(path):
     "path", [p for p in FILES if p.parent == CONFIGS or p.stem.endswith("d-niid")], ids=name
 )
 def test_is_built_and_its_model_takes_the_images(path):
-    arguments = experiment.build(load_config(path, lookalike(path)))
+    arguments = build(load_config(path, lookalike(path)))
     algorithm, data = arguments["algorithm"], arguments["data"]
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     shapes = jax.eval_shape(algorithm.task.init, jax.random.key(0), example)
@@ -103,7 +104,7 @@ def test_the_cells_are_set_as_the_authors_code_is():
 def test_a_cell_is_built_on_real_images(split):
     if not (Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")) / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not prepared in TFDS_DATA_DIR")
-    clients = experiment.build(load_config(PAPER / f"homo-0.5-{split}.yaml"))["clients"]
+    clients = build(load_config(PAPER / f"homo-0.5-{split}.yaml"))["clients"]
     assert clients.clients == 100
     if split == "m-niid":
         assert set(clients.sizes) == {501}

@@ -1,14 +1,14 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import fedlp_jax as fl
 from fedlp_jax.config import experiment
-from fedlp_jax.config.schema import load_config, parse_config
+from fedlp_jax.config.build import build
+from fedlp_jax.config.loading import load_config, parse_config
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import read_metrics
 
@@ -129,50 +129,6 @@ def test_a_config_is_the_same_run_as_the_call_it_stands_for(done):
     same(result.variables, done[1].variables)  # bit for bit, though the rate is an argument there
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "yogi", "adagrad"])
-@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9, "nesterov": True}])
-def test_a_factor_on_the_updates_is_the_rate_bit_for_bit(name, momentum):
-    settings = {"name": name, "learning_rate": 0.0317} | (momentum if name == "sgd" else {})
-    optimizer = small(algorithm__client_optimizer=settings).algorithm.client_optimizer
-    rng = np.random.default_rng(0)
-    parameters = jnp.asarray(rng.normal(size=1000), jnp.float32)
-    inside = experiment.build_optimizer(optimizer)
-    outside = experiment.build_optimizer(optimizer, learning_rate=1.0)
-    with jax.numpy_dtype_promotion("standard"):
-        states = inside.init(parameters), outside.init(parameters)
-        for _ in range(3):
-            gradient = jnp.asarray(rng.normal(size=1000), jnp.float32)
-            wanted, first = inside.update(gradient, states[0], parameters)
-            unscaled, second = outside.update(gradient, states[1], parameters)
-            states = first, second
-            np.testing.assert_array_equal(wanted, unscaled * jnp.float32(0.0317))
-
-
-def test_optimizer_sections_are_the_optax_transforms():
-    gradient = {"w": np.float32([1.0, -2.0])}
-    parameters = {"w": np.float32([0.5, 0.5])}
-    algorithm = small(
-        algorithm__client_optimizer={"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.5}
-    ).algorithm
-    transform = experiment.build_optimizer(algorithm.client_optimizer)
-    update, _ = transform.update(gradient, transform.init(parameters), parameters)
-    np.testing.assert_allclose(update["w"], [-0.125, 0.175], rtol=1e-6)
-    plain = experiment.build_optimizer(small().algorithm.client_optimizer)
-    size = sum(np.size(x) for x in jax.tree.leaves(plain.init(parameters)))
-    assert size == 0  # no momentum, no state
-    assert jax.tree.structure(plain.init(parameters)) == jax.tree.structure(
-        optax.sgd(0.1).init(parameters)
-    )
-
-
-def test_the_partition_follows_the_seed_of_the_run_unless_it_has_its_own():
-    def of(seed, own):
-        return experiment.build(small(seed=seed, partition__seed=own))["clients"].hash
-
-    assert of(1, None) != of(2, None)
-    assert of(1, 5) == of(2, 5) == of(5, None)
-
-
 @pytest.mark.parametrize(
     "partition",
     [
@@ -184,26 +140,9 @@ def test_the_partition_follows_the_seed_of_the_run_unless_it_has_its_own():
     ],
 )
 def test_every_partition_is_built(partition):
-    clients = experiment.build(small(partition=partition))["clients"]
+    clients = build(small(partition=partition))["clients"]
     assert clients.clients == 20
     assert clients.sizes.min() >= 1
-
-
-def test_a_natural_partition_needs_data_that_names_clients(tmp_path):
-    config = small(partition={"name": "natural"})
-    with pytest.raises(FedLPError, match="'digits' does not say whose its examples are"):
-        experiment.build(config)
-    rng = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "own.npz",
-        train_inputs=rng.integers(0, 255, (40, 4), np.uint8),
-        train_labels=np.arange(40) % 2,
-        test_inputs=rng.integers(0, 255, (10, 4), np.uint8),
-        test_labels=np.arange(10) % 2,
-        client=np.arange(40) // 8,
-    )
-    config = small(partition={"name": "natural"}, data={"name": str(tmp_path / "own.npz")})
-    assert experiment.build(config)["clients"].clients == 5
 
 
 @pytest.mark.parametrize(
@@ -256,7 +195,7 @@ def test_the_model_that_is_written_is_the_one_that_was_trained(done):
     again = fl.load_variables(path)
     same(again, result.state.variables)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(again))
-    arguments = experiment.build(small(seed=1))
+    arguments = build(small(seed=1))
     wanted = fl.simulate(**arguments, variables=result.state.variables)
     found = fl.simulate(**arguments, variables=again)
     same(found.state.variables, wanted.state.variables)
@@ -279,7 +218,7 @@ def test_a_model_with_shared_heads_and_statistics_is_written_whole(tmp_path):
     assert set(variables) == {"params", "batch_stats"}
     assert "exit1_fc1" in variables["params"]
     same(variables, result.state.variables)
-    arguments = experiment.build(config) | {"seed": 1}
+    arguments = build(config) | {"seed": 1}
     same(fl.simulate(**arguments, variables=variables).state.variables, variables)
 
 

@@ -15,7 +15,7 @@ import pytest
 import typer.testing
 
 from fedlp_jax import FedLPError, cli
-from fedlp_jax.config.schema import dump_config, load_config
+from fedlp_jax.config.loading import dump_config, load_config
 from fedlp_jax.execution import map_clients as placement
 from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results

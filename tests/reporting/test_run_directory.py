@@ -1,7 +1,8 @@
+import contextlib
 import json
 import os
+import resource
 
-import hostile
 import numpy as np
 import pytest
 
@@ -10,6 +11,17 @@ from fedlp_jax.reporting import environment
 from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
 
 VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
+
+
+@contextlib.contextmanager
+def full_disk(limit=64):
+    """No file may grow beyond a few bytes, which is as near to a full disk as a user gets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +261,7 @@ def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):
         ("variables.npz", lambda: directory.save(large)),
         ("summary.json", lambda: directory.summarize({"x": "y" * 999})),
     ):
-        with pytest.raises(OSError, match=f"too large: '.*{name}'"), hostile.full_disk():
+        with pytest.raises(OSError, match=f"too large: '.*{name}'"), full_disk():
             write()
     directory.close()
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
