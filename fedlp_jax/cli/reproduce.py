@@ -1,4 +1,4 @@
-"""`fedlp reproduce paper`: its options, and what it does with them."""
+"""`fedlp reproduce paper`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Examples:
 
   fedlp reproduce paper --scale small --rows fedavg,homo-0.5 --splits iid --estimate
 
-  fedlp reproduce paper --out runs/paper    [dim]# the same again goes on where it stopped[/dim]
+  fedlp reproduce paper --out runs/paper    [dim]# the same command resumes it[/dim]
 """
 
 
@@ -33,7 +33,7 @@ def paper(
     rows: Annotated[
         str,
         typer.Option(
-            help="Rows, such as fedavg,homo-0.5,hetero-u; all, if none is named.", metavar="ROW,..."
+            help="Rows, such as fedavg,homo-0.5,hetero-u; all by default.", metavar="ROW,..."
         ),
     ] = "",
     splits: Annotated[
@@ -56,7 +56,7 @@ def paper(
         bool, typer.Option("--estimate", help="Show expected time and cost; run no cell.")
     ] = False,
     out: Annotated[
-        str | None, typer.Option(help="Directory of all cells. What it holds is not run again.")
+        str | None, typer.Option(help="Directory of all cells. Cells in it are not run again.")
     ] = None,
 ) -> None:
     """Reproduce the result table of FedLP: its costs exactly, its accuracies by training."""
@@ -69,15 +69,15 @@ def paper(
         return
     if out is None and not estimate:
         raise FedLPError(
-            "--out DIR is needed: the same command with the same DIR goes on where it stopped."
+            "--out DIR is needed; the same command with the same DIR resumes where it stopped."
         )
     from fedlp_jax.execution.map_clients import setup
     from fedlp_jax.paper.cells import Study
     from fedlp_jax.paper.published import choose
 
-    study = Study(Path(out or ""), scale, rounds)
+    study = Study(Path(out or "").expanduser(), scale, rounds)
     cells = choose(_words(rows), _words(splits), seeds)
-    study.config(cells[0])  # refuses what it can before jax is used
+    study.config(cells[0])  # refused before jax is first used
     setup()
     if estimate:
         _show_estimate(study, cells)
@@ -86,7 +86,7 @@ def paper(
 
 
 def _run(study: Study, cells: Sequence[Cell]) -> None:
-    from fedlp_jax.cli.interruption import Interruption
+    from fedlp_jax.cli.run import stop_signals
     from fedlp_jax.cli.tables import show
     from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.paper.results import result_tables, run_study
@@ -98,7 +98,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    with Interruption() as stop:
+    with stop_signals() as stop:
         table, figures = run_study(study, cells, progress=True, say=say, stop=stop)
     show(*result_tables(table, study.out, figures))
 

@@ -1,9 +1,10 @@
-"""A configuration -> a run: its parts are built and checked, then trained, then written down."""
+"""Runs a configuration: builds its parts, trains, and writes the run directory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,14 +22,13 @@ from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.reporting.elsewhere import Elsewhere, run_directory
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run
-from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
 
 
 class Outcome(NamedTuple):
-    """A run that has ended, and where it is written down."""
+    """A finished run and its directory."""
 
     result: Result
     directory: Path
@@ -48,17 +48,17 @@ def run(
     Args:
       config: a configuration, the path of a YAML file, or a nested dictionary.
       out: the run directory; None = `runs/NAME-N` with the next free N.
-      overwrite: replace a run that `out` holds already.
-      resume: go on with the run that `out` holds, from its last checkpoint, or else from the start.
+      overwrite: replace the run that `out` already holds.
+      resume: continue the run in `out` from its last checkpoint, or from the start without one.
       progress: show rounds as they end; None = on a terminal only.
 
     Returns:
       What `simulate` returns.
 
     Raises:
-      FedLPError: bad input; then nothing has been written.
-      DivergedError: no client of a round had a finite update; the rounds before are written, and
-        the model as it was after them.
+      FedLPError: bad input; nothing has been written.
+      DivergedError: no client of a round had a finite update; the rounds before it are written, and
+        the model after them.
     """
     return execute(config, out, overwrite=overwrite, resume=resume, progress=progress).result
 
@@ -74,68 +74,83 @@ def execute(
 ) -> Outcome:
     """As `run`; also returns the directory and the summary.
 
-    With `stop`, which is asked before every round, a run is saved and ends in a KeyboardInterrupt.
+    `stop` is asked before every round. Once it is true, the run is saved, and KeyboardInterrupt
+    raised.
     """
     started = time.perf_counter()
     if resume and (overwrite or out is None):
         raise FedLPError("a run that is resumed needs its directory, and is not overwritten.")
     config = _config(config)
+    out = None if out is None else Path(out).expanduser()
     hosts.agree("configuration", _common(config) | {"resume": resume})
     with contextlib.closing(run_directory(out, config.name, overwrite, resume)) as directory:
         with hosts.together("build"):
             start = earlier(config, directory.path) if resume else None
             if start is not None:
-                given = {k: v for k, v in config.plan.model_dump().items() if v is not None}
-                config = _with_plan(config, dataclasses.replace(start.plan, **given))
+                plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
+                config = _with_plan(config, dataclasses.replace(start.plan, **plan))
             arguments = build(config)
-        plans: list[Plan] = [arguments["plan"]]  # as asked for, then as it runs
-        rows: list[dict[str, Any]] = list(start.rows) if start is not None else []
-        done = tuple(rows)
-        wanted = progress if hosts.is_first() else False
-        with Progress(config.rounds, config.name, show=wanted, done=done) as shown:
-
-            def log(row: dict[str, Any]) -> None:
-                if not directory.begun:
-                    directory.begin(dump_config(_with_plan(config, plans[-1])), done)
-                directory.append(row)
-                rows.append(row)
-                shown.update(row)
-
-            try:
-                result = simulate(
-                    **arguments,
-                    log=log,
-                    checkpoint=run_checkpoint(config, directory.path, overwrite),
-                    resume=start,
-                    stop=stop,
-                    compiled=plans.append,
-                )
-                if stop is not None and len(result.history) < config.rounds:
-                    raise KeyboardInterrupt
-                with hosts.together("save"):
-                    if not directory.begun:
-                        directory.begin(dump_config(_with_plan(config, result.plan)), done)
-                    directory.save(result.state.variables)
-            except BaseException as error:
-                _note_failure(error, directory, rows)
-                raise
+        shown = sys.stderr.isatty() if progress is None else progress
+        record = _Record(config, directory, list(start.rows) if start is not None else [])
+        try:
+            result = simulate(
+                **arguments,
+                log=record.append,
+                progress=config.name if shown else False,
+                checkpoint=run_checkpoint(config, directory.path, overwrite),
+                resume=start,
+                stop=stop,
+                compiled=record.compiled,
+            )
+            if len(result.history) < config.rounds:
+                raise KeyboardInterrupt
+            with hosts.together("save"):
+                record.compiled(result.plan)
+                record.begin()
+                directory.save(result.state.variables)
+        except BaseException as error:  # an interruption too leaves its summary
+            _note_failure(error, directory, record.rows)
+            raise
         summary = summarize(config.name, arguments, result)
         summary["readings"]["total_seconds"] = time.perf_counter() - started
         with hosts.together("summarize"):  # and no process leaves before all is written
             directory.summarize(summary)
             if hosts.is_first():
-                draw_run(directory.path / PLOTS, config.name, arguments["clients"], rows)
+                draw_run(directory.path / PLOTS, config.name, arguments["clients"], record.rows)
         return Outcome(result, directory.path, summary)
 
 
-def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[str, Any]:
-    """What `summary.json` says of a run that is done.
+class _Record:
+    """The rounds of a run so far, in memory and in its directory, which begins with the first."""
 
-    `fedavg` is what the same rounds cost as FedAvg: every client receives and sends the whole
-    model. It is modelled from the layer table, not run.
+    def __init__(self, config: Config, directory: RunDirectory, rows: list[dict[str, Any]]):
+        self.rows = rows
+        self._config, self._directory, self._done = config, directory, tuple(rows)
+
+    def compiled(self, plan: Plan) -> None:
+        """Notes the plan that the run has been compiled for."""
+        self._config = _with_plan(self._config, plan)
+
+    def begin(self) -> None:
+        """Writes the configuration, once."""
+        if not self._directory.begun:
+            self._directory.begin(dump_config(self._config), self._done)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes a round."""
+        self.begin()
+        self._directory.append(row)
+        self.rows.append(row)
+
+
+def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """The content of `summary.json` for a finished run.
+
+    `fedavg` is the cost of the same rounds under FedAvg, in which every client receives and sends
+    the whole model. It is modelled from the layer table, not run.
     """
     clients: Partition = arguments["clients"]
-    rule, heard = arguments["algorithm"].layers, sum(result.costs.clients)
+    rule, senders = arguments["algorithm"].layers, sum(result.costs.clients)
     faulty = (row for row in result.history if "chosen" in row)
     lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
     return {
@@ -145,7 +160,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
         "fedavg": fedavg_traffic(
-            result.variables, rule, result.layers, senders=heard, receivers=heard + lost
+            result.variables, rule, result.layers, senders=senders, receivers=senders + lost
         ),
         "partition": {
             "clients": clients.clients,
@@ -167,7 +182,7 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
 
 
 def _common(config: Config) -> dict[str, Any]:
-    """What several processes must be told alike; each may have the data elsewhere."""
+    """The settings that all processes must share; the data may lie elsewhere for each."""
     return config.model_dump(mode="json", exclude={"name": True, "data": {"data_dir"}})
 
 
@@ -179,14 +194,14 @@ def _with_plan(config: Config, plan: Plan) -> Config:
 def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
-    """Writes down how far a run came that did not reach its end, and tells the error so."""
+    """Writes the summary of an unfinished run, and notes what it left to the error."""
     if isinstance(directory, Elsewhere):
-        pass  # the first process notes it
+        pass  # the first process does this
     elif directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
         status = statuses.get(type(error), "failed")
         summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
-        with contextlib.suppress(OSError):  # a full disk, of which the error tells
+        with contextlib.suppress(OSError):  # a full disk, which the error reports
             directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
         error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
     else:
@@ -194,4 +209,4 @@ def _note_failure(
     if isinstance(error, DivergedError):
         directory.save(error.result.state.variables)
     elif directory.has_checkpoint:
-        error.add_note(f"Go on with: fedlp run {directory.path} --resume")
+        error.add_note(f"Resume with: fedlp run {directory.path} --resume")

@@ -8,6 +8,7 @@ that changes its kind (`name`) loses the fields that only the old kind has.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,32 @@ def parse_value(text: str) -> Any:
         raise FedLPError(f"{shown(text)} is {error}; quote it.") from None
 
 
+def split_words(words: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Splits the words of a command line into the file and its `--any.field VALUE` pairs.
+
+    Returns:
+      `(path, {dotted field: value})`; values are YAML.
+
+    Raises:
+      FedLPError: a field without a value, or not exactly one file.
+    """
+    files: list[str] = []
+    overrides: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            files.append(os.path.expanduser(word))
+            continue
+        field, equals, value = word[2:].partition("=")
+        value = value if equals else next(rest, "--")
+        if value.startswith("--"):
+            raise FedLPError(f"--{field[:100]} needs a value, as in --algorithm.keep 0.5.")
+        overrides[field] = value if field == "name" else parse_value(value)
+    if len(files) != 1:
+        raise FedLPError(f"give one configuration, not {len(files)}: {shown(files)}.")
+    return files[0], overrides
+
+
 def merge(base: Raw, over: Raw, section: str = "") -> Raw:
     """Lays `over` over `base`; neither is changed."""
     kinds, old, new = KINDS.get(section, {}), base.get("name"), over.get("name", base.get("name"))
@@ -128,8 +155,8 @@ def write_plan(path: str | Path, plan: Plan) -> None:
     yaml.preserve_quotes, yaml.width = True, 1000
     try:
         raw = yaml.load(path.read_text("utf-8"))
-        fields = {k: v for k, v in vars(plan).items() if v is not None}
-        raw["plan"] = {**(raw.get("plan") or {}), **fields}
+        raw["plan"] = raw.get("plan") or {}
+        raw["plan"].update({k: v for k, v in vars(plan).items() if v is not None})
         with replacing(path.resolve()) as file:
             yaml.dump(raw, file)
     except OSError as error:

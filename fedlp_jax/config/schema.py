@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Never, Union, get_args, get_origin
@@ -266,7 +267,8 @@ class Data(Section):
 
     def build(self, **arguments: Any) -> Dataset:
         """Loads the data set."""
-        return load(self.name, self.data_dir, **self.options, **arguments)
+        folder = self.data_dir and os.path.expanduser(self.data_dir)
+        return load(os.path.expanduser(self.name), folder, **self.options, **arguments)
 
 
 PlanSection = derive("plan", Plan)

@@ -41,7 +41,7 @@ def simulate(
     variables: Variables | None = None,
     faults: Faults | None = None,
     log: Callable[[Row], None] | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
     checkpoint: Checkpoint | None = None,
     resume: Snapshot | None = None,
     stop: Callable[[], bool] | None = None,
@@ -72,7 +72,8 @@ def simulate(
       variables: initial model; None = drawn from the seed.
       faults: what goes wrong with clients, see `fedlp_jax.clients.failures`; None = nothing.
       log: called with each round's row as soon as its numbers are ready.
-      progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere.
+      progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere. A text
+        is the name that is shown, instead of the data set's.
       checkpoint: where and how often to save the run.
       resume: where to go on, from `Checkpoint.latest()`; None = from the start. On one plan the
         result is that of a run which was never interrupted, bit for bit.
@@ -111,8 +112,8 @@ def simulate(
     left = range(len(done) + 1, rounds + 1)
     if stop is not None and hosts.anywhere("stop", stop()):
         left = range(0)
-    wanted = progress and hosts.is_first()
-    with Progress(rounds, data.name, show=wanted, done=done) as shown, saver, hosts.explained():
+    name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
+    with Progress(rounds, name, show=bool(show), done=done) as shown, saver, hosts.explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         if left:
             with conv.repeating(resume.lowerings if resume is not None else {}):

@@ -13,9 +13,12 @@ import yaml
 
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
+from fedlp_jax.config.loading import split_words
 from fedlp_jax.execution import map_clients as placement
+from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.run_directory import read_metrics
+from fedlp_jax.simulation import tuning
 
 SMALL = {
     "data": {"name": "digits"},
@@ -59,32 +62,27 @@ def command(*words):
     )
 
 
-# what is written on the command line
+# the words of a command line
 
 
 @pytest.mark.parametrize(
-    ("words", "settings"),
+    ("words", "overrides"),
     [
         ("c.yaml", {}),
         ("c.yaml --algorithm.keep 0.7", {"algorithm.keep": 0.7}),
         ("c.yaml --algorithm.keep=0.7", {"algorithm.keep": 0.7}),
         ("--algorithm.keep 0.7 c.yaml", {"algorithm.keep": 0.7}),
-        ("c.yaml --model.hidden [64,32] --plan.width null", {"model.hidden": [64, 32]}),
+        ("c.yaml --model.hidden [64,32]", {"model.hidden": [64, 32]}),
+        ("c.yaml --plan.width null", {"plan.width": None}),
         ("c.yaml --a.b -1", {"a.b": -1}),
         ("c.yaml --a.b 1e-3", {"a.b": 0.001}),
         ("c.yaml --a.b uniform", {"a.b": "uniform"}),
         ("c.yaml --a.b 1 --a.b 2", {"a.b": 2}),
+        ("c.yaml --name=12", {"name": "12"}),
     ],
 )
-def test_any_field_takes_a_yaml_value(words, settings):
-    path, found = cli._settings(words.split(), {})
-    assert path == "c.yaml"
-    assert found == settings | ({"plan.width": None} if "null" in words else {})
-
-
-def test_typed_options_are_fields_too():
-    typed = {"rounds": 3, "cohort": "0.5", "seed": None, "name": None}
-    assert cli._settings(["c.yaml"], typed) == ("c.yaml", {"rounds": 3, "cohort": 0.5})
+def test_any_field_takes_a_yaml_value(words, overrides):
+    assert split_words(words.split()) == ("c.yaml", overrides)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +90,14 @@ def test_typed_options_are_fields_too():
     [
         (["c.yaml", "--algorithm.keep"], "--algorithm.keep needs a value"),
         (["c.yaml", "--a.b", "--c.d", "1"], "--a.b needs a value"),
-        (["c.yaml", "--a.b", "[1"], "cannot be read as a YAML value"),
-        (["c.yaml", "d.yaml"], "one configuration is needed, but 2 are given"),
-        (["--a.b", "c.yaml"], "one configuration is needed, but 0 are given"),
+        (["c.yaml", "--a.b", "[1"], "is not valid YAML"),
+        (["c.yaml", "d.yaml"], "give one configuration, not 2"),
+        (["--a.b", "c.yaml"], "give one configuration, not 0"),
     ],
 )
-def test_refuses_words_it_cannot_sort(words, sentence):
+def test_refuses_words_it_cannot_split(words, sentence):
     with pytest.raises(FedLPError) as error:
-        cli._settings(words, {})
+        split_words(words)
     assert sentence in str(error.value)
 
 
@@ -122,8 +120,8 @@ def test_runs_and_says_where_and_at_what_cost():
     [
         (("small.yaml", "--roundz", "3"), "did you mean 'rounds'?"),
         (("small.yaml", "--algorithm.kep", "3"), "did you mean 'keep'?"),
-        (("small.yaml", "--rounds", "-3"), "rounds is -3, but must be a whole number >= 0."),
-        (("small.yaml", "--cohort", "50"), "there are only 20 clients"),
+        (("small.yaml", "--rounds", "-3"), "rounds: must be greater than or equal to 0 (got -3)."),
+        (("small.yaml", "--cohort", "50"), "exceeds the 20 clients"),
         (("smal.yaml",), "smal.yaml does not exist; did you mean 'small.yaml'?"),
         (("small.yaml", "--data.name", "synthetic", "--data.options.shape", "8"), "shape must be"),
         (
@@ -218,10 +216,33 @@ def test_exit_codes(monkeypatch, error, code, sentences):
     assert ("runs/x-1" in said.stderr) == (code != 2)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_is_one_line_and_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(experiment, "execute", lambda *_, **__: {}["missing"])
     said = fedlp("run", "small.yaml")
-    assert isinstance(said.exception, KeyError)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        "fedlp: the run failed: KeyError: 'missing'. The option --debug shows where.\n"
+    )
+    said = fedlp("--debug", "run", "small.yaml")
+    assert said.exit_code == 1
+    assert "Traceback" in said.stderr and "KeyError: 'missing'" in said.stderr
+
+
+def test_an_output_that_nobody_reads_does_not_end_a_run(monkeypatch):
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        output = cli._Output(stream)
+        os.close(reader)
+        for _ in range(3):
+            print("a round", file=output, flush=True)
+        assert not output.isatty()
+
+
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = fedlp("run", "~/small.yaml", "--rounds", "0", "--out=~/x")
+    assert said.exit_code == 0, said.output
+    assert (tmp_path / "x" / "config.yaml").is_file()
 
 
 def test_help_shows_examples():
@@ -258,6 +279,7 @@ def test_info_shows_what_a_config_amounts_to():
     assert "25.0% of FedAvg's" in said.stdout
 
 
+@pytest.mark.slow
 def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted():
     Path("small.yaml").write_text(yaml.safe_dump(SMALL | {"plan": {}, "rounds": 1_000_000}))
     process = command("run", "small.yaml", "--out", "out")
@@ -274,8 +296,36 @@ def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted()
     assert "Traceback" not in errors
     assert "fedlp: interrupted." in errors
     assert "fedlp: out holds the first" in errors
-    assert "fedlp: Go on with: fedlp run out --resume" in errors
+    assert "fedlp: Resume with: fedlp run out --resume" in errors
     assert len(read_metrics("out")) >= 1
     assert json.loads(Path("out/summary.json").read_text())["status"] == "interrupted"
     cores = min(len(os.sched_getaffinity(0)), SMALL["cohort"])
     assert yaml.safe_load(Path("out/config.yaml").read_text())["plan"]["devices"] == cores
+
+
+def test_tune_writes_the_plan_it_chose_and_keeps_the_comments(monkeypatch):
+    def measure(arguments, seconds, report):
+        trial = tuning.Trial(Plan(1, 2), 0.5, 0.5, 1.0)
+        report(trial)
+        return tuning.Tuning(trial.plan, [trial], [Plan(1, 8)])
+
+    monkeypatch.setattr(tuning, "tune", measure)
+    text = "# mine\n" + yaml.safe_dump(SMALL | {"plan": {"devices": 1, "width": 1}})
+    Path("small.yaml").write_text(text)
+    said = fedlp("tune", "small.yaml", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert "small.yaml is unchanged." in said.stdout and Path("small.yaml").read_text() == text
+    said = fedlp("tune", "small.yaml")
+    assert said.exit_code == 0, said.output
+    assert "Written to small.yaml." in said.stdout and "not measured" in said.stderr
+    assert Path("small.yaml").read_text() == text.replace("width: 1", "width: 2")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    said = fedlp("tune", "small.yaml")
+    assert said.exit_code == 2 and "cannot be written" in said.stderr
+
+
+def test_reproduce_counts_costs():
+    said = fedlp("reproduce", "paper", "--costs", "--json", "--rows", "homo-0.5")
+    assert said.exit_code == 0, said.output
+    (row,) = json.loads(said.stdout)
+    assert row["id"] == "homo-0.5" and row["comm_difference"] == 0

@@ -201,6 +201,7 @@ def test_the_model_that_is_written_is_the_one_that_was_trained(done):
     same(found.state.variables, wanted.state.variables)
 
 
+@pytest.mark.slow
 def test_a_model_with_shared_heads_and_statistics_is_written_whole(tmp_path):
     config = small(
         data={"name": "synthetic", "options": {"examples": 80, "shape": [8, 8, 3]}},

@@ -1,0 +1,40 @@
+"""`fedlp info`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+Examples:
+
+  fedlp info
+
+  fedlp info configs/cifar10.yaml --algorithm.layers by_tensor
+"""
+
+
+def info(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")
+    ] = "",
+) -> None:
+    """Show versions and devices; with CONFIG also its settings, partition, layers and costs."""
+    from fedlp_jax.cli import tables
+
+    words = [config, *context.args] if config else context.args
+    if not words:
+        from fedlp_jax.execution.map_clients import setup
+
+        setup()
+        tables.show(tables.environment_table())
+        return
+    from fedlp_jax.cli.run import load
+    from fedlp_jax.config.build import build
+    from fedlp_jax.config.loading import split_words
+    from fedlp_jax.config.overview import overview
+
+    loaded = load(*split_words(words))
+    tables.show(*tables.config_tables(loaded, overview(loaded, build(loaded))))

@@ -1,0 +1,139 @@
+"""`fedlp run`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlp_jax.cli import hosts as cli_hosts
+
+if TYPE_CHECKING:
+    from fedlp_jax.config.schema import Config
+
+EXAMPLES = """
+Any field of the configuration can be set: [bold]--algorithm.keep 0.7[/bold],
+[bold]--model.hidden "[64, 32]"[/bold], [bold]--partition.name dirichlet --partition.alpha
+0.1[/bold].
+
+Examples:
+
+  fedlp run configs/quickstart.yaml
+
+  fedlp run configs/mnist.yaml --rounds 5 --seed 1 --out results/mnist
+
+  fedlp run configs/paper/homo-0.5-iid.yaml --algorithm.keep 0.9
+
+Ctrl-C stops a run after the round in flight and saves it; this resumes it:
+
+  fedlp run runs/quickstart-1 --resume
+
+Two processes, on one host or on two; both get the same configuration:
+
+  fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0
+
+  fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 1
+"""
+_SECOND_SIGNAL = 1.0  # seconds; sooner it is the same one, since GNU timeout sends two
+
+
+def run(
+    context: typer.Context,
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, as in configs/; with --resume, a run directory."
+        ),
+    ],
+    out: Annotated[str | None, typer.Option(help="Run directory; default runs/NAME-N.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in that directory.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the run in that directory.")
+    ] = False,
+    rounds: Annotated[str | None, typer.Option(help="Rounds to run.", metavar="N")] = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Clients of a round, or their share.", metavar="N")
+    ] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of the run.", metavar="N")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; default that of the file.")
+    ] = None,
+    coordinator: cli_hosts.Coordinator = None,
+    num_processes: cli_hosts.NumProcesses = None,
+    process_id: cli_hosts.ProcessId = None,
+    distributed: cli_hosts.Distributed = False,
+    connect_seconds: cli_hosts.ConnectSeconds = 120.0,
+) -> None:
+    """Train as a configuration says and write a run directory."""
+    cli_hosts.join(coordinator, num_processes, process_id, distributed, connect_seconds)
+    from fedlp_jax.cli.tables import result_table, show
+    from fedlp_jax.config.experiment import execute
+    from fedlp_jax.config.loading import split_words
+    from fedlp_jax.config.resumption import finished, run_directory
+    from fedlp_jax.execution import processes as hosts
+    from fedlp_jax.simulation.checkpoint import hush
+
+    hush()
+    options = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
+    words = [f"--{field}={value}" for field, value in options.items() if value is not None]
+    with hosts.together("read"):
+        path, overrides = split_words([config, *context.args, *words])
+        out = None if out is None else os.path.expanduser(out)
+        if resume:
+            path, out = run_directory(path, out)
+        loaded = load(path, overrides)
+        done = finished(loaded, Path(out)) if resume and out else 0
+    if hosts.anywhere("finished", done > 0):
+        if done and hosts.is_first():
+            typer.echo(f"{out} is finished: its {done} rounds are done.")
+        return
+    with stop_signals() as stop:
+        outcome = execute(loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop)
+    if hosts.is_first():
+        show(result_table(outcome.summary, outcome.directory))
+
+
+def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
+    """The checked configuration; then the settings of jax, before it is first used."""
+    from fedlp_jax.config.loading import load_config
+    from fedlp_jax.execution import processes as hosts
+    from fedlp_jax.execution.compilation import keep_programs
+    from fedlp_jax.execution.map_clients import setup
+
+    config = load_config(path, overrides)
+    setup(cpu_devices=None if every_device else hosts.share(config.plan.devices))
+    keep_programs()
+    return config
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that is true after the first Ctrl-C or SIGTERM; a second one exits."""
+    signals: list[float] = []
+
+    def handle(*_: object) -> None:
+        signals.append(time.monotonic())
+        if len(signals) == 1:
+            print("fedlp: stopping after the round in flight; again: at once.", file=sys.stderr)
+        elif signals[-1] - signals[0] >= _SECOND_SIGNAL:
+            print("\x1b[?25h" * sys.stderr.isatty() + "fedlp: stopped at once.", file=sys.stderr)
+            os._exit(130)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s, handler in before.items() if handler != signal.SIG_IGN]  # nohup ignores one
+    for number in heard:
+        signal.signal(number, handle)
+    try:
+        yield lambda: bool(signals)
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
