@@ -32,6 +32,7 @@ import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.timing import alternate, spread
 from fedlp_jax.aggregation.means import masked_mean
+from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.execution.map_clients import Level, Plan, map_sum, over_clients, resolve
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.types import Array, Batch, Normalize, Variables
@@ -147,18 +148,19 @@ def _at_once(stack: Variables, mask: Array, layers: LayerTable) -> Variables:
 
 
 def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort: int) -> Variables:
-    aggregator = masked_mean()
+    reducer = masked_mean()
 
-    def lift(shared: Any, client: Any, own: Any, active: Array, bounds: Any) -> Any:
+    def prepare(shared: Any, client: Any, own: Any, active: Array, bounds: Any) -> Any:
         update, sent = client
-        one = jnp.ones((), jnp.float32)
-        return aggregator.lift(update, one, sent, jnp.ones_like(sent), active, layers), {}, own
+        upload = UploadInfo(jnp.ones((), jnp.float32), sent, jnp.ones_like(sent))
+        return reducer.prepare(update, upload, active, layers), {}, own
 
-    level = Level(lift, bounds=lambda clients: (), embed=lambda shared, total: total)
+    level = Level(prepare, bounds=lambda clients: (), embed=lambda shared, total: total)
     devices = plan.devices or 1
     segment = jnp.array([[0, cohort // devices]] * devices, jnp.int32)
     total, _, _ = map_sum([level], (), (stack, mask), segment, plan)
-    return aggregator.lower(total, (), layers)[0]
+    unread: Any = None  # a mean needs the sums only
+    return reducer.reduce(total, unread, unread, unread, (), layers, plan).update
 
 
 def _compare(expected: Variables, found: Variables) -> None:

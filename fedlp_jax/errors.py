@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 import re
 import reprlib
@@ -36,6 +37,113 @@ def shown(value: object) -> str:
     """A value as a sentence shows it: as `repr` does, on one line, and never long."""
     words = _SHORT.repr(value).replace("\n", " ")
     return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    integer: bool = False,
+    optional: bool = False,
+    hint: str = "",
+) -> Any:
+    """Checks a finite number and converts it from NumPy to Python. Bools are not numbers.
+
+    Args:
+      name: of the setting.
+      value: a Python or NumPy number.
+      ge: smallest value.
+      gt: bound that the value must exceed.
+      le: largest value.
+      lt: bound that the value must stay below.
+      integer: accept integers only, not 3.0.
+      optional: say that the setting may be None. None itself is for the caller to accept.
+      hint: the reason or the way out, appended to the sentence.
+
+    Returns:
+      The number as an `int` or a `float`.
+
+    Raises:
+      FedLPError: not such a number.
+    """
+    kind = (int, np.integer) if integer else numbers.Real
+    good = (
+        isinstance(value, kind) and not isinstance(value, bool) and _within(value, ge, gt, le, lt)
+    )
+    if not (good and abs(value) < math.inf):
+        raise FedLPError(
+            f"{name}={shown(value)} must be a {'whole ' * integer}number{_bounds(ge, gt, le, lt)}"
+            f"{', or None' * optional}{hint and f': {hint}'}."
+        )
+    return int(value) if isinstance(value, int | np.integer) else float(value)
+
+
+def check_array(
+    name: str,
+    value: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    dtype: Any = np.float64,
+    hint: str = "",
+) -> np.ndarray:
+    """Converts a number or nested numbers to an array and checks every entry.
+
+    Args:
+      name: of the setting.
+      value: anything `np.asarray` takes.
+      ge: smallest entry.
+      gt: bound that each entry must exceed.
+      le: largest entry.
+      lt: bound that each entry must stay below.
+      dtype: of the result.
+      hint: the reason or the way out, appended to the sentence.
+
+    Raises:
+      FedLPError: not numbers, or one that is out of bounds or not finite; the first is shown.
+    """
+    try:
+        array = np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FedLPError(
+            f"{name}={shown(value)} is not a number or an array of numbers."
+        ) from error
+    good = np.isfinite(array) & _within(array, ge, gt, le, lt)
+    if not good.all():
+        raise FedLPError(
+            f"{name}={array[~good].flat[0]:g} must be a number{_bounds(ge, gt, le, lt)}"
+            f"{hint and f': {hint}'}."
+        )
+    return array
+
+
+def _within(
+    value: Any, ge: float | None, gt: float | None, le: float | None, lt: float | None
+) -> Any:
+    """Whether the bounds hold, entry by entry; never for NaN."""
+    good: Any = value == value
+    good = good if ge is None else good & (value >= ge)
+    good = good if gt is None else good & (value > gt)
+    good = good if le is None else good & (value <= le)
+    return good if lt is None else good & (value < lt)
+
+
+def _bounds(ge: float | None, gt: float | None, le: float | None, lt: float | None) -> str:
+    """The bounds in words: " of at least 3", " in [0, 1]", " above 0"."""
+    low, high = (ge if gt is None else gt), (le if lt is None else lt)
+    if low is not None and high is not None:
+        return f" in {'[' if gt is None else '('}{low:g}, {high:g}{']' if lt is None else ')'}"
+    if low is not None:
+        return f" of at least {low:g}" if gt is None else f" above {low:g}"
+    if high is not None:
+        return f" of at most {high:g}" if lt is None else f" below {high:g}"
+    return ""
 
 
 def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:

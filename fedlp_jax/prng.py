@@ -1,8 +1,9 @@
 """Randomness by meaning: every draw is a pure function of (seed, round, client, purpose, step).
 
-Keys are folded in that order and never split along a chain or by position in a cohort. So the
-number of devices, the chunk width, the order of a cohort, padding, and where a run was stopped
-cannot change a draw.
+Keys are folded in that order. They are never split along a chain and never depend on a position in
+the cohort. So the number of devices, the chunk width, cohort order, padding and the round at which
+a run was stopped cannot change a draw. Neither can `JAX_DEFAULT_PRNG_IMPL`: keys are always
+threefry2x32, which is counter-based, so a vmapped draw equals the single one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SERVER = 2**31 - 1  # the client id of draws that belong to no client
 
 
 class Purpose(enum.IntEnum):
-    """What a key is for. Numbers are part of the results: never renumber, only append."""
+    """What a key is for. The numbers are part of the results: append, never renumber."""
 
     INIT = 0
     SHUFFLE = 1
@@ -35,17 +36,22 @@ class Purpose(enum.IntEnum):
     NOISE = 15
 
 
+def root_key(seed: int) -> Array:
+    """The typed key of a run's seed, from which every other key is folded."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def client_key(root: Array, round: Array | int, client: Array | int, purpose: Purpose) -> Array:
     """The key of one client's draws for one purpose in one round.
 
     Args:
-      root: typed key of the run's seed.
+      root: `root_key` of the run's seed.
       round: i32[], from 1; `BEFORE_FIRST_ROUND` for draws made once.
       client: i32[], client id (not its position in the cohort), or `SERVER`.
       purpose: what the key is for.
 
     Returns:
-      A typed key; fold in the step for more than one draw.
+      A typed key. Fold in the step to draw more than once.
     """
     key = jax.random.fold_in(root, round)
     key = jax.random.fold_in(key, client)

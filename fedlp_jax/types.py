@@ -109,4 +109,4 @@ class RoundMetrics(NamedTuple):
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
     halted: Array  # bool[], the state was left as it was: nothing finite to go on with
-    fate: PyTree = ()  # a `fedlp_jax.clients.outcomes.Fate`, where a run has faults
+    outcomes: PyTree = ()  # a `fedlp_jax.clients.outcomes.Outcomes`, where a run has faults

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from fedlp_jax.nn import conv, dense
+from fedlp_jax.prng import root_key
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Variables
 
@@ -69,7 +70,7 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
 
     def gradient(variables: Variables) -> Variables:
         def loss(params: Variables) -> Any:
-            return task.loss({**variables, "params": params}, example, jax.random.key(0))[0]
+            return task.loss({**variables, "params": params}, example, root_key(0))[0]
 
         return jax.grad(loss)(variables["params"])
 

@@ -1,100 +1,116 @@
-"""Masked means over clients: how the server combines what was sent.
+"""Masked means over clients.
 
 With `a_k` the weight of client k, `m_{k,l}` its layer mask and `d_k = x_k - x` its update, layer by
 layer:
 
-    masked_mean          d = sum a_k m_k d_k / sum a_k m_k      (FedLP; mean over the uploaders)
+    masked_mean          d = sum a_k m_k d_k / sum a_k m_k      (FedLP; mean over the senders)
     cohort_mean          d = sum a_k m_k d_k / sum a_k          (shrinks with the share that sent)
     inverse_probability  d = sum a_k (m_k / p_k) d_k / sum a_k  (unbiased for the full mean)
 
-Updates are summed, not models: a layer that nobody sent has the update zero and keeps its bits.
-They are summed in float32 or wider, whatever their dtype: a sum in bfloat16 stands still as soon as
-it is 256 times what is added.
+Updates are summed, not models: a layer that nobody sent has a zero update and keeps its bits. Sums
+are float32 or wider whatever the dtype of the updates: a bfloat16 sum stops growing once it is 256
+times as large as what is added.
 
-With submodels the last two count a client that does not hold a layer as one without a change to it.
+In a scheme with submodels, the last two count a client without a layer as one that did not change
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
+from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import Array, PyTree, Variables, wide
 
 
-class Contribution(NamedTuple):
-    """What clients add up to. Summable: over clients, chunks, levels and devices."""
+class WeightedSum(NamedTuple):
+    """What clients add up. Summable over clients, chunks, levels and devices."""
 
-    total: Variables  # sum of weighted masked updates, in float32 or wider
-    weight: Array  # f32[L], sum of a_k m_{k,l}
-    cohort: Array  # f32[], sum of a_k
-
-
-class Aggregator(NamedTuple):
-    """Lift one client to a summable tree; lower the sum to the server's update."""
-
-    init: Callable[[Variables], PyTree]  # variables -> state
-    # (update, weight f32[], mask f32[L], keep f32[L], counted bool[], layers) -> contribution
-    lift: Callable[[Variables, Array, Array, Array, Array, LayerTable], Contribution]
-    # (sum, state, layers) -> (update, state)
-    lower: Callable[[Contribution, PyTree, LayerTable], tuple[Variables, PyTree]]
+    total: Variables  # sum of a_k m_{k,l} d_k, in float32 or wider
+    total_weight: Array  # f32[L], sum of a_k m_{k,l}
+    cohort_weight: Array  # f32[], sum of a_k
 
 
-def masked_mean() -> Aggregator:
+def masked_mean() -> Reducer:
     """Mean of each layer over the clients that sent it (FedLP, arXiv:2303.06360)."""
-    return Aggregator(_no_state, _lift, _lower(lambda c: c.weight, lambda c: c.weight))
+    return _mean(_weighted, lambda s: s.total_weight)
 
 
-def cohort_mean() -> Aggregator:
-    """Mean over the whole cohort, a layer not sent counting as no change (CoCoFL, Alg. 2)."""
-    return Aggregator(
-        _no_state, _lift, _lower(lambda c: jnp.full_like(c.weight, c.cohort), lambda c: c.weight)
-    )
+def cohort_mean() -> Reducer:
+    """Mean over the whole cohort; a layer not sent counts as no change (CoCoFL, Alg. 2)."""
+
+    def sensitivity(keep: Array, chosen: Array) -> Array:
+        del chosen
+        return jnp.ones_like(keep[0])
+
+    return _mean(_weighted, _cohort_weight, sensitivity)
 
 
-def inverse_probability() -> Aggregator:
+def inverse_probability() -> Reducer:
     """Mean over the cohort of updates divided by their keep probability (Horvitz-Thompson).
 
-    Only parameters are reweighted; batch statistics take the masked mean, since a reweighted
-    variance can turn negative.
+    Only parameters are reweighted. Batch statistics take the masked mean, because a reweighted
+    variance can become negative.
     """
 
-    def lift(
-        update: Variables,
-        weight: Array,
-        mask: Array,
-        keep: Array,
-        counted: Array,
-        layers: LayerTable,
-    ) -> Contribution:
+    def prepare(
+        update: Variables, upload: UploadInfo, counted: Array, layers: LayerTable
+    ) -> WeightedSum:
         # A layer that was sent had keep > 0; where keep is 0 the mask is 0 and so is the quotient.
-        factor = jnp.where(mask > 0, mask / jnp.where(keep > 0, keep, 1.0), 0.0)
-        plain = _lift(update, weight, mask, keep, counted, layers)
-        scaled = _lift(
-            {"params": update["params"]}, weight, factor, keep, counted, _only_params(layers)
+        keep = jnp.where(upload.keep > 0, upload.keep, 1.0)
+        factor = jnp.where(upload.mask > 0, upload.mask / keep, 0.0)
+        plain = _weighted(update, upload, counted, layers)
+        scaled = _weighted(
+            {"params": update["params"]},
+            upload._replace(mask=factor),
+            counted,
+            layers.only("params"),
         )
         return plain._replace(total={**plain.total, **scaled.total})
 
-    return Aggregator(
-        _no_state, lift, _lower(lambda c: jnp.full_like(c.weight, c.cohort), lambda c: c.weight)
-    )
+    def sensitivity(keep: Array, chosen: Array) -> Array:
+        sent = chosen & (keep > 0)
+        return jnp.where(sent, 1.0 / jnp.where(sent, keep, 1.0), 0.0).max(axis=0)
+
+    return _mean(prepare, _cohort_weight, sensitivity)
 
 
-def _no_state(variables: Variables) -> PyTree:
-    del variables
-    return ()
+def _mean(
+    prepare: Callable[[Variables, UploadInfo, Array, LayerTable], WeightedSum],
+    divisor: Callable[[WeightedSum], Array],
+    sensitivity: Callable[[Array, Array], Array] | None = None,
+) -> Reducer:
+    """A mean whose parameters are divided by `divisor(sum) -> f32[L]`."""
+
+    def reduce(
+        contributions: WeightedSum,
+        uploads: UploadInfo,
+        counted: Array,
+        client: Array,
+        state: PyTree,
+        layers: LayerTable,
+        plan: Plan,
+    ) -> Aggregate:
+        del uploads, counted, client, state, plan
+        update = _divided(contributions, divisor(contributions), layers)
+        gate = contributions.total_weight > 0
+        return Aggregate(update, gate, contributions.cohort_weight)
+
+    return Reducer(lambda variables: (), prepare, _embed, reduce, sensitivity=sensitivity)
 
 
-def _lift(
-    update: Variables, weight: Array, mask: Array, keep: Array, counted: Array, layers: LayerTable
-) -> Contribution:
-    del keep
-    zero = jnp.zeros_like(weight)
-    factor = jnp.where(counted, weight * mask, jnp.zeros_like(mask))
+def _weighted(
+    update: Variables, upload: UploadInfo, counted: Array, layers: LayerTable
+) -> WeightedSum:
+    """ONE client's term of each sum."""
+    factor = jnp.where(counted, upload.weight * upload.mask, jnp.zeros_like(upload.mask))
 
     def scaled(delta: Array, a: Array) -> Array:
         # `where`, not a product with 0: the update of a client that does not count may be NaN.
@@ -102,41 +118,33 @@ def _lift(
         return jnp.where(counted, delta * a.astype(delta.dtype), jnp.zeros_like(delta))
 
     total = jax.tree.map(scaled, update, layers.expand(factor))
-    return Contribution(total, factor, jnp.where(counted, weight, zero))
-
-
-def _lower(
-    of_params: Callable[[Contribution], Array], of_statistics: Callable[[Contribution], Array]
-) -> Callable[[Contribution, PyTree, LayerTable], tuple[Variables, PyTree]]:
-    """Divides sums by a weight per layer: one for parameters, one for statistics."""
-
-    def lower(
-        contribution: Contribution, state: PyTree, layers: LayerTable
-    ) -> tuple[Variables, PyTree]:
-        def mean(total: Array, weight: Array) -> Array:
-            weight = weight.astype(total.dtype)
-            return jnp.where(
-                weight > 0,
-                total / jnp.where(weight > 0, weight, jnp.ones_like(weight)),
-                jnp.zeros_like(total),
-            )
-
-        update = {
-            collection: jax.tree.map(
-                mean,
-                tree,
-                layers.expand(
-                    (of_params if collection == "params" else of_statistics)(contribution)
-                )[collection],
-            )
-            for collection, tree in contribution.total.items()
-        }
-        return update, state
-
-    return lower
-
-
-def _only_params(layers: LayerTable) -> Any:
-    return LayerTable(
-        layers.names, {"params": layers.index["params"]}, layers.params, layers.statistics
+    return WeightedSum(
+        total, factor, jnp.where(counted, upload.weight, jnp.zeros_like(upload.weight))
     )
+
+
+def _embed(contribution: WeightedSum, level: Submodel, variables: Variables) -> WeightedSum:
+    like = jax.tree.map(lambda x: x.astype(wide(x.dtype)), variables)  # the dtype of sums
+    return contribution._replace(total=level.embed(contribution.total, like))
+
+
+def _cohort_weight(contributions: WeightedSum) -> Array:
+    return jnp.full_like(contributions.total_weight, contributions.cohort_weight)
+
+
+def _divided(contributions: WeightedSum, divisor: Array, layers: LayerTable) -> Variables:
+    """Sums divided by a number per layer, parameters by `divisor`, statistics by `total_weight`."""
+
+    def mean(total: Array, weight: Array) -> Array:
+        weight = weight.astype(total.dtype)
+        return jnp.where(
+            weight > 0,
+            total / jnp.where(weight > 0, weight, jnp.ones_like(weight)),
+            jnp.zeros_like(total),
+        )
+
+    of_params, of_statistics = layers.expand(divisor), layers.expand(contributions.total_weight)
+    return {
+        name: jax.tree.map(mean, tree, (of_params if name == "params" else of_statistics)[name])
+        for name, tree in contributions.total.items()
+    }

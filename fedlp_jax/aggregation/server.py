@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedlp_jax.clients.optimizer import updates_of
+from fedlp_jax.clients.local_training import optimizer_step
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, PyTree, Variables
 
@@ -16,47 +16,47 @@ def server_step(
     state: PyTree,
     variables: Variables,
     update: Variables,
-    weight: Array,
+    gate: Array,
     layers: LayerTable,
 ) -> tuple[Variables, PyTree]:
     """Applies the aggregated update (FedOpt, arXiv:2003.00295, with `-update` as the gradient).
 
-    A layer that nobody sent keeps its value and its optimizer state bit for bit, also under
-    momentum and weight decay. Batch statistics take the plain update: an adaptive optimizer could
-    turn a variance negative.
+    A closed layer keeps its value and its optimizer state bit for bit, even under momentum and
+    weight decay. Batch statistics take the plain update, because an adaptive optimizer could make a
+    variance negative.
 
     Args:
       optimizer: any optax transform; `optax.sgd(1.0)` adds the update as it is.
       state: its state.
       variables: the server's.
-      update: tree like `variables`, from the aggregator, of any float dtype.
-      weight: `f32[L]`, total weight of the clients that sent each layer.
+      update: tree like `variables`, of any float dtype.
+      gate: `bool[L]`, False = the layer is closed: nobody sent it.
       layers: the layer table.
 
     Returns:
       The new variables and optimizer state.
 
     Raises:
-      FedLPError: the optimizer cannot do without a loss, as `optax.polyak_sgd` and line searches.
+      FedLPError: the optimizer needs a loss, as `optax.polyak_sgd` and line searches do.
     """
-    sent = layers.expand(weight > 0)
-    # Short floats are summed in float32; the mean is again of what the model computes in.
+    opened = layers.expand(gate)
+    # Short floats were summed in float32; the update returns to the dtype of the model.
     update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, variables)
     gradient = jax.tree.map(jnp.negative, update["params"])
     with jax.numpy_dtype_promotion("standard"):
-        steps, new_state = updates_of(optimizer, gradient, state, variables["params"], "server")
+        steps, new_state = optimizer_step("server", optimizer, gradient, state, variables["params"])
         params = optax.apply_updates(variables["params"], steps)
     moved = {
         name: params if name == "params" else jax.tree.map(jnp.add, tree, update[name])
         for name, tree in variables.items()
     }
-    new = jax.tree.map(lambda s, n, o: jnp.where(s, n, o), sent, moved, variables)
-    # Which leaves of the optimizer's state belong to a layer that was sent; counters always move.
+    new = jax.tree.map(lambda s, n, o: jnp.where(s, n, o), opened, moved, variables)
+    # Leaves of the optimizer's state move with their layer; counters always move.
     moves = optax.tree_map_params(
         optimizer,
         lambda _, s: s,
         new_state,
-        sent["params"],
+        opened["params"],
         transform_non_params=lambda _: jnp.ones((), bool),
     )
     return new, jax.tree.map(lambda s, n, o: jnp.where(s, n, o), moves, new_state, state)

@@ -1,4 +1,4 @@
-"""The one interface `simulate` runs."""
+"""Algorithm: the interface that `simulate` runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from fedlp_jax.aggregation.privacy import Privacy
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import Packed
-from fedlp_jax.pruning.layers import LayerRule
+from fedlp_jax.pruning.layers import LayerRule, LayerTable
+from fedlp_jax.pruning.masks import always
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Cohort, Examples, RoundMetrics, ServerState, Variables
@@ -19,17 +20,17 @@ from fedlp_jax.types import Array, Batch, Cohort, Examples, RoundMetrics, Server
 class Algorithm(NamedTuple):
     """Pure functions of a federated algorithm; `compose` makes them from parts.
 
-    `init` and `round` are the algorithm. The rest describes it to the host loop: how much work a
-    client is, and which submodel it runs.
+    `init` and `round` are the algorithm. The rest describes it to the host loop: how much a client
+    computes, which submodel it holds, and how often it sends a layer.
     """
 
     task: Task
     # (root key, example, K, initial variables or None) -> state
     init: Callable[[Array, Batch, int, Variables | None], ServerState]
     # (state, private variables of the slots, split, cohort, root key, plan)
-    #   -> (state, private variables, which count only if the run goes on, metrics)
-    # Slots that are empty, or have nothing private, hold what other clients left there: not to be
-    # read.
+    #   -> (state, private variables, metrics)
+    # New private variables are ignored if the run has halted. Slots that are empty, or have nothing
+    # private, hold stale data: do not read them.
     round: Callable[
         [ServerState, Packed, Examples, Cohort, Array, Plan],
         tuple[ServerState, Packed, RoundMetrics],
@@ -39,9 +40,11 @@ class Algorithm(NamedTuple):
     # (variables or shapes, example) -> G levels, the last the whole model
     levels: Callable[[Variables, Batch], tuple[Submodel, ...]]
     assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
+    # (layers, K) -> probability that a client sends a layer it holds, f32[1 or K, 1 or L]
+    upload_rates: Callable[[LayerTable, int], np.ndarray] = always
     persist: bool = False  # private variables are stored between rounds
     shared_heads: bool = False  # every level can be tested from the server's variables
-    faults: bool = False  # `round` heeds `cohort.conditions`
+    faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
     privacy: Privacy | None = None
     train_loss: str = "examples"  # or "batches": mean over clients of the mean over steps

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import optax
 
-from fedlp_jax.algorithms import presets as behaviours
+from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.pruning import masks
@@ -65,7 +65,7 @@ def fedlp_hetero(
       **settings: as in `compose`.
     """
     if heads is None:
-        heads = behaviours.named(behaviour).heads
+        heads = presets.named(behaviour).heads
     return compose(
         task,
         client_optimizer=client_optimizer,

@@ -1,4 +1,4 @@
-"""What ONE client does: local epochs of stochastic gradient steps with any optax optimizer."""
+"""Local training of ONE client: epochs of stochastic gradient steps with any optax optimizer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedlp_jax.clients.optimizer import updates_of
 from fedlp_jax.data.batching import shuffled_rows, take_batch
-from fedlp_jax.errors import FedLPError, whole_number
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, Variables
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, PyTree, Variables
 
 
 class LocalWork(NamedTuple):
@@ -44,32 +43,34 @@ class Bounds(NamedTuple):
 
 
 def check_work(work: LocalWork) -> LocalWork:
-    """Refuses impossible local work; what is possible is returned in numbers of Python's.
+    """Validates local work and converts NumPy integers to int.
 
     Raises:
       FedLPError: neither or both of epochs and steps, or a number below 1.
     """
     if (work.epochs is None) == (work.steps is None):
         raise FedLPError(
-            f"give epochs or steps, one of the two (got epochs={work.epochs}, steps={work.steps})."
+            f"give either epochs or steps (got epochs={work.epochs}, steps={work.steps})."
         )
-    given = {name: value for name, value in work._asdict().items() if value is not None}
-    return work._replace(**{name: whole_number(name, value, 1) for name, value in given.items()})
+    numbers = {name: value for name, value in work._asdict().items() if value is not None}
+    return work._replace(
+        **{name: check_number(name, value, ge=1, integer=True) for name, value in numbers.items()}
+    )
 
 
 def steps_per_epoch(size: Any, work: LocalWork) -> Any:
-    """ceil(size / B), for numpy and jax integer arrays alike."""
+    """ceil(size / B), for NumPy and JAX integer arrays."""
     return (size + work.batch_size - 1) // work.batch_size
 
 
 def local_steps(size: Any, work: LocalWork) -> Any:
-    """Steps a client with `size` examples takes in a round; none without examples."""
+    """Steps of a client with `size` examples in a round; 0 without examples."""
     per_epoch = steps_per_epoch(size, work)
     return work.epochs * per_epoch if work.steps is None else work.steps * per_epoch.clip(0, 1)
 
 
 def examples_seen(size: Any, work: LocalWork) -> Any:
-    """Examples a client with `size` of them trains on in a round, those of each epoch anew."""
+    """Examples that a client with `size` of them trains on in a round; each epoch counts."""
     if work.steps is None:
         return work.epochs * size
     per_epoch = steps_per_epoch(size, work).clip(1)
@@ -79,8 +80,8 @@ def examples_seen(size: Any, work: LocalWork) -> Any:
 def loop_bounds(size: Any, work: LocalWork) -> Bounds:
     """Bounds for clients of `size: i32[W]` (or `i32[]`) that run in one chunk.
 
-    Exact for a single client or clients of one size; else an upper bound, and steps that are not a
-    client's own leave it unchanged.
+    Exact for one client or clients of one size. Otherwise an upper bound, and a client ignores the
+    steps past its last.
     """
     per_epoch, steps = steps_per_epoch(size, work), local_steps(size, work)
     epochs = -(-steps // per_epoch.clip(1))
@@ -88,7 +89,7 @@ def loop_bounds(size: Any, work: LocalWork) -> Bounds:
 
 
 def _fixed_bounds(size: int, work: LocalWork) -> Bounds:
-    """`loop_bounds` of clients of one size, as numbers of Python's."""
+    """`loop_bounds` of clients of one size, as ints."""
     bounds: Any = loop_bounds(np.int32(size), work)
     return Bounds(*(int(bound) for bound in bounds))
 
@@ -103,21 +104,22 @@ def local_update(
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
-    `x_{s+1} = x_s + scale * optimizer(grad loss(x_s; batch_s))`, the optimizer new each round.
+    `x_{s+1} = x_s + scale * optimizer(grad loss(x_s; batch_s))`. The optimizer is reset in
+    every round.
 
     Args:
       task: what is learnt.
       optimizer: any optax transform whose updates are added to the parameters.
       work: epochs or steps, and the batch size.
-      even_size: the size of every client if it is the same; allows to leave out masks.
-      alone: the client is not vmapped with others, so every step is its own.
-      all_train: no client has its `size` set to 0, as one that is lost and trains alone has. With
-        `even_size`, trip counts are then constants of the program: an accelerator need not ask the
-        host after every step whether to go on.
+      even_size: the size of every client if it is the same; the padding masks are then omitted.
+      alone: the client is not vmapped with others, so no step needs to be masked.
+      all_train: no client skips its training, as lost clients do whose `size` is set to 0. With
+        `even_size`, trip counts are then constants of the program, so an accelerator need not ask
+        the host after every step whether to continue.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
-      `scale` is `f32[]` or None, a factor on the optimizer's updates.
+      `scale` is `f32[]`, a factor on the optimizer's updates, or None.
     """
     batch_size = work.batch_size
     full_batches = even_size is not None and even_size % batch_size == 0
@@ -136,8 +138,8 @@ def local_update(
         key_shuffle = client_key(key, round, client.id, Purpose.SHUFFLE)
         key_train = client_key(key, round, client.id, Purpose.TRAIN)
         bounds = bounds if fixed is None else fixed
-        own_per_epoch = steps_per_epoch(client.size, work)
-        own_steps = local_steps(client.size, work)
+        per_epoch = steps_per_epoch(client.size, work)
+        steps = local_steps(client.size, work)
 
         def epoch(index: Array, carry: Any) -> Any:
             order = shuffled_rows(
@@ -145,15 +147,15 @@ def local_update(
             )
 
             def step(in_epoch: Array, carry: Any) -> Any:
-                number = index * own_per_epoch + in_epoch
+                number = index * per_epoch + in_epoch
                 batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
                 new = _sgd_step(
                     task, optimizer, carry, batch, jax.random.fold_in(key_train, number), scale
                 )
                 if not select:
                     return new
-                own = (in_epoch < own_per_epoch) & (number < own_steps)
-                return jax.tree.map(lambda n, o: jnp.where(own, n, o), new, carry)
+                due = (in_epoch < per_epoch) & (number < steps)
+                return jax.tree.map(lambda n, o: jnp.where(due, n, o), new, carry)
 
             trips = bounds.longest
             if fixed is None or work.steps is not None:
@@ -167,6 +169,43 @@ def local_update(
         return variables, metrics
 
     return train
+
+
+def optimizer_step(
+    role: str,
+    optimizer: optax.GradientTransformation,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    **extra: Any,
+) -> tuple[PyTree, PyTree]:
+    """Calls an optax optimizer; the caller sets standard promotion, which optax needs.
+
+    Args:
+      role: "client" or "server", for the error.
+      optimizer: any optax transform.
+      gradient: tree like `params`.
+      state: the optimizer's.
+      params: a tree of any floats.
+      **extra: passed to an optimizer that takes it, under optax's names, such as the loss as
+        `value`.
+
+    Returns:
+      The updates, to be added to `params`, and the new state.
+
+    Raises:
+      FedLPError: the optimizer needs more than that, as line searches do.
+    """
+    try:
+        return optax.with_extra_args_support(optimizer).update(gradient, state, params, **extra)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        known = ", ".join(["gradient", "parameters", *extra])
+        raise FedLPError(
+            f"the {role}'s optimizer needs more than it is given ({known}): {error}. Use one such "
+            "as optax.sgd or optax.adam."
+        ) from error
 
 
 def _sgd_step(
@@ -184,10 +223,10 @@ def _sgd_step(
         return task.loss({**variables, "params": params}, batch, key)
 
     (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-    # optax's adam, adamw and schedules need standard promotion, whatever the user's setting.
+    # optax's adam, adamw and schedules fail under the user's strict promotion.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = updates_of(
-            optimizer, gradient, state, params, "client", value=loss, grad=gradient
+        updates, state = optimizer_step(
+            "client", optimizer, gradient, state, params, value=loss, grad=gradient
         )
         if scale is not None:
             updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)

@@ -1,17 +1,18 @@
-"""What befalls the clients of a round, inside the compiled round, for each from (seed, round, id).
+"""Client outcomes, drawn inside the compiled round from (seed, round, client).
 
-A client that was chosen
+A chosen client that
 
-    does not answer                               unavailable   costs nothing
-    breaks off at some point of its training      dropped       download, training until then
-    would finish after the deadline               late          download, training until the end
-    would finish when enough others have          surplus       download, training until the end
-    is heard in time                              arrived       download, training, upload
+    does not answer                               is unavailable   costs nothing
+    breaks off at some point of its training      is dropped       download, training until then
+    would finish after the deadline               is late          download, whole training
+    would finish when enough others have          is surplus       download, whole training
+    finishes in time                              has arrived      download, training, upload
 
-The round ends when as many as wanted have arrived; else, when the last who answered has finished or
-broken off, or at the deadline, whichever is first. The server hears at once of those who do not
-answer or break off. Times are modelled from masks and machines (`fedlp_jax.clients.devices`). A
-client that does not arrive counts nowhere, and what it keeps for itself stays as it was.
+The round ends when the requested number of clients has arrived; otherwise when the last client that
+answered has finished or broken off, or at the deadline, whichever comes first. The server learns at
+once who does not answer or breaks off. Times are modelled from masks and machines
+(`fedlp_jax.clients.devices`). A client that does not arrive contributes nothing, and its private
+state is unchanged.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from fedlp_jax.types import Array, Batch, Cohort, RoundMetrics, Variables
 KINDS = ("nan", "scale", "sign_flip", "gaussian", "label_flip")
 
 
-class Outcome(enum.IntEnum):
-    """What became of a client; see the table of this module."""
+class ClientStatus(enum.IntEnum):
+    """How a client's round ended; see the table of this module."""
 
     ARRIVED = 0
     UNAVAILABLE = 1
@@ -51,36 +52,36 @@ class Outcome(enum.IntEnum):
 
 @flax.struct.dataclass
 class Conditions:
-    """What a cohort is exposed to, slots as in `Cohort`; all numbers are arguments of the round."""
+    """Failure rates and machines of a cohort, slots as in `Cohort`: arguments of the round."""
 
     availability: Array  # f32[C], probability to answer
     dropout: Array  # f32[C], probability to break off
-    corruption: Array  # f32[C], probability to be corrupt in this round
+    corruption: Array  # f32[C], probability to be corrupt
     strength: Array  # f32[C], of the corruption; for "label_flip" the highest label
-    deadline: Array  # f32[C], seconds, the same in every slot
-    quota: Array  # i32[C], arrivals that end the round, the same in every slot
+    deadline: Array  # f32[C], seconds, equal in all slots
+    quota: Array  # i32[C], arrivals that end the round, equal in all slots
     machines: Machines | None = None  # f32[C] each; None = nothing takes time
     kind: str | None = flax.struct.field(pytree_node=False, default=None)  # of corruption
 
 
-class Lot(NamedTuple):
-    """A client's share of all that, as its training sees it."""
+class ClientOutcome(NamedTuple):
+    """What the training of ONE client needs to know of its outcome."""
 
     arrives: Array  # bool[]
     corrupt: Array  # bool[]
     strength: Array  # f32[]
 
 
-class Fate(NamedTuple):
-    """What became of the clients, slots as in `Cohort`. The last two: None without machines."""
+class Outcomes(NamedTuple):
+    """Outcomes of a cohort, slots as in `Cohort`. The last two are None without machines."""
 
-    outcome: Array  # i32[C], an `Outcome`
+    status: Array  # i32[C], a `ClientStatus`
     corrupt: Array  # bool[C]
     macs: Array | None  # f32[C], modelled multiply-accumulates done until the round ended
-    time: Array | None  # f32[C], modelled seconds of the round, the same in every slot
+    time: Array | None  # f32[C], modelled seconds of the round, equal in all slots
 
 
-def judge(
+def draw_outcomes(
     key: Array,
     round: Array,
     cohort: Cohort,
@@ -89,14 +90,14 @@ def judge(
     levels: Sequence[Submodel],
     work: LocalWork,
     example: Batch,
-) -> Fate:
-    """Draws what befalls each client and works out when the round ends.
+) -> Outcomes:
+    """Draws the failures of each client and computes when the round ends.
 
     Args:
       key: the run's root key.
       round: `i32[]`, from 1.
       cohort: with conditions.
-      masks: of this round; what is not sent takes no time.
+      masks: of this round; a layer that is not sent takes no time.
       layers: the layer table.
       levels: of the scheme.
       work: how much a client trains.
@@ -129,16 +130,17 @@ def judge(
     enough = jnp.where(arrives, finish, 0.0).max()
     time = jnp.where(in_time.sum(dtype=jnp.int32) >= c.quota, enough, jnp.minimum(last, c.deadline))
 
-    outcome = jnp.select(
+    lost = [ClientStatus.UNAVAILABLE, ClientStatus.DROPPED, ClientStatus.LATE, ClientStatus.SURPLUS]
+    status = jnp.select(
         [~answers, drops, ~in_time, ~arrives],
-        [jnp.int32(o) for o in (1, 2, 3, 4)],
-        jnp.int32(Outcome.ARRIVED),
+        [jnp.int32(each) for each in lost],
+        jnp.int32(ClientStatus.ARRIVED),
     )
     if c.machines is None:
-        return Fate(outcome, corrupt, None, None)
+        return Outcomes(status, corrupt, None, None)
     done = (jnp.minimum(end, time) - begin) / jnp.where(train > 0, train, 1.0)
     macs = jnp.where(answers, done.clip(0.0, 1.0) * macs, 0.0)
-    return Fate(outcome, corrupt, macs, jnp.broadcast_to(time, macs.shape))
+    return Outcomes(status, corrupt, macs, jnp.broadcast_to(time, macs.shape))
 
 
 def _training_macs(
@@ -169,14 +171,14 @@ def _durations(
     return down / machines.download, macs / machines.compute, up / machines.upload
 
 
-def corrupted(kind: str | None, update: Variables, lot: Lot, key: Array) -> Variables:
-    """What ONE client sends: its update, or what a corrupt client makes of it.
+def corrupted(kind: str | None, update: Variables, outcome: ClientOutcome, key: Array) -> Variables:
+    """The update that ONE client sends, corrupted if the client is corrupt.
 
     Args:
       kind: "nan", "scale" (strength x update), "sign_flip" (-strength x update), "gaussian"
         (strength x standard normal instead); "label_flip" and None leave updates alone.
       update: as trained.
-      lot: the client's.
+      outcome: the client's.
       key: consumed.
     """
     if kind in (None, "label_flip"):
@@ -184,54 +186,54 @@ def corrupted(kind: str | None, update: Variables, lot: Lot, key: Array) -> Vari
     leaves, treedef = jax.tree.flatten(update)
 
     def bad(i: int, leaf: Array) -> Array:
-        strength = lot.strength.astype(leaf.dtype)
+        strength = outcome.strength.astype(leaf.dtype)
         if kind == "nan":
             return jnp.full_like(leaf, jnp.nan)
         if kind == "gaussian":
             return strength * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
         return leaf * (-strength if kind == "sign_flip" else strength)
 
-    chosen = [jnp.where(lot.corrupt, bad(i, leaf), leaf) for i, leaf in enumerate(leaves)]
+    chosen = [jnp.where(outcome.corrupt, bad(i, leaf), leaf) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(treedef, chosen)
 
 
-def with_flipped_labels(task: Task, lot: Lot) -> Task:
+def with_flipped_labels(task: Task, outcome: ClientOutcome) -> Task:
     """A task that trains ONE client, if it is corrupt, on `highest label - label`."""
 
     def loss(variables: Variables, batch: Batch, key: Array) -> Any:
-        top = lot.strength.astype(batch.labels.dtype)
-        labels = jnp.where(lot.corrupt, top - batch.labels, batch.labels)
+        top = outcome.strength.astype(batch.labels.dtype)
+        labels = jnp.where(outcome.corrupt, top - batch.labels, batch.labels)
         return task.loss(variables, batch._replace(labels=labels), key)
 
     return task._replace(loss=loss)
 
 
-def came_true(metrics: RoundMetrics, fate: Fate) -> RoundMetrics:
-    """Masks as they came true: who does not answer receives nothing, the lost send nothing."""
-    began = (fate.outcome != Outcome.UNAVAILABLE)[:, None]
-    arrived = (fate.outcome == Outcome.ARRIVED)[:, None]
+def with_outcomes(metrics: RoundMetrics, outcomes: Outcomes) -> RoundMetrics:
+    """Clears masks of failed transfers: the unavailable receive nothing, the lost send nothing."""
+    began = (outcomes.status != ClientStatus.UNAVAILABLE)[:, None]
+    arrived = (outcomes.status == ClientStatus.ARRIVED)[:, None]
     return metrics._replace(
         upload=jnp.where(arrived, metrics.upload, 0.0),
         download=jnp.where(began, metrics.download, 0.0),
-        fate=fate,
+        outcomes=outcomes,
     )
 
 
-def fate_metrics(fate: Fate) -> dict[str, Any]:
-    """A round's numbers, on the host, from arrays `[C]` of the clients that were chosen.
+def outcome_metrics(outcomes: Outcomes) -> dict[str, Any]:
+    """The numbers of a round, on the host, from arrays `[C]` of the chosen clients.
 
     Returns:
-      How many were `chosen`, `arrived`, lost as `unavailable`, `dropped`, `late` or `surplus`, and
-      `corrupt` among those who arrived; with machines the modelled seconds `simulated_time` and the
-      multiply-accumulates `train_macs`, of which `lost_macs` by clients who did not arrive.
+      The counts `chosen`, `arrived`, `unavailable`, `dropped`, `late` and `surplus`, and `corrupt`
+      among those that arrived; with machines the modelled seconds `simulated_time` and the
+      multiply-accumulates `train_macs`, of which `lost_macs` by clients that did not arrive.
     """
-    arrived = fate.outcome == Outcome.ARRIVED
-    row: dict[str, Any] = {"chosen": int(fate.outcome.size)}
-    row |= {o.name.lower(): int((fate.outcome == o).sum()) for o in Outcome}
-    row["corrupt"] = int((fate.corrupt & arrived).sum())
-    if fate.macs is not None and fate.time is not None:
-        macs = np.asarray(fate.macs, np.float64)
-        row["simulated_time"] = float(fate.time[0])
+    arrived = outcomes.status == ClientStatus.ARRIVED
+    row: dict[str, Any] = {"chosen": int(outcomes.status.size)}
+    row |= {each.name.lower(): int((outcomes.status == each).sum()) for each in ClientStatus}
+    row["corrupt"] = int((outcomes.corrupt & arrived).sum())
+    if outcomes.macs is not None and outcomes.time is not None:
+        macs = np.asarray(outcomes.macs, np.float64)
+        row["simulated_time"] = float(outcomes.time[0])
         row["train_macs"] = round(macs.sum())
         row["lost_macs"] = round(macs[~np.asarray(arrived)].sum())
     return row

@@ -18,8 +18,8 @@ from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
-from fedlp_jax.pruning.masks import keep_matrix
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.cohorts import cohort_size
 from fedlp_jax.types import Examples
@@ -58,7 +58,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
       FedLPError: probabilities or depths that do not fit the model and the clients.
     """
     algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
-    root = jax.random.key(config.seed)
+    root = root_key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     shapes = checks.initial_state(algorithm, example, root, clients.clients)
     checks.check_size(shapes.variables)
@@ -81,7 +81,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         )
         covered.append(part.covered)
 
-    keep = keep_matrix(getattr(config.algorithm, "keep", 1.0), table, clients.clients)
+    keep = algorithm.upload_rates(table, clients.clients)
     received = np.stack(covered)[assigned]  # f32[K, L]
     size = layer_bytes(table)
     cohort = cohort_size(config.cohort, clients.clients, config.seed)

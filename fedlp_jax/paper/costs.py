@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ from fedlp_jax.config.build import build
 from fedlp_jax.config.schema import Config, Data
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.paper.published import ROWS, Cell, cell_config, choose
+from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
-from fedlp_jax.pruning.masks import keep_matrix
 from fedlp_jax.pruning.submodels import depth_probabilities
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.types import Examples
@@ -87,7 +87,7 @@ def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
     levels = structure(config.algorithm.name, shape)
     share = np.asarray(_depth_share(config, len(levels.parts)))
     held = np.stack([part.covered for part in levels.parts])  # f32[G, L], 1 = received
-    sent = held * keep_matrix(getattr(config.algorithm, "keep", 1.0), levels.layers, clients=1)
+    sent = held * _arguments(config, shape)["algorithm"].upload_rates(levels.layers, 1)
     traffic = modelled_traffic(levels.layers, share @ sent, share @ held, clients=1)
     comm = float(traffic["upload_params"] + traffic["download_params"]) / 1e3
     forward = np.asarray(levels.forward) / 1e6
@@ -119,12 +119,10 @@ def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
 def structure(algorithm: str, shape: tuple[int, ...]) -> Structure:
     """Layers, submodels and MACs of an algorithm's rows; takes seconds of tracing."""
     row = next(r for r in ROWS if cell_config(Cell(r, "iid")).algorithm.name == algorithm)
-    # Only the shape of the images matters.
-    images = Data(name="synthetic", options={"examples": 500, "shape": shape})
-    config = cell_config(Cell(row, "iid")).model_copy(update={"data": images})
-    arguments = build(config)
+    config = cell_config(Cell(row, "iid"))
+    arguments = _arguments(config, shape)
     algorithm_, data = arguments["algorithm"], arguments["data"]
-    root = jax.random.key(config.seed)
+    root = root_key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     variables = checks.initial_state(algorithm_, example, root, 1).variables
     layers = layer_table(variables, algorithm_.layers)
@@ -141,6 +139,12 @@ def structure(algorithm: str, shape: tuple[int, ...]) -> Structure:
         forward=tuple(sum(forward_macs(task, s, example).values()) for task, s in pairs),
         backward=tuple(backward_macs(task, s, example) for task, s in pairs),
     )
+
+
+def _arguments(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of a cell's run on synthetic images, since only their shape matters."""
+    images = Data(name="synthetic", options={"examples": 500, "shape": shape})
+    return build(config.model_copy(update={"data": images}))
 
 
 def _depth_share(config: Config, levels: int) -> list[float]:

@@ -40,6 +40,10 @@ class LayerTable:
         """`f32[L]` -> a tree of scalars, one per leaf."""
         return jax.tree.map(lambda layer: values[layer], self.index)
 
+    def only(self, collection: str) -> LayerTable:
+        """The same layers, indexing the leaves of one collection only."""
+        return dataclasses.replace(self, index={collection: self.index[collection]})
+
     @property
     def covered(self) -> np.ndarray:
         """`f32[L]`, 1 where this tree has at least one leaf of the layer."""

@@ -1,7 +1,7 @@
-"""Which layers a client receives and sends: one number per client and layer.
+"""Mask policies: which layers a client receives and sends, one number per client and layer.
 
-A policy is two pure functions. Its numbers (keep probabilities) live in its state, which is an
-argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both are one program.
+A policy is a tuple of pure functions. Its numbers (keep probabilities) live in its state, which is
+an argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both are one program.
 """
 
 from __future__ import annotations
@@ -29,12 +29,21 @@ class Masks(NamedTuple):
     keep: Array  # f32[C, L], probability of sending what is held, for inverse-probability means
 
 
+def always(layers: LayerTable, clients: int) -> np.ndarray:
+    """Rates of a policy that sends every layer, `f32[1, 1]`."""
+    del layers, clients
+    return np.ones((1, 1), np.float32)
+
+
 class MaskPolicy(NamedTuple):
-    """How layers are chosen, before training."""
+    """Chooses layers before training."""
 
     init: Callable[[LayerTable, int], PyTree]  # (layers, K) -> state
     # (root key, state, cohort, round i32[], coverage f32[C, L]) -> (masks, state)
     sample: Callable[[Array, PyTree, Cohort, Array, Array], tuple[Masks, PyTree]]
+    # (layers, K) -> expected share of rounds in which a client sends a layer it holds,
+    # f32[1 or K, 1 or L]; on the host, for modelled traffic
+    expected: Callable[[LayerTable, int], np.ndarray] = always
 
 
 def full() -> MaskPolicy:
@@ -90,7 +99,13 @@ def bernoulli(keep: Keep) -> MaskPolicy:
         upload = kept.astype(jnp.float32) * coverage
         return Masks(download=coverage, upload=upload, keep=probability), state
 
-    return MaskPolicy(init, sample)
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        if schedule is None:
+            return keep_matrix(keep, layers, clients)
+        first = np.asarray(schedule(jnp.ones((), jnp.int32)), np.float32)
+        return first.reshape(1, -1)
+
+    return MaskPolicy(init, sample, expected)
 
 
 def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:

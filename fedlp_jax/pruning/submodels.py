@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
+from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key, root_key
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, PyTree, Variables
 
@@ -117,7 +117,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
     """
     part = _at_depth(task, depth)
     server = flatten_dict(whole)
-    shapes = flatten_dict(jax.eval_shape(part.init, jax.random.key(0), example))
+    shapes = flatten_dict(jax.eval_shape(part.init, root_key(0), example))
     shared = set(shapes) & set(server)
     if not any(path[0] == "params" for path in shared):
         raise FedLPError(f"the submodel of depth {depth} shares no parameter with the whole model.")

@@ -17,7 +17,7 @@ from fedlp_jax.accounting.macs import relative_work
 from fedlp_jax.aggregation.privacy import accountant
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Exposure, Faults
-from fedlp_jax.clients.outcomes import Fate, Outcome, fate_metrics
+from fedlp_jax.clients.outcomes import ClientStatus, Outcomes, outcome_metrics
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
@@ -26,6 +26,7 @@ from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import HOST, Plan, replicated, resolve
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.scheduling import with_even_chunks
+from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import layer_table
 from fedlp_jax.simulation import evaluation as metric
 from fedlp_jax.simulation import validation as checks
@@ -67,7 +68,7 @@ class Simulation:
         self.algorithm, self.clients, self.population = algorithm, clients, clients.clients
         self.size = cohort_size(cohort, self.population, seed)
         self._width_is_open = plan is None or plan.width is None
-        root = jax.random.key(seed)
+        root = root_key(seed)
         self.exposure = self._expose(faults, cohort, root, data.num_classes)
         if self.exposure is not None:
             self.size = self.exposure.chosen
@@ -200,10 +201,10 @@ class Simulation:
         ids = ids[order]
         metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=cast(Any, None)))
         level = np.asarray(pending.cohort.level)[ran][order]
-        fate: Fate | None = metrics.fate or None
+        outcomes: Outcomes | None = metrics.outcomes or None
         heard = np.ones(len(ids), bool)
-        if fate is not None:
-            heard = np.asarray(fate.outcome) == Outcome.ARRIVED
+        if outcomes is not None:
+            heard = np.asarray(outcomes.status) == ClientStatus.ARRIVED
         row: Row = {"round": pending.round}
         row |= metric.train_metrics(
             jax.tree.map(lambda x: x[heard], metrics.client),
@@ -211,8 +212,8 @@ class Simulation:
             len(self.levels),
             self.algorithm.train_loss,
         )
-        if fate is not None:
-            row |= fate_metrics(fate)
+        if outcomes is not None:
+            row |= outcome_metrics(outcomes)
         if self.epsilon is not None:
             row["epsilon"] = self.epsilon(pending.round)
         if tested is not None:
@@ -225,8 +226,8 @@ class Simulation:
         left_out = ids[heard & ~metrics.client.finite]
         if halted:
             raise diverged(pending.round, left_out, int(heard.sum()), self.result())
-        if fate is not None:  # who is meant to send NaN is no news
-            left_out = np.setdiff1d(left_out, ids[fate.corrupt])
+        if outcomes is not None:  # corrupt clients may send NaN on purpose
+            left_out = np.setdiff1d(left_out, ids[outcomes.corrupt])
         if len(left_out):
             warnings.warn(
                 f"round {pending.round}: left out {len(left_out)} of {heard.sum()} clients whose "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedlp_jax.aggregation.means import cohort_mean, inverse_probability, masked_mean
+from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.pruning.layers import layer_table
 
 RNG = np.random.default_rng(0)
@@ -26,20 +27,22 @@ KEEP = RNG.uniform(0.2, 1, size=(CLIENTS, 3)).astype(np.float32)
 COUNTED = np.array([1, 1, 1, 0, 1, 1], bool)
 
 
-def run(aggregator, updates=UPDATES, counted=COUNTED):
-    lifted = [
-        aggregator.lift(
+def run(reducer, updates=UPDATES, counted=COUNTED):
+    terms = [
+        reducer.prepare(
             jax.tree.map(lambda x, k=k: x[k], updates),
-            jnp.asarray(WEIGHT[k]),
-            jnp.asarray(MASK[k]),
-            jnp.asarray(KEEP[k]),
+            UploadInfo(*(jnp.asarray(x[k]) for x in (WEIGHT, MASK, KEEP))),
             jnp.asarray(counted[k]),
             LAYERS,
         )
         for k in range(CLIENTS)
     ]
-    total = jax.tree.map(lambda *x: sum(x[1:], x[0]), *lifted)
-    return aggregator.lower(total, aggregator.init(updates), LAYERS)[0]
+    return aggregate(reducer, jax.tree.map(lambda *x: sum(x[1:], x[0]), *terms), LAYERS)
+
+
+def aggregate(reducer, total, layers):
+    """The update; a mean reads nothing but the sums."""
+    return reducer.reduce(total, None, None, None, reducer.init({}), layers, None).update
 
 
 def mean(collection, layer, leaf, factor, divisor):
@@ -89,7 +92,7 @@ def test_what_does_not_count_cannot_poison(make):
 
 def test_inverse_probability_is_unbiased():
     """E[update] over all 2^C masks of one layer is the mean over the whole cohort."""
-    aggregator = inverse_probability()
+    reducer = inverse_probability()
     update = {"params": {"a": {"w": jnp.asarray(UPDATES["params"]["a"]["w"])}}}
     table = layer_table({"params": {"a": {"w": jnp.zeros((3, 2))}}})
     keep = KEEP[:, 0]
@@ -97,12 +100,15 @@ def test_inverse_probability_is_unbiased():
     for pattern in range(2**CLIENTS):
         mask = np.array([(pattern >> k) & 1 for k in range(CLIENTS)], np.float32)
         probability = np.prod(np.where(mask, keep, 1 - keep))
-        lifted = jax.vmap(lambda u, w, m, p: aggregator.lift(u, w, m, p, jnp.array(True), table))(
-            update, jnp.asarray(WEIGHT), jnp.asarray(mask)[:, None], jnp.asarray(keep)[:, None]
+        uploads = UploadInfo(
+            jnp.asarray(WEIGHT), jnp.asarray(mask)[:, None], jnp.asarray(keep)[:, None]
         )
-        total = jax.tree.map(lambda x: x.sum(axis=0), lifted)
+        terms = jax.vmap(lambda u, i: reducer.prepare(u, i, jnp.array(True), table))(
+            update, uploads
+        )
+        total = jax.tree.map(lambda x: x.sum(axis=0), terms)
         expectation += probability * np.asarray(
-            aggregator.lower(total, (), table)[0]["params"]["a"]["w"], np.float64
+            aggregate(reducer, total, table)["params"]["a"]["w"], np.float64
         )
     whole = np.einsum("k,kij->ij", WEIGHT, np.asarray(update["params"]["a"]["w"])) / WEIGHT.sum()
     np.testing.assert_allclose(expectation, whole, rtol=1e-4, atol=1e-6)
@@ -112,17 +118,18 @@ def test_inverse_probability_is_unbiased():
 @pytest.mark.parametrize("make", [masked_mean, cohort_mean, inverse_probability])
 def test_short_floats_are_summed_in_float32(make, dtype):
     """A thousand clients alike have the mean of one; of 70,000 examples each, float16 has none."""
-    aggregator, one = make(), jnp.ones((), jnp.float32)
+    reducer, one = make(), jnp.ones((), jnp.float32)
     table = layer_table({"params": {"a": jnp.zeros(2)}, "batch_stats": {"a": jnp.zeros(2)}})
     update = {k: {"a": jnp.asarray([0.5, -2.0], dtype)} for k in ("params", "batch_stats")}
 
-    def add(_, total):
-        part = aggregator.lift(update, 7e4 * one, one[None], one[None], one > 0, table)
-        return jax.tree.map(jnp.add, total, part)
+    def term(weight):
+        return reducer.prepare(
+            update, UploadInfo(weight * one, one[None], one[None]), one > 0, table
+        )
 
-    total = jax.lax.fori_loop(
-        1, 1000, add, add(0, aggregator.lift(update, 0 * one, one[None], one[None], one > 0, table))
-    )
-    mean, _ = aggregator.lower(total, aggregator.init(update), table)
-    for found in jax.tree.leaves(mean):
-        np.testing.assert_allclose(found, [0.5, -2.0], rtol=1e-5)
+    def add(_, total):
+        return jax.tree.map(jnp.add, total, term(7e4))
+
+    total = jax.lax.fori_loop(0, 1000, add, term(0.0))
+    for mean in jax.tree.leaves(aggregate(reducer, total, table)):
+        np.testing.assert_allclose(mean, [0.5, -2.0], rtol=1e-5)

@@ -10,6 +10,7 @@ from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
 from fedlp_jax.aggregation import robust
+from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.execution.map_clients import Plan, over_clients
 from fedlp_jax.pruning.layers import layer_table
 
@@ -49,15 +50,22 @@ def rows(layer):
     return np.concatenate(mine, axis=1)[voters], WEIGHT[voters, layer].astype(np.float64)
 
 
+def reduced(reducer, stacked, votes, state, layers, plan=ONE):
+    """The update that a stack gives where client k has these votes `f32[C, L]` in a layer."""
+    weight = jnp.asarray(votes).max(axis=1)
+    sent = (jnp.asarray(votes) > 0).astype(jnp.float32)
+    client = jnp.arange(len(weight), dtype=jnp.int32)
+    uploads = UploadInfo(weight, sent, sent)
+    return reducer.reduce(stacked, uploads, weight > 0, client, state, layers, plan).update
+
+
 def voted(rule, stacked=None, plan=ONE):
-    """What a rule makes of every layer, `[f64[size], ...]`, in float64."""
+    """What a reducer makes of every layer, `[f64[size], ...]`, in float64."""
     with jax.enable_x64(True):
         stacked = poisoned() if stacked is None else stacked
         update = jax.jit(
-            lambda x, w, state: robust.combine(
-                rule, x, w, jnp.arange(CLIENTS, dtype=jnp.int32), state, LAYERS, plan
-            )
-        )(stacked, WEIGHT, rule.init(None))
+            lambda stacked, state: reduced(rule, stacked, WEIGHT, state, LAYERS, plan)
+        )(stacked, rule.init(None))
     leaves, of_leaf = jax.tree.leaves(update), jax.tree.leaves(LAYERS.index)
     return [
         np.concatenate([np.ravel(x) for x, at in zip(leaves, of_leaf, strict=True) if at == layer])
@@ -158,19 +166,20 @@ def test_two_of_seven_cannot_carry_it_away(case):
 
 def test_of_two_senders_that_are_far_apart_krum_takes_one():
     """Their distance is infinite as a square; those who sent nothing must not come before."""
-    rows = jnp.asarray([[0.0], [0.0], [1e30], [2.0]])
-    weight = jnp.asarray([0.0, 0.0, 1.0, 1.0])
+    stack = {"params": {"a": jnp.asarray([[0.0], [0.0], [1e30], [2.0]])}}
+    votes = jnp.asarray([[0.0], [0.0], [1.0], [1.0]])
+    table = layer_table(jax.tree.map(lambda x: x[0], stack))
     for rule, expected in ((robust.krum(), (1e30, 2.0)), (robust.multi_krum(), (0.5e30,))):
-        assert rule.reduce(rows, weight, rule.init({}))[0] in np.asarray(expected, np.float32)
+        update = reduced(rule, stack, votes, rule.init({}), table)
+        assert update["params"]["a"][0] in np.asarray(expected, np.float32)
 
 
 def test_a_rule_for_short_floats_works_in_float32():
     """256 and three small ones have the mean 65, where bfloat16 would not add 1 to 256."""
     stack = {"params": {"a": jnp.asarray([[256.0], [1.0], [1.0], [2.0]], jnp.bfloat16)}}
     table = layer_table(jax.tree.map(lambda x: x[0], stack))
-    arguments = (jnp.ones((4, 1)), jnp.arange(4, dtype=jnp.int32))
     rule = robust.trimmed_mean(0.0)
-    mean = robust.combine(rule, stack, *arguments, rule.init({}), table, fl.Plan(1, 1))
+    mean = reduced(rule, stack, jnp.ones((4, 1)), rule.init({}), table)
     assert robust.stacked_bytes(stack, table, 4, fl.Plan(1, 1)) == 4 * (2 * 1 + 3 * 4 * 1)
     assert mean["params"]["a"].dtype == jnp.float32 and float(mean["params"]["a"][0]) == 65.0
 
@@ -178,8 +187,8 @@ def test_a_rule_for_short_floats_works_in_float32():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: robust.trimmed_mean(0.6), "trim=0.6 must be a share in"),
-        (lambda: robust.krum(float("nan")), "byzantine=nan must be a share in"),
+        (lambda: robust.trimmed_mean(0.6), "trim=0.6 must be a number in"),
+        (lambda: robust.krum(float("nan")), "byzantine=nan must be a number in"),
         (lambda: robust.geometric_median(0), "iterations=0 must be a whole number"),
     ],
 )

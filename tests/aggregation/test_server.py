@@ -18,12 +18,12 @@ UPDATE = {
     "batch_stats": {"a": {"var": jnp.array([-0.5])}},
 }
 LAYERS = layer_table(VARIABLES)
-SENT_A = jnp.array([2.0, 0.0])
+SENT_A = jnp.array([True, False])
 
 
-def step(optimizer, state=None, weight=SENT_A):
+def step(optimizer, state=None, gate=SENT_A):
     state = optimizer.init(VARIABLES["params"]) if state is None else state
-    return server_step(optimizer, state, VARIABLES, UPDATE, weight, LAYERS)
+    return server_step(optimizer, state, VARIABLES, UPDATE, gate, LAYERS)
 
 
 def test_sgd_of_one_adds_the_update():
@@ -47,7 +47,7 @@ def test_a_layer_nobody_sent_keeps_its_bits_and_its_optimizer_state(optimizer):
     # A state that would move layer b: built by a round in which it was sent.
     moving = {"params": {"a": UPDATE["params"]["a"], "b": {"w": jnp.array([9.0, -9.0])}}}
     _, state = server_step(
-        optimizer, state, VARIABLES, {**UPDATE, **moving}, jnp.array([1.0, 1.0]), LAYERS
+        optimizer, state, VARIABLES, {**UPDATE, **moving}, jnp.array([True, True]), LAYERS
     )
     new, after = step(optimizer, state)
     assert (new["params"]["b"]["w"] == VARIABLES["params"]["b"]["w"]).all()
@@ -84,5 +84,5 @@ def test_statistics_take_the_plain_update_whatever_the_optimizer():
 
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(0.1), optax.lbfgs()])
 def test_an_optimizer_that_needs_a_loss_is_refused_with_a_way_out(optimizer):
-    with pytest.raises(FedLPError, match=r"server's optimizer asks .*'value'.*optax\.sgd"):
+    with pytest.raises(FedLPError, match=r"server's optimizer needs .*'value'.*optax\.sgd"):
         step(optimizer)

@@ -185,5 +185,5 @@ def test_an_optimizer_may_ask_for_the_loss():
     _, new, _ = train(12, LocalWork(4, epochs=1), optax.polyak_sgd(max_learning_rate=0.1))
     _, plain, _ = train(12, LocalWork(4, epochs=1), optax.sgd(0.1))
     np.testing.assert_allclose(flat(new), flat(plain), rtol=1e-5)  # the loss allows longer steps
-    with pytest.raises(fl.FedLPError, match=r"client's optimizer asks .*value, grad\).*value_fn"):
+    with pytest.raises(fl.FedLPError, match=r"client's optimizer needs .*value, grad\).*value_fn"):
         train(12, LocalWork(4, epochs=1), optax.lbfgs())

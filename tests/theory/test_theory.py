@@ -13,6 +13,7 @@ import fedlp_jax as fl
 from benchmarks import theory as bench
 from fedlp_jax import theory
 from fedlp_jax.accounting.ledger import Ledger
+from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.types import Batch, Normalize
 
@@ -73,19 +74,22 @@ def test_nobody_and_everybody():
 @pytest.mark.parametrize("name", ["masked_mean", "cohort_mean", "inverse_probability"])
 @pytest.mark.parametrize("weight", [None, np.array([3.0, 1, 2000, 0.5, 1, 0])])
 def test_moments_against_the_package_over_every_mask(name, weight):
-    """The aggregator itself is run on all 2^C masks, its updates being unit vectors."""
-    aggregator, clients = getattr(fl.aggregate, name)(), len(KEEP)
+    """The reducer itself is run on all 2^C masks, its updates being unit vectors."""
+    reducer, clients = getattr(fl.aggregate, name)(), len(KEEP)
     table = layer_table({"params": {"a": {"x": jnp.zeros(clients)}}})
     a = np.ones(clients) if weight is None else weight
 
     def aggregate(mask):
         lifted = jax.vmap(
-            lambda d, a, m, p: aggregator.lift(
-                {"params": {"a": {"x": d}}}, a, m[None], p[None], jnp.array(True), table
+            lambda d, a, m, p: reducer.prepare(
+                {"params": {"a": {"x": d}}},
+                UploadInfo(a, m[None], p[None]),
+                jnp.array(True),
+                table,
             )
         )(jnp.eye(clients), jnp.asarray(a), mask, jnp.asarray(KEEP))
         total = jax.tree.map(lambda x: x.sum(axis=0), lifted)
-        return aggregator.lower(total, (), table)[0]["params"]["a"]["x"]
+        return reducer.reduce(total, None, None, None, (), table, None).update["params"]["a"]["x"]
 
     every, chance = masks(KEEP)
     with jax.enable_x64(True):

@@ -1,0 +1,48 @@
+"""Reducer: the one interface of masked means and robust rules.
+
+A mean needs one running sum, so `prepare` returns what a client adds to it. A robust rule needs the
+updates themselves, C models next to each other: it is `stacked`, and `prepare` returns the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.types import Array, PyTree, Variables
+
+
+class UploadInfo(NamedTuple):
+    """What a client sends with its update; with a leading axis `[C]`, what a cohort sends."""
+
+    weight: Array  # f32[], a_k
+    mask: Array  # f32[L], 1 = sent
+    keep: Array  # f32[L], the probability with which it was sent
+
+
+class Aggregate(NamedTuple):
+    """What the clients of a round add up to."""
+
+    update: Variables  # like the server's variables; 0 in a layer that nobody sent
+    gate: Array  # bool[L], False = the layer keeps its value
+    cohort_weight: Array  # f32[], sum of a_k over the clients that count; 0 = nobody
+
+
+class Reducer(NamedTuple):
+    """Turns the updates of a cohort into one. `prepare` sees ONE client, `reduce` all of them."""
+
+    init: Callable[[Variables], PyTree]  # variables -> state, which holds the rule's numbers
+    # (update, upload, counted bool[], layers of the submodel) -> contribution
+    prepare: Callable[[Variables, UploadInfo, Array, LayerTable], PyTree]
+    # (contribution, submodel, server's variables) -> contribution in the server's structure
+    embed: Callable[[PyTree, Submodel, Variables], PyTree]
+    # (contributions, uploads [C, ...], counted bool[C], client i32[C], state, layers, plan)
+    #   -> aggregate; contributions are their sum, or [C, ...] if stacked
+    reduce: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable, Plan], Aggregate]
+    stacked: bool = False  # contributions are kept side by side instead of being summed
+    # (keep f32[C, L], chosen bool[C, 1]) -> f32[L], the largest factor that multiplies a client's
+    # update in the sum; None = unknown, so privacy is refused. Needs a `WeightedSum`.
+    sensitivity: Callable[[Array, Array], Array] | None = None
