@@ -48,6 +48,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+def pytest_runtest_setup(item):
+    # XLA's expensive passes take longer than a small test runs. Slow tests compute more than they
+    # compile, and `optimized` ones look at what users run.
+    as_users_do = item.get_closest_marker("slow") or item.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not as_users_do)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     before, start = os.times(), time.perf_counter()
