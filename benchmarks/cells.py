@@ -106,7 +106,7 @@ def rounds(
     while len(times) < _LEAST or (time.perf_counter() - begin < _SECONDS and len(times) < _MOST):
         times.append(once(range(1, together + 1)) / together)
     per_step = spread(times, 1 / chosen.client_steps)
-    memory = once.run.round_program.memory_analysis()
+    memory = once.run.program.round.memory_analysis()
     plan = once.run.plan
     return {
         "plan": {"devices": plan.devices, "width": plan.width},

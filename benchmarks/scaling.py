@@ -130,7 +130,7 @@ def plans(smoke: bool) -> Rows:
     rows = []
     for plan, (name, seconds) in zip(chosen, times.items(), strict=True):
         run = runs[name].run
-        needed = needed_bytes(run.round_program)
+        needed = needed_bytes(run.program.round)
         # What a round is given is put there anew each time, where the data are on the host.
         given = (plan.devices or 1) * run.stage.round_bytes
         predicted = None if needed is None else (run.plan.devices or 1) * needed + given

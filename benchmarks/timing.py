@@ -9,7 +9,7 @@ from typing import TypeVar
 import fedlp_jax as fl
 from benchmarks import parts
 from benchmarks.workloads import Workload
-from fedlp_jax.simulation.rounds import Rounds as Rounds
+from fedlp_jax.simulation.tuning import Rounds as Rounds
 
 Name = TypeVar("Name")
 

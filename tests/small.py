@@ -45,6 +45,15 @@ def in_float64(variables):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
 
 
+def round_arguments(run):
+    """The arguments of `algorithm.round` but for the plan, as shapes where that is enough."""
+    private, examples, cohorts = run.stage.shapes()
+    cohort = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), cohorts
+    )
+    return run.state, private, examples, cohort, run.stage.key
+
+
 def flat(tree):
     """All numbers of a tree in one vector."""
     return np.concatenate([np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)])

@@ -153,9 +153,11 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     rule, senders = arguments["algorithm"].layers, sum(result.costs.clients)
     faulty = (row for row in result.history if "chosen" in row)
     lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
+    complete = len(result.history) == arguments["rounds"]
+    status = "done" if complete else "interrupted"  # by Ctrl-C, see `simulate`
     return {
         "name": name,
-        "status": "done",
+        "status": status,
         "rounds": len(result.history),
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,

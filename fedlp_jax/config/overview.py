@@ -84,7 +84,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     keep = algorithm.upload_rates(table, clients.clients)
     received = np.stack(covered)[assigned]  # f32[K, L]
     size = layer_bytes(table)
-    cohort = cohort_size(config.cohort, clients.clients, config.seed)
+    cohort = cohort_size(config.cohort, clients.clients)
     deepest = submodels[-1].extract(state.variables)
     # Of more that are chosen, the first C to answer are heard.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)

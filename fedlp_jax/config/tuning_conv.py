@@ -12,10 +12,9 @@ from fedlp_jax.nn import conv
 from fedlp_jax.nn.conv import table
 from fedlp_jax.nn.conv.lowering import FORMS, Convolution, quickest
 from fedlp_jax.nn.conv.measure import forms_of, measure
-from fedlp_jax.simulation.program import one_round
-from fedlp_jax.simulation.rounds import without_plan
+from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Simulation
-from fedlp_jax.simulation.tuning import check_seconds
+from fedlp_jax.simulation.tuning import check_seconds, without_plan
 
 
 class Measured(NamedTuple):
@@ -39,11 +38,8 @@ def convolutions(
       Both by shapes, as "10x32x32x3 * 3x3x3x32", and W, how many clients are vmapped at once.
     """
     run = Simulation(**without_plan(arguments), rounds=1)
-    staged = run.stage(1)
     with conv.using("auto"), conv.meeting() as met, conv.recording() as taken:
-        one_round(run.algorithm, run.plan).trace(
-            run.state, staged.private, staged.examples, staged.cohort, run.stage.key
-        )
+        rounds_of(run.algorithm, run.plan).trace(*run.round_shapes(run.plan))
     met = {shapes: found for shapes, found in met.items() if len(forms_of(found)) > 1}
     return met, taken, run.plan.width or 1
 

@@ -105,13 +105,13 @@ class PrivateStore:
         return self._gather(self.stacks, self._row_of(client), segment, rows)
 
     def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
-        """Stores the rows of a cohort; once `halted`, `bool[]`, everything stays as it is.
+        """Stores the rows of a cohort; once `halted`, everything stays as it is.
 
         Args:
           client: `i32[D * P]`, of each slot.
           segment: `i32[D, G + 1]`, the slots of each level.
           rows: `[D * P, n]` for each dtype; used up, since the next cohort's will be put there.
-          halted: see above.
+          halted: `bool[]` or `bool[1]`.
         """
         # The rows are a result, too. Were they given to the next `_gather` as they are, the host
         # would wait until this has read them.
@@ -210,7 +210,7 @@ def _scatter(
             return tuple(stored)
 
         blocks = -(-segment[:, -1].max() // block)  # as many on every device
-        return jax.lax.fori_loop(0, jnp.where(halted, 0, blocks), hand_round, stacks)
+        return jax.lax.fori_loop(0, jnp.where(halted.any(), 0, blocks), hand_round, stacks)
 
     mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
     stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)

@@ -62,7 +62,13 @@ def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
     return dataclasses.replace(plan, width=-(-most // -(-most // width)))
 
 
-def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: Plan) -> Layout:
+def lay_out(
+    steps: np.ndarray,
+    level: np.ndarray,
+    cost: Sequence[float],
+    plan: Plan,
+    largest: int | None = None,
+) -> Layout:
     """Gives clients to devices by modelled work, longest first, each to the least busy one.
 
     Args:
@@ -70,13 +76,14 @@ def lay_out(steps: np.ndarray, level: np.ndarray, cost: Sequence[float], plan: P
       level: `i32[C]`, submodel level.
       cost: G numbers, modelled cost of one step of each level.
       plan: resolved.
+      largest: clients of the largest cohort, which fixes the slots; None = of this one.
 
     Returns:
       The layout. Within a device clients stand by level, then longest first, then by id, so that
       the clients of a chunk are alike.
     """
     devices, width = plan.devices or 1, plan.width or 1
-    capacity = slots_per_device(len(steps), devices)
+    capacity = slots_per_device(largest or len(steps), devices)
     work = steps * np.asarray(cost, np.float64)[level]
     device, load = _to_the_least_busy(work, devices, capacity)
 

@@ -32,6 +32,11 @@ _ROWS = {"cpu": 16}
 _as_written: contextvars.ContextVar[bool] = contextvars.ContextVar("as_written", default=False)
 
 
+def settings() -> bool:
+    """What `as_written` says here, for caches of traced programs; jax does not see it."""
+    return _as_written.get()
+
+
 @contextlib.contextmanager
 def as_written() -> Iterator[None]:
     """Makes every product that is traced within, and its gradients, that of lax: to be counted."""

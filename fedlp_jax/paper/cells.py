@@ -153,7 +153,7 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
         cost = row_cost(row, shape)
         return 1e6 * (cost.comp_mmacs + cost.backward_mmacs)
 
-    size = cohort_size(config.cohort, arguments["clients"].clients, config.seed)
+    size = cohort_size(config.cohort, arguments["clients"].clients)
     measured_macs = size * _STEPS * local.batch_size * macs_per_image("fedavg")
     estimates = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Who takes part in a round, and the arrays that say so to the compiled program."""
+"""The clients of each round, and the arrays that describe them to the compiled program."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, whole_number
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients
 from fedlp_jax.types import Cohort
 
 # Partitions draw from the same generator under small numbers of their own.
 _PURPOSE = 1
-_SLACK = 1e-6  # of a share times a number of clients, which may be rounded to below a whole number
+_SLACK = 1e-6  # a share times a number of clients may be rounded to below a whole number
 
 CohortRule = int | float | Callable[[int, int, int], Sequence[int] | np.ndarray]
 
 
 def sample(seed: int, round: int, clients: int, cohort: int) -> np.ndarray:
-    """C of K clients, uniformly without replacement, in O(C) whatever K: Floyd's method.
+    """Draws C of K clients uniformly without replacement, in O(C) for any K (Floyd's method).
 
     Args:
       seed: the run's.
@@ -41,14 +41,12 @@ def sample(seed: int, round: int, clients: int, cohort: int) -> np.ndarray:
     return np.sort(np.fromiter(chosen, np.int64, len(chosen)))
 
 
-def cohort_size(rule: CohortRule, clients: int, seed: int) -> int:
-    """C, from a number, a share of the population, or the first cohort a function gives.
+def cohort_size(rule: int | float, clients: int) -> int:
+    """C, from a number of clients or a share of the population.
 
     Raises:
-      FedLPError: more than there are, fewer than one, or not a cohort at all.
+      FedLPError: more than there are, fewer than one, or not a number.
     """
-    if callable(rule):
-        return len(_from_function(rule, seed, 1, clients))
     if isinstance(rule, bool) or not isinstance(rule, numbers.Real):
         raise FedLPError(
             f"cohort={rule!r} must be a number of clients, a share in (0, 1], or a function "
@@ -72,41 +70,109 @@ def cohort_size(rule: CohortRule, clients: int, seed: int) -> int:
     return size
 
 
-def members(rule: CohortRule, seed: int, round: int, clients: int, size: int) -> np.ndarray:
-    """The cohort of a round, `i64[C]` ascending.
+class Cohorts:
+    """The cohort of each round of a run: drawn, or given by a function.
 
-    Raises:
-      FedLPError: a function gives another number of clients than at first, or a wrong id.
+    A function is called once a round, in the order of the rounds.
+
+    Attributes:
+      rule: as the user gave it.
+      size: C, the clients of the largest cohort.
     """
-    if not callable(rule):
-        return sample(seed, round, clients, size)
-    ids = _from_function(rule, seed, round, clients)
-    if len(ids) != size:
-        raise FedLPError(
-            f"the cohort function gave {len(ids)} clients in round {round} but {size} in round 1; "
-            "give the same number each round."
-        )
-    return ids
 
+    def __init__(
+        self,
+        rule: CohortRule,
+        clients: int,
+        seed: int,
+        first_round: int = 1,
+        max_cohort: int | None = None,
+    ):
+        """Finds C.
 
-def _from_function(
-    rule: Callable[[int, int, int], Sequence[int] | np.ndarray], seed: int, round: int, clients: int
-) -> np.ndarray:
-    ids = np.sort(np.asarray(rule(seed, round, clients)))
-    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise FedLPError(f"the cohort function gave {ids!r} in round {round}; give client ids.")
-    if ids[0] < 0 or ids[-1] >= clients:
-        raise FedLPError(
-            f"the cohort function gave ids {ids[0]} to {ids[-1]} in round {round}; clients are "
-            f"0 to {clients - 1}."
-        )
-    if (np.diff(ids) == 0).any():
-        raise FedLPError(f"the cohort function gave a client twice in round {round}.")
-    return ids.astype(np.int64)
+        Args:
+          rule: a number, a share in (0, 1], or a function `(seed, round, K) -> ids`.
+          clients: K.
+          seed: the run's.
+          first_round: the number of the run's first round.
+          max_cohort: the largest cohort of a function, whose cohorts may then differ in size;
+            None = every round has as many clients as the first.
+
+        Raises:
+          FedLPError: C is impossible, `max_cohort` comes without a function, or the function's
+            first cohort has unknown or repeated ids.
+        """
+        self.rule, self._clients, self._seed = rule, clients, seed
+        self._fixed = max_cohort is None
+        self._first: tuple[int, np.ndarray] | None = None
+        if not callable(rule):
+            if max_cohort is not None:
+                raise FedLPError(
+                    f"max_cohort={max_cohort} limits a function, but cohort={rule} is a number; "
+                    "omit max_cohort."
+                )
+            self.size = cohort_size(rule, clients)
+        elif max_cohort is None:
+            self._first = first_round, self._from_function(first_round)
+            self.size = len(self._first[1])
+        else:
+            self.size = whole_number("max_cohort", max_cohort, 1)
+            if self.size > clients:
+                raise FedLPError(
+                    f"max_cohort={self.size} exceeds the {clients} clients in this partition."
+                )
+
+    def enlarged(self, size: int) -> Cohorts:
+        """The same with drawn cohorts of this size, as over-selection needs."""
+        if callable(self.rule) or size == self.size:
+            return self
+        return Cohorts(size, self._clients, self._seed)
+
+    def members(self, round: int) -> np.ndarray:
+        """The cohort of a round, `i64[C]` ascending.
+
+        Raises:
+          FedLPError: a function returns too many clients, another number than in the first round
+            without `max_cohort`, or a wrong id.
+        """
+        if not callable(self.rule):
+            return sample(self._seed, round, self._clients, self.size)
+        first, self._first = self._first, None
+        if first is not None and first[0] == round:
+            return first[1]
+        ids = self._from_function(round)
+        if self._fixed and len(ids) != self.size:
+            raise FedLPError(
+                f"the cohort function returned {len(ids)} clients in round {round} but "
+                f"{self.size} at first; return the same number each round, or state the largest "
+                "with max_cohort."
+            )
+        if len(ids) > self.size:
+            raise FedLPError(
+                f"the cohort function returned {len(ids)} clients in round {round}, more than "
+                f"max_cohort={self.size}."
+            )
+        return ids
+
+    def _from_function(self, round: int) -> np.ndarray:
+        rule: Any = self.rule
+        ids = np.sort(np.asarray(rule(self._seed, round, self._clients)))
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise FedLPError(
+                f"the cohort function returned {ids!r} in round {round}; return client ids."
+            )
+        if ids[0] < 0 or ids[-1] >= self._clients:
+            raise FedLPError(
+                f"the cohort function returned ids {ids[0]} to {ids[-1]} in round {round}; clients "
+                f"are 0 to {self._clients - 1}."
+            )
+        if (np.diff(ids) == 0).any():
+            raise FedLPError(f"the cohort function returned a client twice in round {round}.")
+        return ids.astype(np.int64)
 
 
 class CohortBuilder:
-    """Lays the cohort of each round into slots, always in arrays of the same shape."""
+    """Lays each cohort out in slots, always in arrays of the same shape."""
 
     def __init__(
         self,
@@ -115,30 +181,33 @@ class CohortBuilder:
         local_steps: Callable[[np.ndarray], np.ndarray],
         level_cost: Sequence[float],
         plan: Plan,
+        largest: int | None = None,
     ):
         """Prepares for a population.
 
         Args:
-          partition: whose examples are whose.
+          partition: the examples of each client.
           assigned: `i32[K]`, submodel level of each client.
           local_steps: examples `i64[C]` -> local steps `i64[C]`.
           level_cost: G numbers, modelled cost of one step at each level.
           plan: resolved.
+          largest: C, which fixes the slots; None = each cohort's own size.
         """
         self._partition = partition
         self._assigned = assigned
         self._local_steps = local_steps
         self._level_cost = level_cost
         self._plan = plan
+        self._largest = largest
         sizes = partition.sizes
         self._widest = int(sizes.max())
         self._even = self._widest if int(sizes.min()) == self._widest else None
 
     def most_rows(self, cohort: int) -> int:
-        """Rows that no device exceeds in any round: those of as many of the largest clients.
+        """An upper bound on the rows of one device in any round: those of the largest clients.
 
-        As many as `most_clients` says, for a cohort of C out of this population. Where clients are
-        alike that is their even share.
+        There are as many of them as `most_clients` says, for a cohort of C from this population.
+        Where clients are alike that is an even share.
         """
         sizes = self._partition.sizes
         work = self._local_steps(sizes) * np.asarray(self._level_cost, np.float64)[self._assigned]
@@ -151,7 +220,9 @@ class CohortBuilder:
         offset = self._partition.offset
         start, size = offset[ids], offset[ids + 1] - offset[ids]
         level = self._assigned[ids]
-        layout = lay_out(self._local_steps(size), level, self._level_cost, self._plan)
+        layout = lay_out(
+            self._local_steps(size), level, self._level_cost, self._plan, self._largest
+        )
         member, filled = layout.member, layout.member >= 0
 
         def in_slots(values: np.ndarray, empty: int) -> np.ndarray:

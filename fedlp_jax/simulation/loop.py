@@ -1,10 +1,15 @@
-"""simulate: the host loop. Cohort -> round -> evaluation -> numbers -> callbacks."""
+"""simulate: the host loop. Cohort -> round -> evaluation -> row -> callbacks."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Faults
@@ -15,11 +20,11 @@ from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.nn import conv
 from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.simulation import snapshot
+from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.cohorts import CohortRule
-from fedlp_jax.simulation.program import Pending
 from fedlp_jax.simulation.result import Result, Row
-from fedlp_jax.simulation.run import Simulation
+from fedlp_jax.simulation.run import Pending, Run, Simulation
 from fedlp_jax.simulation.saver import Saver
 from fedlp_jax.simulation.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
@@ -36,6 +41,8 @@ def simulate(
     cohort: CohortRule,
     seed: int = 0,
     eval_every: int | None = None,
+    first_round: int = 1,
+    max_cohort: int | None = None,
     callbacks: Sequence[Callback] = (),
     plan: Plan | None = None,
     variables: Variables | None = None,
@@ -49,25 +56,33 @@ def simulate(
 ) -> Result:
     """Runs federated training.
 
-    With several processes (`fl.connect`) each calls this with the same arguments. Callbacks run in
-    each of them; `log`, `progress` and `checkpoint` do so in the first only.
+    Every draw is a function of (seed, round, client), so a run repeats bit for bit under one plan,
+    and another plan changes parameters only by the order of a sum. Ctrl-C ends a run after the
+    round in flight and returns its result so far, with a warning; a second one raises
+    KeyboardInterrupt.
 
-    Every draw is a function of (seed, round, client), so a run repeats bit for bit on one plan, and
-    another plan changes parameters only by the order of a sum.
+    With several processes (`fl.connect`) each calls this with the same arguments. Callbacks run in
+    each of them; `log`, `progress` and `checkpoint` in the first only.
 
     Args:
       algorithm: `fedavg(...)`, `fedlp_homo(...)`, `fedlp_hetero(...)`, `compose(...)` or your own.
       data: from `load` or `from_arrays`.
       clients: from `fedlp_jax.partition`.
       rounds: server updates; 0 returns the initial model.
-      cohort: clients a round: a number, a share in (0, 1], or a function `(seed, round, K) -> ids`.
-      seed: of everything that is drawn.
+      cohort: clients a round: a number, a share in (0, 1], or a function `(seed, round, K) -> ids`,
+        which is called once a round.
+      seed: of all draws.
       eval_every: test every so many rounds; None = after the last only, which always is tested.
+      first_round: the number of the first round. To train on in a second call, pass
+        `variables=result.state.variables` and the next round, or it draws the cohorts and masks of
+        round 1 again. The server optimizer starts afresh; `resume` keeps it.
+      max_cohort: the largest cohort of a function whose cohorts differ in size; None = all are as
+        large as the first.
 
     Other Arguments:
       callbacks: each is called `(round, row, state)` once a round, after the round's numbers are
         ready; the state is valid during the call only. With callbacks the host waits for every
-        round; `log` does not.
+        round; with `log` it does not.
       plan: devices and width; None = chosen here, or that of `resume`.
       variables: initial model; None = drawn from the seed.
       faults: what goes wrong with clients, see `fedlp_jax.clients.failures`; None = nothing.
@@ -75,10 +90,10 @@ def simulate(
       progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere. A text
         is the name that is shown, instead of the data set's.
       checkpoint: where and how often to save the run.
-      resume: where to go on, from `Checkpoint.latest()`; None = from the start. On one plan the
-        result is that of a run which was never interrupted, bit for bit.
-      stop: asked before every round; once it is true the run is saved and ends.
-      compiled: called once, before the first round, with the plan that was found to fit the memory.
+      resume: from `Checkpoint.latest()`; None = from the start. `rounds` then counts those of
+        before, too. Under one plan the result is that of an uninterrupted run, bit for bit.
+      stop: asked before every round; once it returns True the run is saved and ends.
+      compiled: called once, before the first round, with the plan that fits the memory.
 
     Returns:
       The final model, the history, the ledger.
@@ -87,8 +102,10 @@ def simulate(
       FedLPError: bad input, before anything is compiled.
       DivergedError: no client of a round had a finite update.
     """
-    if plan is None and resume is not None:
-        plan = resume.plan
+    checks.check_start(rounds, first_round, checkpoint, resume)
+    if resume is not None:
+        plan = resume.plan if plan is None else plan
+        first_round, rounds = resume.round + 1, rounds - resume.round
     with hosts.together("prepare"):
         run = Simulation(
             algorithm,
@@ -98,68 +115,110 @@ def simulate(
             cohort=cohort,
             seed=seed,
             eval_every=eval_every,
+            first_round=first_round,
+            max_cohort=max_cohort,
             plan=plan,
             variables=variables,
             faults=faults,
         )
-        # What is saved is whole in each process, so the first alone saves it, when it sees fit.
+        # Each process has the whole snapshot, so the first alone saves it.
         saver = Saver(checkpoint if hosts.is_first() else None, resume)
         if resume is not None:
             snapshot.check(run, resume)
     if hosts.count() > 1:
         hosts.agree("run", snapshot.facts(run, data, resume))
-    done = resume.rows if resume is not None else []
-    left = range(len(done) + 1, rounds + 1)
-    if stop is not None and hosts.anywhere("stop", stop()):
-        left = range(0)
+    asked = stop is not None and hosts.anywhere("stop", stop())
+    left = range(0) if asked else range(run.first_round, run.last_round + 1)
+    done = resume.rows if resume is not None else ()
     name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
-    with Progress(rounds, name, show=bool(show), done=done) as shown, saver, hosts.explained():
+    shown = Progress(run.last_round, name, show=bool(show), done=done)
+    with shown, saver, hosts.explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
-        if left:
-            with conv.repeating(resume.lowerings if resume is not None else {}):
-                run.compile()
-        if compiled is not None:
-            compiled(run.plan)
-        if resume is not None:
-            snapshot.put_back(run, resume)
-        run.readout.meet()
-        started = run.clock = time.perf_counter()
-        _run_rounds(run, left, listeners, callbacks, saver, stop)
-    run.readings["run_seconds"] = time.perf_counter() - started
+        _start(run, bool(left), resume, compiled)
+        with _listening_to_ctrl_c(stop) as (ask, pressed):
+            _run_rounds(run, left, listeners, callbacks, saver, ask)
+    if pressed() and run.reached < run.last_round:
+        after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
+        warnings.warn(f"{after}; the result holds the rounds so far.", stacklevel=2)
     return run.result()
 
 
-def _never() -> bool:
-    return False
+def _start(
+    run: Run, compile: bool, resume: Snapshot | None, compiled: Callable[[Plan], None] | None
+) -> None:
+    """Compiles the run, if there are rounds to run, and restores the state of a resumed one."""
+    if compile:
+        with conv.repeating(resume.lowerings if resume is not None else {}):
+            run.compile()
+    if compiled is not None:
+        compiled(run.plan)
+    if resume is not None:
+        snapshot.put_back(run, resume)
+    run.readout.meet()
+
+
+@contextlib.contextmanager
+def _listening_to_ctrl_c(
+    stop: Callable[[], bool] | None,
+) -> Iterator[tuple[Callable[[], bool], Callable[[], bool]]]:
+    """Yields whether to stop, and whether Ctrl-C was pressed; twice, it raises KeyboardInterrupt.
+
+    Listens only where Ctrl-C would raise that: in the main thread, unless the program has a handler
+    of its own.
+    """
+    pressed = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    listens = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if listens:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield (lambda: pressed or (stop is not None and stop())), (lambda: pressed)
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run_rounds(
-    run: Simulation,
+    run: Run,
     rounds: range,
     listeners: Sequence[Callable[[Row], None]],
     callbacks: Sequence[Callback],
     saver: Saver,
-    stop: Callable[[], bool] | None,
+    stop: Callable[[], bool],
 ) -> None:
     pending: collections.deque[Pending] = collections.deque()
+    started = run.clock = time.perf_counter()
 
     def read(ahead: int) -> None:
+        """Reads what was dispatched, but for the last `ahead` dispatches."""
         while len(pending) > ahead:
-            row = run.read(pending.popleft(), listeners)
-            for callback in callbacks:
-                callback(row["round"], row, run.state)
+            for record in run.records(pending.popleft()):
+                row = run.book(record)
+                for listener in listeners:
+                    listener(row)
+                run.check(record)
+                for callback in callbacks:
+                    callback(row["round"], row, run.state)
 
-    while rounds and not run.readout.ends(rounds[0], stop or _never):
-        # As many rounds in one call as the plan says, but none beyond one that others look at.
+    while rounds and not run.readout.ends(rounds[0], stop):
+        # As many rounds in one dispatch as the plan says, but none beyond one that others look at.
         count = 1 if callbacks else min(run.at_once(rounds[0]), saver.until_due(rounds[0]))
-        call, rounds = rounds[:count], rounds[count:]
-        pending.extend(run.dispatch_several(call))
-        # The device may be ahead of the host by one call, which hides the host's work.
-        read(ahead=0 if callbacks else count)
-        if saver.due(call[-1]):
+        pending.append(run.dispatch(rounds[0], count))
+        last, rounds = rounds[count - 1], rounds[count:]
+        # The device may be ahead of the host by one dispatch, which hides the host's work.
+        read(ahead=0 if callbacks else 1)
+        if saver.due(last):
             read(ahead=0)
             saver.save(snapshot.take(run))
     read(ahead=0)
-    done = len(run.history)
-    if saver.due_at_end(done, interrupted=done < run.rounds):
+    if saver.due_at_end(run.reached, interrupted=run.reached < run.last_round):
         saver.save(snapshot.take(run))
+    run.readings["run_seconds"] = time.perf_counter() - started

@@ -1,123 +1,183 @@
-"""Calls of the compiled round: of one round, or of several that follow each other in one program.
-
-Several rounds are a loop with a traced trip count around the same round, so that every number of
-them, up to that of the plan, is one program, and their bits do not depend on how many are called.
-"""
+"""Program: the round and the evaluation of an algorithm, compiled for shapes and shared by runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from fedlp_jax.algorithms.base import Algorithm
-from fedlp_jax.execution.map_clients import Plan, over_clients, over_clients_of_rounds, replicated
-from fedlp_jax.execution.packing import entry, with_entry
-from fedlp_jax.nn import conv
+from fedlp_jax.execution.compilation import executable
+from fedlp_jax.execution.map_clients import Plan, over_clients, replicated
+from fedlp_jax.execution.packing import Packed
+from fedlp_jax.nn import conv, dense
+from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState
 
-# A device runs one operation after the other, so an order for the least memory is the quicker one:
-# what was just written is still in the cache (3 to 5% of a round of convolutions).
-_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+_ALGORITHMS = 32  # traced programs kept in the process
 
 
-class Pending(NamedTuple):
-    """A dispatched round whose numbers the host has not read."""
+class Program(NamedTuple):
+    """The compiled round and evaluation of one plan. It holds no state, so runs may share it.
 
-    round: int
-    cohort: Cohort  # numpy
-    metrics: RoundMetrics  # on the device
-    tested: dict[str, Any] | None
-    place: int = 0  # among the rounds of its call
-    of: int = 1  # rounds of its call
-    stacked: bool = False  # the metrics are those of all rounds of the call, [R, ...]
-
-
-def one_round(algorithm: Algorithm, plan: Plan) -> Any:
-    """`(state, private, examples, cohort, key) -> (state, private, metrics)`, to be compiled."""
-    everywhere, split = replicated(plan), over_clients(plan)
-    return jax.jit(
-        lambda state, private, examples, cohort, key: algorithm.round(
-            state, private, examples, cohort, key, plan
-        ),
-        donate_argnums=(0, 1),
-        out_shardings=(everywhere, split, _shardings(split, everywhere)),
-    )
-
-
-def several_rounds(algorithm: Algorithm, plan: Plan) -> Any:
-    """`(state, examples, cohorts, count, key) -> (state, metrics)`, to be compiled.
-
-    Cohorts and metrics are stacked, `[R, ...]`; the first `count` rounds are run.
+    Attributes:
+      plan: the plan it is compiled for.
+      round: see `rounds_of`.
+      test: `(variables, examples) -> {suffix: sums}`.
+      lowerings: the form of each convolution, by its shapes.
+      seconds: of tracing, lowering and compiling, as "round_trace_seconds"; 0 for what the process
+        already had.
     """
-    everywhere, split = replicated(plan), over_clients_of_rounds(plan)
-    shardings = _shardings(split, everywhere)
 
-    def run(
-        state: ServerState, examples: Examples, cohorts: Cohort, count: Array, key: Array
-    ) -> tuple[ServerState, RoundMetrics]:
-        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
-        def round_of(state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundMetrics]:
-            state, _, metrics = algorithm.round(state, {}, examples, cohort, key, plan)
-            return state, metrics
-
-        def body(i: Array, carry: Any) -> Any:
-            state, stack = carry
-            state, metrics = round_of(state, entry(cohorts, i))
-            return state, with_entry(stack, i, metrics)
-
-        shapes = jax.eval_shape(round_of, state, entry(cohorts, 0))[1]
-        rounds = cohorts.client.shape[0]
-        stack = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)
-        return jax.lax.fori_loop(0, count, body, (state, stack))
-
-    return jax.jit(run, donate_argnums=0, out_shardings=(everywhere, shardings))
+    plan: Plan
+    round: Any
+    test: Any
+    lowerings: dict[str, str]
+    seconds: dict[str, float]
 
 
 class Compiled(NamedTuple):
-    """A program, and what it took to make it."""
+    """An executable, and what it took to make it."""
 
     program: Any
     seconds: dict[str, float]  # of "trace", "lowering" and "compile"
     lowerings: dict[str, str]  # of its convolutions, see `conv.recording`
 
 
-def compiled(program: Any, arguments: tuple[Any, ...]) -> Compiled:
-    """Traces, lowers and compiles what `jax.jit` made."""
+def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
+    """The rounds of one dispatch, to be traced.
+
+    `(state, private, examples, cohorts, count, key) -> (state, private, metrics)`. Arrays of
+    cohorts and metrics have the round as second axis, `[D * P, R, ...]`; R is the plan's
+    `rounds_at_once`. The first `count` rounds run, in a loop with a traced trip count, so their
+    bits do not depend on how many there are. With R = 1 `count` is None and there is no loop: on a
+    GPU, a trip count that only the device knows stops the host.
+    """
+    everywhere, split = replicated(plan), over_clients(plan)
+
+    def run(
+        state: ServerState,
+        private: Packed,
+        examples: Examples,
+        cohorts: Cohort,
+        count: Array | None,
+        key: Array,
+    ) -> tuple[ServerState, Packed, RoundMetrics]:
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
+        def one(state: ServerState, private: Packed, cohort: Cohort) -> Any:
+            return algorithm.round(state, private, examples, cohort, key, plan)
+
+        if count is None:
+            state, private, metrics = one(state, private, _at(cohorts, 0))
+            halted: Any = metrics.halted[None]
+            stacked = jax.tree.map(lambda x: x[:, None], metrics._replace(halted=cast(Any, ())))
+            return state, private, stacked._replace(halted=halted)
+
+        def body(i: Array, carry: Any) -> Any:
+            state, private, stack, halted = carry
+            state, private, metrics = one(state, private, _at(cohorts, i))
+            halted = halted.at[i].set(metrics.halted)
+            metrics = metrics._replace(halted=cast(Any, ()))
+            stack = jax.tree.map(
+                lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, i, 1), stack, metrics
+            )
+            return state, private, stack, halted
+
+        most = cohorts.client.shape[1]
+        shapes = jax.eval_shape(one, state, private, _at(cohorts, 0))[2]
+        stack = jax.tree.map(
+            lambda x: jnp.zeros((x.shape[0], most, *x.shape[1:]), x.dtype),
+            shapes._replace(halted=()),
+        )
+        carry = (state, private, stack, jnp.zeros(most, bool))
+        state, private, stack, halted = jax.lax.fori_loop(0, count, body, carry)
+        return state, private, stack._replace(halted=halted)
+
+    of_slots: Any = split
+    metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots)
+    return jax.jit(
+        run,
+        donate_argnums=(0, 1),
+        out_shardings=(everywhere, split, metrics),
+        keep_unused=True,
+    )
+
+
+def compile_round(algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> Compiled:
+    """Compiles `rounds_of` for arguments of these shapes and shardings."""
+    return _compile("round", algorithm, plan, shapes)
+
+
+def compile_test(algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> Compiled:
+    """Compiles the evaluation of `(variables, examples)` of these shapes and shardings."""
+    return _compile("test", algorithm, plan, shapes)
+
+
+def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> Compiled:
+    """Traces, lowers and compiles, each unless the process has done so for an equal program.
+
+    The same `Algorithm` object with an equal plan and shapes is not traced again. Another object
+    is, but its executable is reused if the lowered text is the same.
+    """
+    devices = tuple(plan.mesh.devices.flat)
+    settings = (*conv.settings(), dense.settings())
+    traced = _traceable(name, _Same(algorithm), dataclasses.astuple(plan), devices, settings)
     start = time.perf_counter()
     with conv.recording() as lowerings:
-        traced = program.trace(*arguments)
+        trace = traced.jitted.trace(*shapes)
     lowering = time.perf_counter()
-    lowered = traced.lower()
+    # jax returns the jaxpr of before if the shapes and all its own settings are those of before.
+    for jaxpr, compiled in traced.compiled:
+        if jaxpr is trace.jaxpr:
+            return compiled._replace(seconds=dict.fromkeys(compiled.seconds, 0.0))
+    lowered = trace.lower()
     compiling = time.perf_counter()
-    executable = _executable(lowered)
+    program = executable(lowered, devices)
     seconds = (lowering - start, compiling - lowering, time.perf_counter() - compiling)
     names = ("trace", "lowering", "compile")
-    return Compiled(executable, dict(zip(names, seconds, strict=True)), lowerings)
+    compiled = Compiled(program, dict(zip(names, seconds, strict=True)), lowerings)
+    traced.compiled.append((trace.jaxpr, compiled))
+    return compiled
 
 
-def _executable(lowered: Any) -> Any:
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    try:
-        return lowered.compile(compiler_options=_CPU_OPTIONS)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return lowered.compile()  # another version of XLA
+class _Same:
+    """Compares an object by identity, and keeps it alive as long as a cache holds the key."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
 
 
-def metrics_of(pending: Pending, read: Callable[[Any], Any]) -> tuple[RoundMetrics, Any]:
-    """A round's own numbers and its test, read from the device."""
-    metrics, tested = read((pending.metrics, pending.tested))
-    if pending.stacked:
-        metrics = jax.tree.map(lambda x: x[pending.place], metrics)
-    return metrics, tested
+class _Traceable(NamedTuple):
+    """A function under `jax.jit`, and what was compiled from each of its traces."""
+
+    jitted: Any
+    compiled: list[tuple[Any, Compiled]]  # by jaxpr
 
 
-def _shardings(split: Any, everywhere: Any) -> RoundMetrics:
-    return RoundMetrics(split, split, split, cast(Any, everywhere), split)
+@functools.lru_cache(maxsize=_ALGORITHMS)
+def _traceable(
+    name: str, algorithm: _Same, plan: tuple[Any, ...], devices: Any, settings: Any
+) -> _Traceable:
+    make = rounds_of if name == "round" else _test_of
+    return _Traceable(make(algorithm.value, Plan(*plan)), [])
+
+
+def _test_of(algorithm: Algorithm, plan: Plan) -> Any:
+    return jax.jit(evaluator(algorithm, plan), keep_unused=True)
+
+
+def _at(cohorts: Cohort, round: Array | int) -> Cohort:
+    """The cohort of one round, of arrays `[D * P, R, ...]`."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, round, 1, keepdims=False), cohorts
+    )

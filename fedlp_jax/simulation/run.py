@@ -1,53 +1,311 @@
-"""Simulation: one run, prepared and compiled; it starts rounds and reads their numbers."""
+"""Run: one seed's rounds under a compiled program, and the state, ledger and history they leave."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.accounting.ledger import Ledger
-from fedlp_jax.accounting.macs import relative_work
-from fedlp_jax.aggregation.privacy import accountant
 from fedlp_jax.algorithms.base import Algorithm
-from fedlp_jax.clients.failures import Exposure, Faults
+from fedlp_jax.clients.failures import Faults
 from fedlp_jax.clients.outcomes import ClientStatus, Outcomes, outcome_metrics
-from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import HOST, Plan, replicated, resolve
-from fedlp_jax.execution.packing import size_bytes
-from fedlp_jax.execution.scheduling import with_even_chunks
-from fedlp_jax.prng import root_key
-from fedlp_jax.pruning.layers import layer_table
-from fedlp_jax.simulation import evaluation as metric
+from fedlp_jax.execution.map_clients import Plan, replicated
+from fedlp_jax.simulation import evaluation
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.cohorts import CohortRule, cohort_size
-from fedlp_jax.simulation.memory import check_private, compile_to_fit, with_place
-from fedlp_jax.simulation.program import Pending, compiled, metrics_of, one_round, several_rounds
+from fedlp_jax.simulation.cohorts import CohortRule
+from fedlp_jax.simulation.memory import compile_to_fit
+from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.readout import Readout
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
-from fedlp_jax.simulation.staging import Population, Stage, on_host
-from fedlp_jax.types import ServerState, Variables
+from fedlp_jax.simulation.spec import Spec, specify
+from fedlp_jax.simulation.staging import Stage
+from fedlp_jax.types import Cohort, RoundMetrics, ServerState, Variables
 
-# Rounds of one call take no longer, so that a round's numbers are seen within a second.
-_CALL_SECONDS = 0.5
+# Rounds of one dispatch take no longer, so that a round's numbers are seen within a second.
+_DISPATCH_SECONDS = 0.5
 
 
-class Simulation:
-    """One run: what is checked and compiled once, and the state that changes.
+class Pending(NamedTuple):
+    """Dispatched rounds that the host has not read."""
 
-    `simulate` is `compile`, then `dispatch` and `read` for every round, then `result`. Benchmarks
-    and loops of your own call them directly.
+    first: int  # the number of the first
+    cohorts: list[Cohort]  # of each round, numpy
+    metrics: Any  # RoundMetrics [D * P, R, ...] on the devices, as `Readout.start` returned them
+    tested: dict[str, Any] | None  # the evaluation after the last
+
+
+class RoundRecord(NamedTuple):
+    """The numbers of one round on the host, of the C clients that ran, by ascending id."""
+
+    round: int
+    client: np.ndarray  # i64[C], ids
+    level: np.ndarray  # i32[C], submodel levels
+    metrics: RoundMetrics  # numpy, [C, ...]
+    arrived: np.ndarray  # bool[C], False = lost to a fault
+    tested: dict[str, Any] | None  # {suffix: sums}, if the round was evaluated
+    halted: bool  # the round left no finite model, so the state stands still
+    seconds: float
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Ids of the clients that arrived with an update that is not finite."""
+        return self.client[self.arrived & ~self.metrics.client.finite]
+
+
+class Run:
+    """The state of one run: server, ledger, history, and the next cohorts.
+
+    A loop of your own:
+
+        run.compile()
+        for round in range(1, rounds + 1):
+            row = run.read(run.dispatch(round))
+        result = run.result()
+
+    Attributes:
+      spec: the checked inputs.
+      plan: of the rounds; after `compile`, the one that fits the memory.
+      last_round: its number; below `first_round` in a run without rounds.
+      program: compiled; None before `compile` and for a run without rounds.
+      state: the server's.
+      stage: data and cohorts on the devices.
+      ledger: what was sent.
+      history: a row for each round read.
+      readings: seconds of tracing, lowering and compiling, and predicted bytes.
     """
+
+    def __init__(
+        self, spec: Spec, *, rounds: int, first_round: int = 1, eval_every: int | None = None
+    ):
+        """Puts data and initial state on the devices.
+
+        Args:
+          spec: from `specify`.
+          rounds: how many.
+          first_round: the number of the first.
+          eval_every: test after every round that this divides, and after the last; None = after
+            the last only.
+        """
+        self.spec, self.plan = spec, spec.plan
+        self.first_round, self.last_round = first_round, first_round + rounds - 1
+        self.eval_every = eval_every or max(self.last_round, 1)
+        self.algorithm, self.clients, self.seed = spec.algorithm, spec.clients, spec.seed
+        self.population, self.size = spec.clients.clients, spec.cohorts.size
+        self.readings: dict[str, float] = dict(spec.predicted)
+        state = spec.algorithm.init(spec.root, spec.example, self.population, spec.variables)
+        self.begun_with = checks.first_numbers(state)
+        state = state._replace(round=jnp.asarray(first_round - 1, jnp.int32))
+        self.stage = Stage(spec)
+        # A copy: rounds donate the state, and the caller's own arrays must survive.
+        self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
+        self.readout = Readout(self.plan)
+        self.ledger, self.history = Ledger(spec.layers, self.population), History()
+        self.program: Program | None = None
+        self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes
+        self.padded_share = self.imbalance = 0.0  # sums over rounds
+        self.clock = 0.0
+
+    @property
+    def reached(self) -> int:
+        """The number of the last round that was booked; 0 if there is none."""
+        return int(self.history.rows[-1]["round"]) if len(self.history) else 0
+
+    def compile(self) -> None:
+        """Compiles the round and the evaluation, unless the process already has equal programs.
+
+        Raises:
+          FedLPError: the round needs more memory than is free, and the width was asked for or
+            cannot be lowered.
+        """
+        if self.last_round < self.first_round:
+            return
+        made: dict[str, Compiled] = {}
+
+        def compile(plan: Plan) -> Any:
+            self.stage.lay_on(plan)
+            made["round"] = compile_round(self.algorithm, plan, self.round_shapes(plan))
+            return made["round"].program
+
+        program, self.plan = compile_to_fit(
+            compile, self.plan, self.spec.width_is_open, self.stage.round_bytes
+        )
+        tested = (_shapes_of(self.state.variables), _shapes_of(self.stage.test))
+        made["test"] = compile_test(self.algorithm, self.plan, tested)
+        seconds = {
+            f"{name}_{part}_seconds": value
+            for name, compiled in made.items()
+            for part, value in compiled.seconds.items()
+        }
+        self.lowerings = made["round"].lowerings | made["test"].lowerings
+        self.program = Program(self.plan, program, made["test"].program, self.lowerings, seconds)
+        self.readings |= seconds
+        self.clock = time.perf_counter()
+
+    def dispatch(self, round: int, count: int = 1) -> Pending:
+        """Starts rounds and, where due, an evaluation after the last; waits for nothing.
+
+        Args:
+          round: the first, one more than the last of the call before; it determines the cohort.
+            All other draws follow the state's own count.
+          count: how many, up to the plan's `rounds_at_once`; see `at_once`.
+
+        Raises:
+          FedLPError: a number below 1, or the run is not compiled.
+        """
+        if round < 1:
+            raise FedLPError(f"round {round} cannot be started: the first is round 1.")
+        if self.program is None:
+            raise FedLPError(
+                f"round {round} cannot be started before compile(), nor in a run of 0 rounds."
+            )
+        staged = self.stage(round, count)
+        self.padded_share = sum((x.padded_share for x in staged.layouts), self.padded_share)
+        self.imbalance = sum((x.imbalance for x in staged.layouts), self.imbalance)
+        self.state, private, metrics = self.program.round(
+            self.state,
+            staged.private,
+            staged.examples,
+            staged.cohorts,
+            None if self.plan.rounds_at_once == 1 else np.int32(count),
+            self.stage.key,
+        )
+        self.stage.keep(staged, private, metrics.halted)
+        last, tested = round + count - 1, None
+        if last % self.eval_every == 0 or last == self.last_round:
+            tested = self.program.test(self.state.variables, self.stage.test)
+        return Pending(round, staged.hosts, self.readout.start(metrics), tested)
+
+    def at_once(self, round: int) -> int:
+        """How many rounds from this one on may share a dispatch: up to the next evaluation."""
+        most = self.plan.rounds_at_once or 1
+        if most == 1 or not len(self.history):
+            return 1  # the first round says how long the others take
+        quick = int(_DISPATCH_SECONDS / max(self.history.rows[-1]["seconds"], 1e-9))
+        until_test = self.eval_every - (round - 1) % self.eval_every
+        return max(min(most, quick, until_test, self.last_round - round + 1), 1)
+
+    def records(self, pending: Pending) -> list[RoundRecord]:
+        """Waits for the numbers of dispatched rounds."""
+        metrics, tested = self.readout.read((pending.metrics, pending.tested))
+        now, count = time.perf_counter(), len(pending.cohorts)
+        seconds, self.clock = (now - self.clock) / count, now
+        found = []
+        for place, cohort in enumerate(pending.cohorts):
+            slots = np.flatnonzero(np.asarray(cohort.client) >= 0)
+            slots = slots[np.argsort(np.asarray(cohort.client)[slots])]
+            of_round: RoundMetrics = jax.tree.map(
+                lambda x, slots=slots, place=place: x[slots, place],
+                metrics._replace(halted=cast(Any, ())),
+            )
+            arrived = np.ones(len(slots), bool)
+            if of_round.outcomes:
+                arrived = np.asarray(of_round.outcomes.status) == ClientStatus.ARRIVED
+            found.append(
+                RoundRecord(
+                    pending.first + place,
+                    np.asarray(cohort.client)[slots],
+                    np.asarray(cohort.level)[slots],
+                    of_round,
+                    arrived,
+                    tested if place == count - 1 else None,
+                    bool(metrics.halted[place]),
+                    seconds,
+                )
+            )
+        return found
+
+    def book(self, record: RoundRecord) -> Row:
+        """Adds a round to the ledger and the history.
+
+        Returns:
+          The round's row.
+        """
+        metrics, arrived = record.metrics, record.arrived
+        outcomes: Outcomes | None = metrics.outcomes or None
+        row: Row = {"round": record.round}
+        row |= evaluation.train_metrics(
+            jax.tree.map(lambda x: x[arrived], metrics.client),
+            record.level[arrived],
+            len(self.spec.levels),
+            self.algorithm.train_loss,
+        )
+        if outcomes is not None:
+            row |= outcome_metrics(outcomes)
+        if self.spec.epsilon is not None:
+            row["epsilon"] = self.spec.epsilon(record.round)
+        if record.tested is not None:
+            row |= evaluation.test_metrics(record.tested)
+        upload, download = np.asarray(metrics.upload), np.asarray(metrics.download)
+        row |= self.ledger.add(record.client, upload, download, arrived)
+        row["seconds"] = record.seconds
+        self.history.rows.append(row)
+        return row
+
+    def check(self, record: RoundRecord) -> None:
+        """Ends a run that diverged, and warns of clients that were left out.
+
+        Raises:
+          DivergedError: no client counted, or the model is not finite.
+        """
+        left_out, arrived = record.left_out, int(record.arrived.sum())
+        if record.halted:
+            raise diverged(record.round, left_out, arrived, self.result())
+        if record.metrics.outcomes:  # corrupt clients are expected to send NaN
+            left_out = np.setdiff1d(left_out, record.client[record.metrics.outcomes.corrupt])
+        if len(left_out):
+            warnings.warn(
+                f"round {record.round}: left out {len(left_out)} of {arrived} clients whose "
+                f"update was not finite: {names(left_out)}.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def read(self, pending: Pending) -> Row:
+        """Waits for dispatched rounds, books and checks each; returns the row of the last.
+
+        Raises:
+          DivergedError: see `check`.
+        """
+        for record in self.records(pending):
+            row = self.book(record)
+            self.check(record)
+        return row
+
+    def result(self) -> Result:
+        """The run so far."""
+        if len(self.history):
+            self.readings["padded_share"] = self.padded_share / len(self.history)
+            self.readings["imbalance"] = self.imbalance / len(self.history)
+        return Result(
+            self.spec.levels[-1].extract(self.state.variables),
+            self.state,
+            self.history,
+            self.ledger,
+            self.plan,
+            self.spec.layers,
+            self.readings,
+            dict(self.lowerings),
+        )
+
+    def round_shapes(self, plan: Plan) -> tuple[Any, ...]:
+        """Shapes and shardings of the arguments of `rounds_of`."""
+        private, examples, cohorts = self.stage.shapes()
+        count = None if plan.rounds_at_once == 1 else jax.ShapeDtypeStruct((), np.int32)
+        state, key = _shapes_of(self.state), _shapes_of(self.stage.key)
+        return state, private, examples, cohorts, count, key
+
+
+class Simulation(Run):
+    """A `Run` from the arguments of `simulate`, for benchmarks and loops of your own."""
 
     def __init__(
         self,
@@ -59,246 +317,34 @@ class Simulation:
         cohort: CohortRule,
         seed: int = 0,
         eval_every: int | None = None,
+        first_round: int = 1,
+        max_cohort: int | None = None,
         plan: Plan | None = None,
         variables: Variables | None = None,
         faults: Faults | None = None,
     ):
-        self.rounds, self.seed, self.eval_every = checks.check_numbers(rounds, seed, eval_every)
-        checks.check_partition(clients, data)
-        self.algorithm, self.clients, self.population = algorithm, clients, clients.clients
-        self.size = cohort_size(cohort, self.population, seed)
-        self._width_is_open = plan is None or plan.width is None
-        root = root_key(seed)
-        self.exposure = self._expose(faults, cohort, root, data.num_classes)
-        if self.exposure is not None:
-            self.size = self.exposure.chosen
-        self.plan = with_place(resolve(plan, self.size), data.train.nbytes, data.test.nbytes)
-        if algorithm.persist or self.plan.data == HOST or hosts.count() > 1:
-            self.plan = dataclasses.replace(self.plan, rounds_at_once=1)
-        example = example_of(on_host(data.train, data.normalize))
-        checks.check_model(algorithm, example, data, root)
-        assigned = algorithm.assign(root, self.population)
-        if self._width_is_open:
-            self.plan = with_even_chunks(self.plan, self.size, assigned)
-        shapes = checks.initial_state(algorithm, example, root, self.population)
-        checks.check_size(shapes.variables)
-        checks.check_steps(algorithm, clients)
-        checks.check_variables(variables, shapes.variables)
-        self.layers = layer_table(shapes.variables, algorithm.layers)
-        if variables is not None:  # numpy's float64 becomes what jax computes in
-            variables = jax.tree.map(jnp.asarray, variables)
-        # Private variables take the dtype of what is given.
-        held = shapes.variables if variables is None else variables
-        self.levels = algorithm.levels(held, example)
-        self.readings = self._predicted(shapes.variables, assigned, data)
-        self.epsilon = accountant(
-            algorithm.privacy, self.population, self.size, sampled=not callable(cohort)
-        )
-        state = algorithm.init(root, example, self.population, variables)
-        self.begun_with = checks.first_numbers(state)
-        costs = relative_work([level.task for level in self.levels], root, example)
-        population = Population(clients, cohort, seed, self.size, assigned, self.exposure)
-        self.stage = Stage(
-            algorithm, data, population, self.levels, costs, root, example, self.plan
-        )
-        # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
-        self.readout = Readout(self.plan)
-        self.ledger, self.history = Ledger(self.layers, self.population), History()
-        self.round_program: Any = None  # until compiled
-        self.lowerings: dict[str, str] = {}  # what each convolution takes, by shape
-        self.padded_share = self.imbalance = 0.0  # sums over rounds
-        self.clock = self._seconds = 0.0
-
-    def compile(self) -> None:
-        """Traces, lowers and compiles the round and the evaluation, and times each.
+        """Checks the arguments, see `simulate`, and prepares the run without compiling it.
 
         Raises:
-          FedLPError: the round needs more memory than is free, and the width was asked for or
-            cannot be lowered.
+          FedLPError: bad input.
         """
-        if self.rounds == 0:
-            return
-        self.round_program, plan = compile_to_fit(
-            self._compiled_round, self.plan, self._width_is_open, self.stage.round_bytes
+        rounds, seed, eval_every, first_round = checks.check_numbers(
+            rounds, seed, eval_every, first_round
         )
-        if plan != self.plan:
-            self.plan = plan
-            self.stage.lay_on(plan)
-        test_program = jax.jit(metric.evaluator(self.algorithm, self.plan))
-        arguments = (self.state.variables, self.stage.test)
-        self.test_program = self._timed(test_program, "test", arguments)
-        self.clock = time.perf_counter()
-
-    def dispatch(self, round: int) -> Pending:
-        """Starts a round and, where due, its evaluation; waits for nothing.
-
-        Args:
-          round: from 1, one more than the last; who takes part follows it, all other draws the
-            state's own count.
-
-        Raises:
-          FedLPError: a number below 1, or the run is not compiled.
-        """
-        self._check_ready(round)
-        if self.plan.rounds_at_once != 1:
-            return self.dispatch_several((round,))[0]
-        staged = self.stage(round)
-        self.padded_share += staged.layout.padded_share
-        self.imbalance += staged.layout.imbalance
-        self.state, private, metrics = self.round_program(
-            self.state, staged.private, staged.examples, staged.cohort, self.stage.key
+        spec = specify(
+            algorithm,
+            data,
+            clients,
+            cohort=cohort,
+            seed=seed,
+            first_round=first_round,
+            max_cohort=max_cohort,
+            plan=plan,
+            variables=variables,
+            faults=faults,
         )
-        self.stage.keep(staged, private, metrics.halted)
-        return Pending(round, staged.host, self.readout.start(metrics), self._tested(round))
+        super().__init__(spec, rounds=rounds, first_round=first_round, eval_every=eval_every)
 
-    def dispatch_several(self, rounds: Sequence[int]) -> list[Pending]:
-        """Starts rounds that follow each other, up to `rounds_at_once`, in one call.
 
-        Only the last of them is evaluated, where due; see `at_once`.
-        """
-        if self.plan.rounds_at_once == 1:
-            return [self.dispatch(round) for round in rounds]
-        self._check_ready(min(rounds))
-        staged = self.stage.several(rounds)
-        self.padded_share = sum((x.padded_share for x in staged.layouts), self.padded_share)
-        self.imbalance = sum((x.imbalance for x in staged.layouts), self.imbalance)
-        count, key = np.int32(len(rounds)), self.stage.key
-        several = (self.state, self.stage.train, staged.cohorts, count, key)
-        self.state, metrics = self.round_program(*several)
-        metrics = self.readout.start(metrics)
-        tested = len(rounds[:-1]) * [None] + [self._tested(rounds[-1])]
-        return [
-            Pending(round, host, metrics, test, place, len(rounds), stacked=True)
-            for place, (round, host, test) in enumerate(
-                zip(rounds, staged.hosts, tested, strict=True)
-            )
-        ]
-
-    def at_once(self, round: int) -> int:
-        """How many rounds from this one on may be one call: up to the next that is evaluated."""
-        most = self.plan.rounds_at_once or 1
-        if most == 1 or not len(self.history):
-            return 1  # until it is known how long a round takes
-        quick = int(_CALL_SECONDS / max(self.history.rows[-1]["seconds"], 1e-9))
-        until_test = self.eval_every - (round - 1) % self.eval_every
-        return max(min(most, quick, until_test, self.rounds - round + 1), 1)
-
-    def read(self, pending: Pending, listeners: Sequence[Callable[[Row], None]] = ()) -> Row:
-        """Waits for a round's numbers and books them.
-
-        Raises:
-          DivergedError: no client counted, or what they add up to is not finite.
-        """
-        metrics, tested = metrics_of(pending, self.readout.read)
-        halted = bool(metrics.halted)
-        now = time.perf_counter()
-        if pending.place == 0:  # the time of a call is shared by its rounds
-            self._seconds, self.clock = (now - self.clock) / pending.of, now
-        ran = np.asarray(pending.cohort.client) >= 0
-        ids = np.asarray(pending.cohort.client)[ran]
-        order = np.argsort(ids)
-        ids = ids[order]
-        metrics = jax.tree.map(lambda x: x[ran][order], metrics._replace(halted=cast(Any, None)))
-        level = np.asarray(pending.cohort.level)[ran][order]
-        outcomes: Outcomes | None = metrics.outcomes or None
-        heard = np.ones(len(ids), bool)
-        if outcomes is not None:
-            heard = np.asarray(outcomes.status) == ClientStatus.ARRIVED
-        row: Row = {"round": pending.round}
-        row |= metric.train_metrics(
-            jax.tree.map(lambda x: x[heard], metrics.client),
-            level[heard],
-            len(self.levels),
-            self.algorithm.train_loss,
-        )
-        if outcomes is not None:
-            row |= outcome_metrics(outcomes)
-        if self.epsilon is not None:
-            row["epsilon"] = self.epsilon(pending.round)
-        if tested is not None:
-            row |= metric.test_metrics(tested)
-        row |= self.ledger.add(ids, metrics.upload, metrics.download, heard)
-        row["seconds"] = self._seconds
-        self.history.rows.append(row)
-        for listener in listeners:
-            listener(row)
-        left_out = ids[heard & ~metrics.client.finite]
-        if halted:
-            raise diverged(pending.round, left_out, int(heard.sum()), self.result())
-        if outcomes is not None:  # corrupt clients may send NaN on purpose
-            left_out = np.setdiff1d(left_out, ids[outcomes.corrupt])
-        if len(left_out):
-            warnings.warn(
-                f"round {pending.round}: left out {len(left_out)} of {heard.sum()} clients whose "
-                f"update was not finite: {names(left_out)}.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return row
-
-    def result(self) -> Result:
-        """The run so far."""
-        if len(self.history):
-            self.readings["padded_share"] = self.padded_share / len(self.history)
-            self.readings["imbalance"] = self.imbalance / len(self.history)
-        return Result(
-            self.levels[-1].extract(self.state.variables),
-            self.state,
-            self.history,
-            self.ledger,
-            self.plan,
-            self.layers,
-            self.readings,
-            dict(self.lowerings),
-        )
-
-    def _check_ready(self, round: int) -> None:
-        if round < 1:
-            raise FedLPError(f"round {round} cannot be started: the first is round 1.")
-        if self.round_program is None:
-            raise FedLPError(
-                f"round {round} cannot be started before compile(), nor in a run of 0 rounds."
-            )
-
-    def _compiled_round(self, plan: Plan) -> Any:
-        stage = self.stage
-        if plan.rounds_at_once == 1:
-            staged = stage(1)
-            arguments = (self.state, staged.private, staged.examples, staged.cohort, stage.key)
-            return self._timed(one_round(self.algorithm, plan), "round", arguments)
-        cohorts = stage.several((1,)).cohorts
-        several = (self.state, stage.train, cohorts, np.int32(1), stage.key)
-        return self._timed(several_rounds(self.algorithm, plan), "round", several)
-
-    def _tested(self, round: int) -> dict[str, Any] | None:
-        if round % self.eval_every and round != self.rounds:
-            return None
-        return cast("dict[str, Any]", self.test_program(self.state.variables, self.stage.test))
-
-    def _timed(self, program: Any, name: str, arguments: tuple[Any, ...]) -> Any:
-        made = compiled(program, arguments)
-        self.lowerings |= made.lowerings
-        for part, seconds in made.seconds.items():
-            self.readings[f"{name}_{part}_seconds"] = seconds
-        return made.program
-
-    def _predicted(self, model: Variables, assigned: np.ndarray, data: Dataset) -> dict[str, float]:
-        """Bytes of what a run may keep beside its model; refuses what does not fit."""
-        found: dict[str, float] = {}
-        if self.algorithm.stacked:
-            found["stacked_bytes"] = checks.check_stack(model, self.layers, self.size, self.plan)
-        if self.algorithm.persist:
-            train = 0 if self.plan.data == HOST else data.train.nbytes
-            held = size_bytes(model) + train + data.test.nbytes
-            private = check_private(self.levels, assigned, self.size, self.plan, held)
-            found["private_bytes"] = private
-        return found
-
-    def _expose(
-        self, faults: Faults | None, rule: CohortRule, root: jax.Array, classes: int
-    ) -> Exposure | None:
-        if faults is None:
-            return None
-        checks.check_faults(self.algorithm, faults, rule)
-        return Exposure(faults, root, self.population, self.size, classes)
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -17,7 +17,7 @@ from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.simulation.leaves import check_sum, is_key, kind, raw
 from fedlp_jax.simulation.result import Row
-from fedlp_jax.simulation.run import Simulation
+from fedlp_jax.simulation.run import Run
 from fedlp_jax.types import Array, PyTree
 
 _OTHER = "the checkpoint is of another run"
@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
     lowerings: dict[str, str]  # of convolutions, see `conv.recording`
 
 
-def take(run: Simulation) -> Snapshot:
+def take(run: Run) -> Snapshot:
     """The run after the round that was read last; none may be in flight."""
     return Snapshot(
         len(run.history),
@@ -54,12 +54,12 @@ def take(run: Simulation) -> Snapshot:
     )
 
 
-def facts(run: Simulation, data: Dataset, resume: Snapshot | None) -> dict[str, Any]:
+def facts(run: Run, data: Dataset, resume: Snapshot | None) -> dict[str, Any]:
     """What several processes must have in common for their numbers to be those of one run."""
     arrays = {"train": data.train.inputs, "test": data.test.inputs, "labels": data.test.labels}
     arrays |= {path: np.asarray(raw(leaf)) for path, leaf in _leaves(run).items()}
     return _settings(run) | {
-        "rounds": run.rounds,
+        "rounds": run.last_round,
         "eval_every": run.eval_every,
         "plan": dataclasses.asdict(run.plan),
         "rounds in the checkpoint it reads": 0 if resume is None else resume.round,
@@ -67,17 +67,13 @@ def facts(run: Simulation, data: Dataset, resume: Snapshot | None) -> dict[str, 
     }
 
 
-def check(run: Simulation, snapshot: Snapshot) -> None:
+def check(run: Run, snapshot: Snapshot) -> None:
     """Refuses the snapshot of another run, before anything is compiled.
 
     Raises:
       FedLPError: with what differs.
     """
     refuse_other(_plain(snapshot.settings), _plain(_settings(run)), _OTHER)
-    if snapshot.round > run.rounds:
-        raise FedLPError(
-            f"the checkpoint has {snapshot.round} rounds, more than the {run.rounds} asked for."
-        )
     needs = {path: kind(raw(leaf)) for path, leaf in _leaves(run).items()}
     has = {path: kind(leaf) for path, leaf in snapshot.leaves.items()}
     for path in sorted(needs.keys() | has.keys()):
@@ -90,7 +86,7 @@ def check(run: Simulation, snapshot: Snapshot) -> None:
     refuse_other(snapshot.settings, _settings(run), _OTHER)
 
 
-def put_back(run: Simulation, snapshot: Snapshot) -> None:
+def put_back(run: Run, snapshot: Snapshot) -> None:
     """Makes a run that is compiled the one that was taken; warns if sums change their order."""
     if snapshot.plan != run.plan or (run.lowerings and snapshot.lowerings != run.lowerings):
         warnings.warn(
@@ -160,17 +156,17 @@ def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, An
     return fields
 
 
-def _trees(run: Simulation) -> dict[str, PyTree]:
+def _trees(run: Run) -> dict[str, PyTree]:
     store = run.stage.store
     return {"state": run.state, "private": () if store is None else store.stacks}
 
 
-def _leaves(run: Simulation) -> dict[str, Array]:
+def _leaves(run: Run) -> dict[str, Array]:
     """What has elements, by path."""
     return {keystr(path): x for path, x in tree_leaves_with_path(_trees(run)) if x.size}
 
 
-def _settings(run: Simulation) -> dict[str, Any]:
+def _settings(run: Run) -> dict[str, Any]:
     return {
         "seed": run.seed,
         "clients": run.population,

@@ -1,7 +1,8 @@
-"""The quickest plan for a run, found by measuring whole rounds."""
+"""The fastest plan for a run, found by timing whole rounds."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import statistics
@@ -10,48 +11,95 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedlp_jax.errors import FedLPError, is_number, shown
-from fedlp_jax.execution.map_clients import DEVICE, HOST, Plan
-from fedlp_jax.simulation.rounds import Rounds, without_plan
-from fedlp_jax.simulation.run import Simulation
+from fedlp_jax.execution.map_clients import DEVICE, Plan
+from fedlp_jax.simulation.run import Pending, Simulation
 
-_TURNS = 3  # of a plan, each beside one of the quickest so far; more where they are short
+_TURNS = 3  # of a plan, alternating with the fastest so far; more where turns are short
 _MOST_TURNS = 9
-_ENOUGH_SECONDS = 1.0  # of a plan's turns together, after which no more than _TURNS are made
-_TURN_SECONDS = 0.2  # as many rounds make a turn, so that the host's work overlaps with them
+_ENOUGH_SECONDS = 1.0  # of a plan's turns together; then _TURNS suffice
+_TURN_SECONDS = 0.2  # a turn has as many rounds as fit, so that the host's work overlaps
 _MOST_ROUNDS = 64
-_WORTH = 0.97  # a plan is taken for another if it needs less than this share of its time
-_HOPELESS = 1.6  # times as slow as the quickest: what lies beyond is not looked at
-_AT_ONCE = (4, 16)  # rounds; more has won nothing where it was measured
-_COARSE = 4  # factor between widths, before those beside the quickest are tried
+_WORTH = 0.97  # a plan replaces another if it needs less than this share of its time
+_HOPELESS = 1.6  # times as slow as the fastest: the search goes no further that way
+_AT_ONCE = 16  # rounds a dispatch, tried where rounds are short; more gained nothing
+
+
+class Rounds:
+    """Times rounds of one compiled plan, without evaluation.
+
+    Each call starts from the initial model, so that a model that diverges after a thousand rounds
+    does not matter.
+
+    Attributes:
+      run: the simulation.
+      compile_seconds: of tracing, lowering and compiling the round.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        """Compiles a `Simulation` of these arguments."""
+        self.run = Simulation(*arguments, rounds=10**6, **settings)
+        self.run.compile()
+        self.compile_seconds = sum(
+            self.run.readings[f"round_{part}_seconds"] for part in ("trace", "lowering", "compile")
+        )
+        self.number = 0
+        self._first = jax.tree.map(jnp.copy, self.run.state)  # rounds donate theirs
+
+    def __call__(self, rounds: Sequence[int] | None = None) -> float:
+        """Seconds to lay out cohorts, run their rounds and read the numbers.
+
+        Private variables that persist are kept, and the next call starts from them.
+
+        Args:
+          rounds: numbers of consecutive rounds, dispatched one ahead of what was read, as in
+            `simulate`; None = the next round alone.
+        """
+        if rounds is None:
+            self.number += 1
+            rounds = (self.number,)
+        run, pending = self.run, collections.deque[Pending]()
+        run.state = jax.block_until_ready(jax.tree.map(jnp.copy, self._first))
+        start = time.perf_counter()
+        most = run.plan.rounds_at_once or 1
+        for first in range(0, len(rounds), most):
+            pending.append(run.dispatch(rounds[first], min(most, len(rounds) - first)))
+            if len(pending) > 1:
+                run.read(pending.popleft())
+        while pending:
+            run.read(pending.popleft())
+        if run.stage.store is not None:
+            jax.block_until_ready(run.stage.store.stacks)
+        return time.perf_counter() - start
 
 
 class Trial(NamedTuple):
-    """One measured plan.
+    """One timed plan.
 
-    `seconds` and `best_so_far` are medians over turns that alternated, so the ratio of the two is
-    known better than either.
+    `seconds` and `best_so_far` are medians over alternating turns, so their ratio is more exact
+    than either.
     """
 
     plan: Plan
     seconds: float  # of a round
-    best_so_far: float  # of the quickest plan before, in the same turns
+    best_so_far: float  # of the fastest plan before, in the same turns
     compile_seconds: float
-    error: str = ""  # why it was not measured
+    error: str = ""  # why it was not timed
 
     @property
     def ratio(self) -> float:
-        """Its time as a share of that of the quickest before; infinite if it cannot run."""
+        """Its time over that of the fastest plan before; infinite if it cannot run."""
         return math.inf if self.error else self.seconds / self.best_so_far
 
 
 class Tuning(NamedTuple):
-    """What `tune` found."""
+    """The result of `tune`."""
 
     best: Plan
-    trials: list[Trial]  # in the order they were measured; the first is the default plan
-    left_out: list[Plan]  # for which no time was left
+    trials: list[Trial]  # in the order of their timing; the first is the default plan
+    left_out: list[Plan]  # not begun when time was over
 
 
 def tune(
@@ -60,37 +108,46 @@ def tune(
     say: Callable[[Trial], None] = lambda trial: None,
     prepare: Callable[..., Callable[[Sequence[int]], float]] = Rounds,
 ) -> Tuning:
-    """Measures whole rounds under several plans, each beside the quickest before.
+    """Times whole rounds under several plans, each in turns with the fastest before.
 
-    The default plan comes first. Then, on all devices, on half of them and so on down to one,
-    widths four times as large and as small follow for as long as they are not hopeless, then the
-    widths beside the best, and at last that plan with its data on the host, and with several rounds
-    at once where they are short.
+    The default plan comes first. Then, on all devices, half of them and so on down to one, the
+    width is doubled and halved until that is hopeless. Where rounds are short, the fastest plan is
+    tried with 16 rounds a dispatch.
 
     Args:
-      arguments: of `simulate`, as from `experiment.build`; its plan counts for nothing.
+      arguments: of `simulate`, as from `experiment.build`; its plan is ignored.
       seconds: no plan is begun after so long; the default and one other always are.
       say: called after each plan.
-      prepare: `(**arguments of Simulation) -> once`, where `once(rounds)` is the seconds that the
-        rounds of these numbers take. All plans are given the same ones.
+      prepare: `(**arguments of Simulation) -> once`, where `once(rounds)` returns the seconds that
+        the rounds of these numbers take. All plans get the same ones.
 
     Returns:
-      The quickest plan, and all that were measured. A plan replaces an earlier one only if its
-      rounds take less than 0.97 of the time, so that chance does not choose.
+      The fastest plan, and all that were timed. A plan replaces an earlier one only if its rounds
+      take less than 0.97 of the time, so that chance does not choose.
 
     Raises:
       FedLPError: `seconds` is not a positive number, or the default plan cannot run.
     """
     fixed = without_plan(arguments)
     bench = _Bench(prepare, fixed, time.monotonic() + check_seconds(seconds), say)
-    plan, cohort = _default(fixed)
+    run = Simulation(**fixed, rounds=0)
+    plan, cohort = run.plan, run.size
+    del run  # and with it the data that it put on the devices
     bench.begin(plan)
-    _search(bench, cohort, one_by_one=arguments["algorithm"].persist)
+    _search(bench, cohort)
+    if plan.data == DEVICE and bench.rounds_are_short and not arguments["algorithm"].persist:
+        bench.ratio(dataclasses.replace(bench.best, rounds_at_once=_AT_ONCE))
     return Tuning(bench.best, bench.trials, bench.left_out)
 
 
+def without_plan(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `simulate` without those that are tuned or set its length."""
+    ignored = ("rounds", "eval_every", "plan")
+    return {key: value for key, value in arguments.items() if key not in ignored}
+
+
 def check_seconds(seconds: float) -> float:
-    """Refuses what is no time to measure for.
+    """Refuses a time limit that is not a positive number.
 
     Raises:
       FedLPError: not a positive number.
@@ -101,11 +158,11 @@ def check_seconds(seconds: float) -> float:
 
 
 def describe(tuning: Tuning) -> str:
-    """The plan found, in a sentence."""
+    """The fastest plan, in a sentence."""
     first = tuning.trials[0].plan
     if _same(tuning.best, first):
-        return f"The default plan is the quickest: {words(first)}."
-    return f"The quickest plan: {words(tuning.best)}, where the default is {words(first)}."
+        return f"The default plan is the fastest: {words(first)}."
+    return f"The fastest plan: {words(tuning.best)}, where the default is {words(first)}."
 
 
 def words(plan: Plan) -> str:
@@ -114,7 +171,7 @@ def words(plan: Plan) -> str:
 
 
 class _Bench:
-    """Measures plans one by one and keeps the quickest ready, to be measured beside the next."""
+    """Times plans one by one, and keeps the fastest ready to alternate with the next."""
 
     def __init__(
         self,
@@ -128,10 +185,10 @@ class _Bench:
         self.left_out: list[Plan] = []
 
     def begin(self, plan: Plan) -> None:
-        """Measures the default plan, and by it how many rounds a turn has."""
+        """Times the default plan, which also fixes the rounds of a turn."""
         self.best = plan
         once = self._prepare(**self._arguments, plan=plan)
-        once([1])  # what is slow for the first time only
+        once([1])  # warms up
         rounds = int(_TURN_SECONDS / max(once([1]), 1e-9))
         self._rounds = range(1, 1 + min(max(rounds, 1), _MOST_ROUNDS))
         self._best_once = once
@@ -139,13 +196,13 @@ class _Bench:
 
     @property
     def rounds_are_short(self) -> bool:
-        """Whether several could be one call, whose numbers are seen within a second."""
+        """Whether several could share a dispatch whose numbers are seen within a second."""
         return len(self._rounds) > 1
 
     def ratio(self, plan: Plan) -> float:
-        """The time of a plan as a share of that of the quickest before, which it may replace.
+        """The time of a plan over that of the fastest before, which it may replace.
 
-        That of a plan met before is what it was then; without one, infinite.
+        A plan is timed once, and later calls return the same; infinite if it was not timed.
         """
         for trial in self.trials:
             if _same(plan, trial.plan):
@@ -158,7 +215,7 @@ class _Bench:
         try:
             once = self._prepare(**self._arguments, plan=plan)
             trial = self._measured(plan, once, self._best_once)
-        # As where the memory does not suffice, by our own count or the device's.
+        # Too little memory, by our own count or the device's.
         except (FedLPError, jax.errors.JaxRuntimeError) as error:
             self._note(Trial(plan, math.nan, math.nan, math.nan, str(error)))
             return math.inf
@@ -189,56 +246,33 @@ class _Bench:
         self._say(trial)
 
 
-def _default(arguments: Mapping[str, Any]) -> tuple[Plan, int]:
-    """The plan of a run that names none, and C; what it puts on the devices is let go."""
-    run = Simulation(**arguments, rounds=0)
-    return run.plan, run.size
-
-
-def _search(bench: _Bench, cohort: int, one_by_one: bool) -> None:
-    """Tries plans around the default, coarsely and then finely."""
+def _search(bench: _Bench, cohort: int) -> None:
+    """Tries fewer devices, and on each number of them wider and narrower chunks."""
     devices = bench.best.devices or 1
     while devices:
         widest = -(-cohort // devices)
-        start = min(bench.best.width or 1, widest)
-        fewer = dataclasses.replace(bench.best, devices=devices, width=start)
-        if bench.ratio(fewer) < _HOPELESS:
-            for widths in (_up(start, widest), _down(start)):
-                for width in widths:
-                    if bench.ratio(dataclasses.replace(fewer, width=width)) > _HOPELESS:
+        width = min(bench.best.width or 1, widest)
+        start = dataclasses.replace(bench.best, devices=devices, width=width)
+        if bench.ratio(start) < _HOPELESS:
+            for widths in (_doubled(width, widest), _halved(width)):
+                for other in widths:
+                    if bench.ratio(dataclasses.replace(start, width=other)) > _HOPELESS:
                         break
         devices //= 2
-    for factor in (2.0, 0.5):
-        best = bench.best
-        width = int((best.width or 1) * factor)
-        while 1 <= width <= -(-cohort // (best.devices or 1)):
-            if bench.ratio(dataclasses.replace(best, width=width)) > _WORTH:
-                break
-            width = int(width * factor)
-    best = bench.best
-    for factor in (1.5, 0.75):
-        width = int((best.width or 1) * factor)
-        if 1 <= width <= -(-cohort // (best.devices or 1)):
-            bench.ratio(dataclasses.replace(best, width=width))
-    if bench.best.data == DEVICE:  # where it is HOST, the devices have no room
-        bench.ratio(dataclasses.replace(bench.best, data=HOST))
-    if bench.best.data == DEVICE and bench.rounds_are_short and not one_by_one:
-        for rounds in _AT_ONCE:
-            if bench.ratio(dataclasses.replace(bench.best, rounds_at_once=rounds)) > _WORTH:
-                break
 
 
-def _up(width: int, widest: int) -> list[int]:
+def _doubled(width: int, widest: int) -> list[int]:
     widths = []
-    while (width := _COARSE * width) < widest:
+    while width < widest:
+        width = min(2 * width, widest)
         widths.append(width)
-    return [*widths, widest]
+    return widths
 
 
-def _down(width: int) -> list[int]:
+def _halved(width: int) -> list[int]:
     widths = []
     while width > 1:
-        width = max(width // _COARSE, 1)
+        width //= 2
         widths.append(width)
     return widths
 

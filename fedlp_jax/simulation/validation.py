@@ -16,7 +16,7 @@ from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError, whole_number
+from fedlp_jax.errors import FedLPError, shown, whole_number
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import size_bytes
@@ -33,8 +33,10 @@ def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
     return jax.eval_shape(task.init, root, example)
 
 
-def check_numbers(rounds: int, seed: int, eval_every: int | None) -> tuple[int, int, int]:
-    """The three as numbers of Python's; `eval_every` is that of the last round if it is None.
+def check_numbers(
+    rounds: int, seed: int, eval_every: int | None, first_round: int = 1
+) -> tuple[int, int, int | None, int]:
+    """The four as Python's numbers.
 
     Raises:
       FedLPError: one is not whole, or too small or too large.
@@ -42,9 +44,32 @@ def check_numbers(rounds: int, seed: int, eval_every: int | None) -> tuple[int, 
     rounds, seed = whole_number("rounds", rounds, 0), whole_number("seed", seed, 0)
     if seed >= 2**32:
         raise FedLPError(f"seed={seed} must be below 2**32.")
-    if eval_every is None:
-        return rounds, seed, max(rounds, 1)
-    return rounds, seed, whole_number("eval_every", eval_every, 1)
+    first_round = whole_number("first_round", first_round, 1)
+    if first_round + rounds > 2**31:
+        raise FedLPError(
+            f"{rounds} rounds from round {first_round} on exceed 2**31, the last round that is "
+            "counted; lower one of them."
+        )
+    if eval_every is not None:
+        eval_every = whole_number("eval_every", eval_every, 1)
+    return rounds, seed, eval_every, first_round
+
+
+def check_start(rounds: int, first_round: int, checkpoint: Any, resume: Any) -> None:
+    """Refuses a first round that contradicts a checkpoint.
+
+    Raises:
+      FedLPError: with a way out.
+    """
+    if first_round != 1 and (checkpoint is not None or resume is not None):
+        raise FedLPError(
+            f"a run from first_round={shown(first_round)} on has no earlier rounds to save or "
+            "resume; omit first_round, or omit checkpoint and resume."
+        )
+    if resume is not None and resume.round > whole_number("rounds", rounds, 0):
+        raise FedLPError(
+            f"the checkpoint has {resume.round} rounds, more than the {rounds} asked for."
+        )
 
 
 def check_partition(clients: Partition, data: Dataset) -> None:
@@ -140,6 +165,19 @@ def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
         raise FedLPError(
             f"faults.over_selection={faults.over_selection} enlarges a cohort that is drawn, but "
             "here a function says who is in it; let that give more clients."
+        )
+
+
+def check_cohorts(algorithm: Algorithm, max_cohort: int | None) -> None:
+    """Refuses cohorts of changing size under differential privacy.
+
+    Raises:
+      FedLPError: the accountant needs cohorts of one size.
+    """
+    if max_cohort is not None and algorithm.privacy is not None:
+        raise FedLPError(
+            f"max_cohort={max_cohort} lets cohorts change in size, but privacy counts on one size; "
+            "omit max_cohort."
         )
 
 

@@ -55,7 +55,7 @@ def test_a_shallow_client_really_runs_a_shallow_network():
         algorithm = fl.fedavg(task.at_depth(depth), client_optimizer=optax.sgd(0.1), batch_size=5)
         run = fl.Simulation(algorithm, data, clients, rounds=1, cohort=4, plan=fl.Plan(1, 1))
         run.compile()
-        return run.round_program.cost_analysis()["flops"]
+        return run.program.round.cost_analysis()["flops"]
 
     def macs(depth):
         sub = task.at_depth(depth)

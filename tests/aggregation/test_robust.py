@@ -289,7 +289,7 @@ def test_the_memory_of_a_stack_is_predicted_told_and_refused(monkeypatch):
     for cohort in (16, 64):
         prepared = simulation(cohort)
         prepared.compile()
-        temporary = prepared.round_program.memory_analysis().temp_size_in_bytes
+        temporary = prepared.program.round.memory_analysis().temp_size_in_bytes
         predicted = prepared.readings["stacked_bytes"]
         assert 0.5 * predicted < temporary < 1.5 * predicted
         needs.append(predicted)

@@ -16,7 +16,6 @@ from flax.traverse_util import flatten_dict
 
 import fedlp_jax as fl
 from fedlp_jax.prng import Purpose, client_key
-from fedlp_jax.simulation.program import metrics_of
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[bench]'")
 
@@ -65,11 +64,9 @@ def run_of(work, dtype, keep):
 def ours(run):
     """The variables after the round, and who sent which tensor, by path."""
     run.compile()
-    pending = run.dispatch(1)
-    metrics, _ = metrics_of(pending, run.readout.read)
-    slots = np.argsort(np.where(pending.cohort.client < 0, CLIENTS, pending.cohort.client))
-    sent = metrics.upload[slots[:CLIENTS]]
-    return flat(run.state.variables), dict(zip(run.layers.names, sent.T, strict=True))
+    (record,) = run.records(run.dispatch(1))
+    sent = record.metrics.upload
+    return flat(run.state.variables), dict(zip(run.spec.layers.names, sent.T, strict=True))
 
 
 def flat(variables):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import Steps, dataset
+from small import Steps, dataset, round_arguments
 
 import fedlp_jax as fl
 from fedlp_jax.execution.map_clients import Level, Plan, map_sum, resolve
@@ -138,9 +138,8 @@ def test_no_write_of_a_chunk_waits_for_another(width):
         cohort=7,
         plan=Plan(1, width),
     )
-    staged = run.stage(1)
-    arguments = (run.state, staged.private, staged.examples, staged.cohort, run.stage.key)
-    jaxpr = str(jax.make_jaxpr(lambda *a: run.algorithm.round(*a, run.plan))(*arguments))
+    program = jax.make_jaxpr(lambda *a: run.algorithm.round(*a, run.plan))
+    jaxpr = str(program(*round_arguments(run)))
     unique = re.findall(r" scatter\[[^\]]*unique_indices=(\w+)", jaxpr)
     assert len(unique) == jaxpr.count(" scatter[") > 5
     assert set(unique) == {"True"}
@@ -197,13 +196,10 @@ def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
     )
     run = fl.Simulation(algorithm, data, clients, rounds=1, cohort=8, plan=Plan(4, 2))
     run.compile()
-    text = run.round_program.as_text()
+    text = run.program.round.as_text()
     reductions = [line for line in text.splitlines() if re.search(r"= .*\ball-reduce\(", line)]
     assert len(reductions) == 1, reductions
     assert "all-gather(" not in text
-    jaxpr = str(
-        jax.make_jaxpr(lambda *a: algorithm.round(*a, run.plan))(
-            run.state, {}, run.stage.train, run.stage(1).cohort, run.stage.key
-        )
-    )
+    program = jax.make_jaxpr(lambda *a: algorithm.round(*a, run.plan))
+    jaxpr = str(program(*round_arguments(run)))
     assert len(re.findall(r"\bpsum\w*\[", jaxpr)) == 1

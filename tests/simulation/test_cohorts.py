@@ -63,7 +63,7 @@ def test_sampling_costs_what_the_cohort_costs():
     [(7, 7), (0.1, 10), (0.001, 1), (1.0, 100), (100, 100), (0.29, 29), (np.float32(0.57), 57)],
 )
 def test_sizes(rule, size):
-    assert cohort_size(rule, 100, 0) == size
+    assert cohort_size(rule, 100) == size
 
 
 def test_slots_hold_each_clients_own_rows():

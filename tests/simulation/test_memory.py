@@ -29,7 +29,7 @@ def prepared(plan):
 def needs():
     """Bytes of a round by width, as the programs say."""
     return {
-        width: memory.needed_bytes(prepared(fl.Plan(1, width)).round_program) for width in (2, 4, 8)
+        width: memory.needed_bytes(prepared(fl.Plan(1, width)).program.round) for width in (2, 4, 8)
     }
 
 

@@ -40,13 +40,13 @@ def run(case, plan, **settings):
 def calls_of(monkeypatch):
     """Records the rounds of every call."""
     calls = []
-    dispatch = fl.Simulation.dispatch_several
+    dispatch = fl.Simulation.dispatch
 
-    def recorded(run, rounds):
-        calls.append(list(rounds))
-        return dispatch(run, rounds)
+    def recorded(run, round, count=1):
+        calls.append(list(range(round, round + count)))
+        return dispatch(run, round, count)
 
-    monkeypatch.setattr(fl.Simulation, "dispatch_several", recorded)
+    monkeypatch.setattr(fl.Simulation, "dispatch", recorded)
     return calls
 
 
@@ -60,10 +60,18 @@ def assert_equal(one, other):
     np.testing.assert_array_equal(one.costs.senders, other.costs.senders)
 
 
-@pytest.mark.parametrize(("devices", "width"), [(1, 1), (2, 2)])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def table():
+    """Two telling cases are fast, the rest slow."""
+    for name, case in CASES.items():
+        for devices, width in ((1, 1), (2, 2)):
+            fast = (name, devices) in (("even clients", 1), ("uneven clients", 2))
+            marks = () if fast else pytest.mark.slow
+            yield pytest.param(case, devices, width, marks=marks, id=f"{name}-{devices}-{width}")
+
+
+@pytest.mark.parametrize(("case", "devices", "width"), list(table()))
 def test_the_bits_are_those_of_rounds_one_by_one(case, devices, width, monkeypatch):
-    monkeypatch.setattr("fedlp_jax.simulation.run._CALL_SECONDS", 1e6)  # on a busy machine too
+    monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)  # on a busy machine too
     calls = calls_of(monkeypatch)
     several = run(case, Plan(devices, width, rounds_at_once=3))
     assert calls[0] == [1] and max(map(len, calls)) == 3
@@ -74,7 +82,7 @@ def test_the_bits_are_those_of_rounds_one_by_one(case, devices, width, monkeypat
 
 
 def test_no_call_goes_beyond_a_test_a_checkpoint_or_the_end(monkeypatch, tmp_path):
-    monkeypatch.setattr("fedlp_jax.simulation.run._CALL_SECONDS", 1e6)
+    monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)
     calls = calls_of(monkeypatch)
     plan = Plan(1, 1, rounds_at_once=8)
     whole = run(CASES["even clients"], plan, rounds=19, eval_every=7)
@@ -100,7 +108,7 @@ def test_with_callbacks_every_round_is_a_call_of_its_own(monkeypatch):
 
 
 def test_long_rounds_are_not_put_together(monkeypatch):
-    monkeypatch.setattr("fedlp_jax.simulation.run._CALL_SECONDS", 1e-9)
+    monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e-9)
     calls = calls_of(monkeypatch)
     run(CASES["even clients"], Plan(1, 1, rounds_at_once=4), rounds=5)
     assert {len(call) for call in calls} == {1}
@@ -119,7 +127,7 @@ def test_a_stop_ends_the_run_between_calls():
 
 
 def test_the_seconds_of_a_call_are_shared_by_its_rounds(monkeypatch):
-    monkeypatch.setattr("fedlp_jax.simulation.run._CALL_SECONDS", 1e6)
+    monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)
     result = run(CASES["even clients"], Plan(1, 1, rounds_at_once=8), rounds=10, eval_every=None)
     seconds = result.history["seconds"]
     assert (seconds[2:] == seconds[2]).all() and (seconds > 0).all()
@@ -137,7 +145,7 @@ def test_rounds_that_need_the_host_are_called_one_by_one(algorithm, data):
 
 
 def test_a_run_that_diverges_in_a_call_stands_where_it_did(monkeypatch):
-    monkeypatch.setattr("fedlp_jax.simulation.run._CALL_SECONDS", 1e6)
+    monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)
     # The rate is traced: it becomes infinite in round 5, in the middle of a call.
     algorithm = fl.fedavg(
         TASK,
@@ -159,7 +167,7 @@ def test_a_call_has_one_reduction_a_round_and_gathers_nothing():
         SHARED, DATA, UNEVEN, rounds=1, cohort=8, plan=Plan(4, 2, rounds_at_once=4)
     )
     prepared.compile()
-    text = prepared.round_program.as_text()
+    text = prepared.program.round.as_text()
     assert len(re.findall(r"= .*\ball-reduce\(", text)) == 1  # in the loop
     for word in ("all-gather(", "all-to-all(", "collective-permute("):
         assert word not in text

@@ -1,6 +1,7 @@
 """Runs as a user sees them: algebra of the method, repeatability, callbacks, what is refused."""
 
 import dataclasses
+import signal
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,8 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
+from fedlp_jax.execution import compilation
+from fedlp_jax.simulation.program import rounds_of
 
 DATA = dataset()
 CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
@@ -81,10 +84,9 @@ def test_rates_are_arguments_of_the_program():
 
 def _lowered(algorithm, seed):
     prepared = fl.Simulation(algorithm, DATA, CLIENTS, rounds=1, cohort=4, seed=seed, plan=ONE)
-    staged, stage = prepared.stage(1), prepared.stage
-    program = jax.jit(lambda *a: algorithm.round(*a, prepared.plan))
-    lowered = program.lower(prepared.state, staged.private, stage.train, staged.cohort, stage.key)
-    return lowered.as_text()
+    return (
+        rounds_of(algorithm, prepared.plan).lower(*prepared.round_shapes(prepared.plan)).as_text()
+    )
 
 
 # --- repeatability ------------------------------------------------------------------------------
@@ -126,6 +128,28 @@ def test_many_rounds_and_cohorts_are_one_compilation():
     result = run(counted, clients=clients, rounds=6, plan=fl.Plan(2, 2))
     assert len(traces) == 1
     assert len(result.history) == 6
+
+
+def test_a_second_run_with_other_numbers_compiles_nothing(monkeypatch):
+    """Seed, keep, weights and learning rate are arguments, and the process keeps its programs."""
+    compiled, compile = [], compilation._compiled
+    monkeypatch.setattr(compilation, "_compiled", lambda x: compiled.append(1) or compile(x))
+    compilation._slot.cache_clear()
+    for count, (keep, rate, seed) in ((2, (0.3, 0.5, 0)), (2, (0.7, 0.25, 5))):
+        run(fl.fedlp_homo(TASK, keep=keep, client_schedule=rate, **COMMON), seed=seed)
+        assert len(compiled) == count  # the round and the evaluation, once
+    run(fl.fedlp_homo(TASK, keep=0.5, **COMMON | {"batch_size": 3}))
+    assert len(compiled) == 3  # another round, the same evaluation
+
+
+def test_the_same_algorithm_is_not_traced_again():
+    algorithm, traces = fl.fedlp_homo(TASK, keep=0.5, **COMMON), []
+    counted = algorithm._replace(round=lambda *a: traces.append(1) or algorithm.round(*a))
+    one, other = run(counted), run(counted, seed=3, rounds=3)
+    assert len(traces) == 1
+    assert other.readings["round_trace_seconds"] == other.readings["test_compile_seconds"] == 0
+    assert not np.array_equal(flat(one.variables), flat(other.variables))
+    assert np.array_equal(flat(run(algorithm).variables), flat(one.variables))
 
 
 # --- numbers, callbacks, evaluation ---------------------------------------------------------------
@@ -190,6 +214,70 @@ def test_no_rounds_return_the_initial_model_and_given_variables_survive():
     result = run(algorithm, variables=initial.variables)
     assert np.array_equal(flat(run(algorithm).variables), flat(result.variables))
     assert np.isfinite(flat(initial.variables)).all()  # not donated away
+
+
+def test_legs_from_a_first_round_are_the_whole_run():
+    algorithm = fl.fedlp_homo(TASK, keep=0.5, **COMMON)
+    whole, state = run(algorithm, rounds=4, eval_every=2), None
+    for first in (1, 3):
+        leg = run(algorithm, rounds=2, variables=state, first_round=first)
+        state = leg.state.variables
+    assert np.array_equal(flat(state), flat(whole.state.variables))
+    assert [_timeless(row) for row in leg.history] == [_timeless(r) for r in whole.history.rows[2:]]
+    assert int(leg.state.round) == 4
+
+
+def test_ctrl_c_ends_a_run_after_the_round_in_flight_and_returns_it():
+    def press(round, row, state):
+        if round == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.warns(UserWarning, match="by Ctrl-C after round 2 of 9; the result holds the rou"):
+        result = run(fl.fedavg(TASK, **COMMON), rounds=9, callbacks=[press])
+    assert len(result.history) == int(result.state.round) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    two = run(fl.fedavg(TASK, **COMMON), rounds=2)
+    assert np.array_equal(flat(result.variables), flat(two.variables))
+
+
+def test_ctrl_c_twice_ends_at_once():
+    def press(round, row, state):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(fl.fedavg(TASK, **COMMON), rounds=9, callbacks=[press])
+
+
+def test_cohorts_of_changing_size_are_those_of_runs_of_that_size():
+    sizes, asked = {1: [2, 5, 7], 2: [1], 3: [0, 3, 4, 6]}, []
+
+    def cohort(seed, round, clients):
+        asked.append(round)
+        return sizes[round]
+
+    algorithm = fl.fedlp_homo(TASK, keep=0.5, **COMMON)
+    result = run(algorithm, rounds=3, cohort=cohort, max_cohort=4, plan=fl.Plan(2, 2))
+    assert asked == [1, 2, 3]
+    assert result.history["clients"].tolist() == [3, 1, 4]
+    variables = None
+    for round, ids in sizes.items():
+        leg = run(
+            algorithm,
+            rounds=1,
+            first_round=round,
+            variables=variables,
+            cohort=lambda *_, ids=ids: ids,
+        )
+        variables = leg.state.variables
+    np.testing.assert_allclose(flat(result.variables), flat(variables), rtol=1e-5, atol=1e-6)
+
+
+def test_a_cohort_function_is_called_once_a_round():
+    asked = []
+    run(fl.fedavg(TASK, **COMMON), rounds=3, cohort=lambda s, r, k: asked.append(r) or [1, 2])
+    assert asked == [1, 2, 3]
 
 
 def test_a_cohort_may_be_a_share():
@@ -325,7 +413,7 @@ class OneLogitAPosition(nn.Module):
         ({"cohort": "four"}, "must be a number of clients"),
         ({"cohort": lambda *_: [1, 99]}, "ids 1 to 99 in round 1; clients are 0 to 11"),
         ({"cohort": lambda *_: [1, 1]}, "a client twice"),
-        ({"cohort": lambda *_: []}, "give client ids"),
+        ({"cohort": lambda *_: []}, "return client ids"),
         ({"plan": fl.Plan(devices=64)}, "plan.devices=64 but jax sees 4"),
         ({"plan": fl.Plan(width=0)}, "plan.width=0 must be a whole number of at least 1"),
         ({"variables": {"params": {"hidden1": {"kernel": jnp.zeros((4, 9))}}}}, "has shape"),

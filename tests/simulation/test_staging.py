@@ -37,8 +37,16 @@ def run(case, plan, **settings):
     return fl.simulate(algorithm, DATA, clients, plan=plan, **settings)
 
 
-@pytest.mark.parametrize(("devices", "width"), [(1, 1), (2, 1), (4, 2)])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def table():
+    """Two telling cases are fast, the rest slow."""
+    for name, case in CASES.items():
+        for devices, width in ((1, 1), (2, 1), (4, 2)):
+            fast = (name, devices) in (("uneven clients", 2), ("faults", 2))
+            marks = () if fast else pytest.mark.slow
+            yield pytest.param(case, devices, width, marks=marks, id=f"{name}-{devices}-{width}")
+
+
+@pytest.mark.parametrize(("case", "devices", "width"), list(table()))
 def test_the_bits_are_those_of_data_on_the_device(case, devices, width):
     if case is not CASES["uneven clients"] and devices != 2:
         width = 3 - width
@@ -62,14 +70,14 @@ def test_each_device_is_sent_the_rows_of_its_own_clients(clients):
         assert {s.data.shape for s in staged.examples.inputs.addressable_shards} == {(room, 4)}
         assert staged.examples.normalize.gain.sharding.is_fully_replicated
         slots = slots_per_device(7, 2)
-        for slot, client in enumerate(staged.host.client):
-            here = staged.host.rows[slot, : staged.host.size[slot]]
+        for slot, client in enumerate(staged.hosts[0].client):
+            here = staged.hosts[0].rows[slot, : staged.hosts[0].size[slot]]
             assert (here // room == slot // slots).all()  # on the device that runs the client
             rows = clients.rows(client) if client >= 0 else []
             np.testing.assert_array_equal(inputs[here], DATA.train.inputs[rows])
             np.testing.assert_array_equal(labels[here], LABELS[rows])
-        assert np.count_nonzero(inputs.any(axis=1)) == staged.host.size.sum()  # and none else
-        shapes.add(str(jax.tree.map(np.shape, (staged.examples, staged.cohort))))
+        assert np.count_nonzero(inputs.any(axis=1)) == staged.hosts[0].size.sum()  # and none else
+        shapes.add(str(jax.tree.map(np.shape, (staged.examples, staged.cohorts))))
     assert len(shapes) == 1
     if clients is EVEN:
         assert room == 4 * 10  # no more than its share of 7 clients of 10
@@ -108,7 +116,7 @@ def test_clients_that_are_alike_get_their_even_share():
 def test_a_round_is_still_one_reduction_and_nothing_is_gathered():
     run = fl.Simulation(HETERO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(4, 2, "host"))
     run.compile()
-    text = run.round_program.as_text()
+    text = run.program.round.as_text()
     assert len(re.findall(r"= .*\ball-reduce\(", text)) == 1
     for word in ("all-gather(", "all-to-all(", "collective-permute("):
         assert word not in text
@@ -154,7 +162,7 @@ def test_the_place_is_chosen_by_the_memory(monkeypatch):
 def test_what_is_sent_ahead_counts_as_memory(monkeypatch):
     prepared = fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host"))
     prepared.compile()
-    need = memory.needed_bytes(prepared.round_program)
+    need = memory.needed_bytes(prepared.program.round)
     monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes)
     fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host")).compile()
     monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes - 1)

@@ -13,4 +13,5 @@ from fedlp_jax.nn.conv.lowering import LOWERINGS as LOWERINGS
 from fedlp_jax.nn.conv.lowering import meeting as meeting
 from fedlp_jax.nn.conv.lowering import recording as recording
 from fedlp_jax.nn.conv.lowering import repeating as repeating
+from fedlp_jax.nn.conv.lowering import settings as settings
 from fedlp_jax.nn.conv.lowering import using as using

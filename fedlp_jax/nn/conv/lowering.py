@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,11 @@ def repeating(record: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _earlier.reset(token)
+
+
+def settings() -> tuple[Hashable, ...]:
+    """What `using` and `repeating` say here, for caches of traced programs; jax sees neither."""
+    return _wanted.get(), tuple(sorted(_earlier.get({}).items()))
 
 
 def wanted(lowering: str | None) -> str:

@@ -1,0 +1,167 @@
+"""Spec: the checked inputs of a run, and what follows from them before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax.aggregation.privacy import accountant
+from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.clients.failures import Exposure, Faults
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.loading import Dataset
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution.map_clients import HOST, Plan, resolve
+from fedlp_jax.execution.packing import size_bytes
+from fedlp_jax.execution.scheduling import with_even_chunks
+from fedlp_jax.prng import root_key
+from fedlp_jax.pruning.layers import LayerTable, layer_table
+from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.simulation import validation as checks
+from fedlp_jax.simulation.cohorts import CohortRule, Cohorts
+from fedlp_jax.simulation.memory import check_private, with_place
+from fedlp_jax.simulation.staging import on_host
+from fedlp_jax.types import Array, Batch, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The checked inputs of a run, and what follows from them on the host.
+
+    Attributes:
+      algorithm: as given.
+      data: as given.
+      clients: the partition, of K clients.
+      cohorts: who takes part in each round, C clients at most.
+      seed: of all draws.
+      variables: the initial model in jax's dtypes; None = drawn from the seed.
+      exposure: of the clients to faults; None = none.
+      plan: resolved.
+      width_is_open: the plan's width was chosen here, so it may be lowered to fit the memory.
+      example: a batch for shapes.
+      assigned: `i32[K]`, submodel level of each client.
+      levels: G submodels.
+      layers: the layer table.
+      predicted: bytes that a run keeps besides its model.
+      epsilon: rounds -> epsilon of differential privacy; None = no privacy.
+    """
+
+    algorithm: Algorithm
+    data: Dataset
+    clients: Partition
+    cohorts: Cohorts
+    seed: int
+    variables: Variables | None
+    exposure: Exposure | None
+    plan: Plan
+    width_is_open: bool
+    example: Batch
+    assigned: np.ndarray
+    levels: tuple[Submodel, ...]
+    layers: LayerTable
+    predicted: dict[str, float]
+    epsilon: Callable[[int], float] | None
+
+    @property
+    def root(self) -> Array:
+        """The root key of all draws inside rounds."""
+        return root_key(self.seed)
+
+
+def specify(
+    algorithm: Algorithm,
+    data: Dataset,
+    clients: Partition,
+    *,
+    cohort: CohortRule,
+    seed: int = 0,
+    first_round: int = 1,
+    max_cohort: int | None = None,
+    plan: Plan | None = None,
+    variables: Variables | None = None,
+    faults: Faults | None = None,
+) -> Spec:
+    """Checks the inputs of a run and resolves its plan; the arguments are those of `simulate`.
+
+    Raises:
+      FedLPError: bad input, with the numbers and a way out.
+    """
+    checks.check_partition(clients, data)
+    population, root = clients.clients, root_key(seed)
+    cohorts = Cohorts(cohort, population, seed, first_round, max_cohort)
+    checks.check_cohorts(algorithm, max_cohort)
+    exposure = None
+    if faults is not None:
+        checks.check_faults(algorithm, faults, cohort)
+        exposure = Exposure(faults, root, population, cohorts.size, data.num_classes)
+        cohorts = cohorts.enlarged(exposure.chosen)
+    resolved = _resolve(plan, cohorts.size, algorithm, data)
+    example = example_of(on_host(data.train, data.normalize))
+    checks.check_model(algorithm, example, data, root)
+    assigned = algorithm.assign(root, population)
+    width_is_open = plan is None or plan.width is None
+    if width_is_open:
+        resolved = with_even_chunks(resolved, cohorts.size, assigned)
+    shapes = checks.initial_state(algorithm, example, root, population).variables
+    checks.check_size(shapes)
+    checks.check_steps(algorithm, clients)
+    checks.check_variables(variables, shapes)
+    if variables is not None:  # NumPy's float64 becomes what jax computes in
+        variables = jax.tree.map(jnp.asarray, variables)
+    layers = layer_table(shapes, algorithm.layers)
+    # Private variables take the dtype of the given ones.
+    levels = algorithm.levels(shapes if variables is None else variables, example)
+    predicted = _predicted(algorithm, data, shapes, layers, levels, assigned, cohorts, resolved)
+    epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
+    return Spec(
+        algorithm,
+        data,
+        clients,
+        cohorts,
+        seed,
+        variables,
+        exposure,
+        resolved,
+        width_is_open,
+        example,
+        assigned,
+        levels,
+        layers,
+        predicted,
+        epsilon,
+    )
+
+
+def _predicted(
+    algorithm: Algorithm,
+    data: Dataset,
+    shapes: Variables,
+    layers: LayerTable,
+    levels: tuple[Submodel, ...],
+    assigned: np.ndarray,
+    cohorts: Cohorts,
+    plan: Plan,
+) -> dict[str, float]:
+    """Bytes that a run keeps besides its model; refuses what does not fit."""
+    predicted: dict[str, float] = {}
+    if algorithm.stacked:
+        predicted["stacked_bytes"] = checks.check_stack(shapes, layers, cohorts.size, plan)
+    if algorithm.persist:
+        train = 0 if plan.data == HOST else data.train.nbytes
+        beside = size_bytes(shapes) + train + data.test.nbytes
+        private = check_private(levels, assigned, cohorts.size, plan, beside)
+        predicted["private_bytes"] = private
+    return predicted
+
+
+def _resolve(plan: Plan | None, cohort: int, algorithm: Algorithm, data: Dataset) -> Plan:
+    """The plan with its open fields filled: devices, width, place of the data, rounds at once."""
+    plan = with_place(resolve(plan, cohort), data.train.nbytes, data.test.nbytes)
+    if algorithm.persist or plan.data == HOST or hosts.count() > 1:
+        return dataclasses.replace(plan, rounds_at_once=1)  # the host has work between rounds
+    return plan
