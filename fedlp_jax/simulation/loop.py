@@ -129,9 +129,8 @@ def simulate(
         hosts.agree("run", snapshot.facts(run, data, resume))
     asked = stop is not None and hosts.anywhere("stop", stop())
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
-    done = resume.rows if resume is not None else ()
     name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
-    shown = Progress(run.last_round, name, show=bool(show), done=done)
+    shown = Progress(run.last_round, name, show=bool(show), done=resume.rows if resume else ())
     with shown, saver, hosts.explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         _start(run, bool(left), resume, compiled)
