@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.pruning import submodels as submodel
     from fedlp_jax.reporting import plots as plots
     from fedlp_jax.reporting.variables import load_variables as load_variables
+    from fedlp_jax.reporting.variables import save_variables as save_variables
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
     from fedlp_jax.simulation.loop import simulate as simulate
     from fedlp_jax.simulation.result import DivergedError as DivergedError
@@ -94,7 +95,7 @@ _HOMES = {
     "execution.connection": "connect",
     "errors": "FedLPError",
     "execution.map_clients": "Plan setup",
-    "reporting.variables": "load_variables",
+    "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
     "simulation.loop": "simulate",
     "simulation.result": "DivergedError Result",

@@ -1,4 +1,7 @@
-"""The command in processes that are killed, forked from one that has imported jax already."""
+"""The command in processes that a test may kill: forked from one that has already imported jax.
+
+They inherit the compilation cache of the tests, so only the first compiles.
+"""
 
 import multiprocessing
 import os
@@ -23,11 +26,6 @@ def _live(folder, words, environment):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     said = open("said.txt", "a", buffering=1)  # noqa: SIM115
     sys.stdout = sys.stderr = said
-    import jax
-
-    # Every life compiles the same two programs.
-    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from fedlp_jax import cli
 
     sys.argv = ["fedlp", *words]

@@ -90,9 +90,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.cli.tables import show
     from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.paper.results import result_tables, run_study
-    from fedlp_jax.simulation.checkpoint import hush
 
-    hush()
     keep_programs()  # many cells share one
 
     def say(line: str) -> None:

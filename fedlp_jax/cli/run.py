@@ -78,20 +78,18 @@ def run(
     from fedlp_jax.cli.tables import result_table, show
     from fedlp_jax.config.experiment import execute
     from fedlp_jax.config.loading import split_words
-    from fedlp_jax.config.resumption import finished, run_directory
+    from fedlp_jax.config.resume import finished_rounds, resumed_run
     from fedlp_jax.execution import processes as hosts
-    from fedlp_jax.simulation.checkpoint import hush
 
-    hush()
     options = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     words = [f"--{field}={value}" for field, value in options.items() if value is not None]
     with hosts.together("read"):
         path, overrides = split_words([config, *context.args, *words])
         out = None if out is None else os.path.expanduser(out)
         if resume:
-            path, out = run_directory(path, out)
+            path, out = resumed_run(path, out)
         loaded = load(path, overrides)
-        done = finished(loaded, Path(out)) if resume and out else 0
+        done = finished_rounds(loaded, Path(out)) if resume and out else 0
     if hosts.anywhere("finished", done > 0):
         if done and hosts.is_first():
             typer.echo(f"{out} is finished: its {done} rounds are done.")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import dump_config, load_config, parse_config
-from fedlp_jax.config.resumption import earlier, run_checkpoint
+from fedlp_jax.config.resume import last_snapshot, run_checkpoint
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
@@ -85,7 +85,7 @@ def execute(
     hosts.agree("configuration", _common(config) | {"resume": resume})
     with contextlib.closing(run_directory(out, config.name, overwrite, resume)) as directory:
         with hosts.together("build"):
-            start = earlier(config, directory.path) if resume else None
+            start = last_snapshot(config, directory.path) if resume else None
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = _with_plan(config, dataclasses.replace(start.plan, **plan))
@@ -199,11 +199,13 @@ def _note_failure(
     """Writes the summary of an unfinished run, and notes what it left to the error."""
     if isinstance(directory, Elsewhere):
         pass  # the first process does this
+    elif directory.behind:
+        error.add_note(f"{directory.path} is as it was before: it already had later rounds.")
     elif directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
         status = statuses.get(type(error), "failed")
         summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
-        with contextlib.suppress(OSError):  # a full disk, which the error reports
+        with contextlib.suppress(OSError, RuntimeError):  # which the error reports
             directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
         error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
     else:

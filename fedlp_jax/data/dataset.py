@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,15 @@ class Dataset:
     num_classes: int
     normalize: Normalize  # from stored to model inputs
     client: np.ndarray | None = None  # i64[N], whose each training example is, where that is known
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of inputs and labels of both splits, wherever they were loaded from."""
+        digest = hashlib.sha256()
+        for array in (*self.train, *self.test):
+            digest.update(f"{array.dtype}{list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         inputs = self.train.inputs

@@ -11,9 +11,12 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from fedlp_jax.errors import FedLPError, shown, why
 
 TEXT_BYTES = 1_000_000  # the most that a text file of settings or results may have
 
@@ -61,6 +64,44 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Tries in a directory what a run does there later: makes, fills, renames and removes.
+
+    A directory that does not exist is made for the trial only.
+
+    Raises:
+      FedLPError: one of it failed, or orbax cannot write below such a name.
+    """
+    path = str(folder.absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise FedLPError(
+            f"the name of the directory {shown(path)} is not UTF-8; choose another directory."
+        ) from None
+    if "\\" in path or any(part.endswith(":") for part in folder.absolute().parts):
+        raise FedLPError(
+            f"no checkpoint can be written below {shown(path)}, because of the backslash or the "
+            "colon in that name; choose another directory."
+        )
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as trial:
+            part = Path(trial, "trial" * 8)  # as long as the names in a checkpoint
+            part.mkdir()
+            (part / ("trial" * 8)).write_bytes(b"trial")
+            part.rename(Path(trial, "renamed"))
+    except OSError as error:
+        raise FedLPError(
+            f"nothing can be written to {folder}: {why(error)}. Choose another directory."
+        ) from error
+    finally:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
 
 
 def usable_memory() -> int:

@@ -1,14 +1,14 @@
-"""The run directory: what a run leaves behind, and that it overwrites no other.
+"""The run directory: the files of one run, and a lock that keeps other runs out of it.
 
     config.yaml     the resolved configuration, which can itself be run
     metrics.jsonl   one object a round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
     summary.json    last numbers, totals, versions, device, time
-    checkpoints/    what `--resume` goes on from, see `fedlp_jax.simulation.checkpoint`
+    checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`
     plots/          accuracy by round and by upload, the partition
 
-Until the first round is done there is nothing but the claim, `.claim`, which goes when the run
-ends, so a run that is refused leaves nothing.
+Until the first round is done there is only the lock, `.lock`, so a run that is refused leaves
+nothing. A file is replaced in one step, and only when its successor is complete.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from fedlp_jax.data.files import replacing
+from fedlp_jax.data.files import check_writable, replacing
 from fedlp_jax.errors import FedLPError, shown, why
-from fedlp_jax.reporting.claim import Claim
 from fedlp_jax.reporting.environment import versions
 from fedlp_jax.reporting.variables import VARIABLES, save_variables
 from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
-CHECKPOINTS = "checkpoints"
-_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, PLOTS, CHECKPOINTS)
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
+_NEW_METRICS = ".metrics.jsonl"  # of a resumed run that has fewer rounds than the file it replaces
+_FOLDERS = (PLOTS, CHECKPOINTS)
+_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, *_FOLDERS)
 
 
 class RunDirectory:
-    """One run's directory, claimed at once and filled from the first round on.
+    """The directory of one run, locked at once and filled from the first round on.
 
-    The claim shows before anything is trained that the directory can be written; a run that was
-    killed leaves it behind. With `overwrite` a claim is replaced too; the run it was taken from
-    gets a RuntimeError when it writes its next file.
+    The operating system drops the lock when the process ends, however it ends. If somebody deletes
+    the directory during the run, the next write creates it again.
 
     Attributes:
       path: where it is.
@@ -51,21 +53,22 @@ class RunDirectory:
     def __init__(
         self, out: str | Path | None, name: str, overwrite: bool = False, resume: bool = False
     ):
-        """Claims a directory, which `close` gives up.
+        """Locks a directory, until `close`, and checks that the run can write there.
 
         Args:
           out: the directory; None = `runs/NAME-N` with the next free N.
           name: of the run.
-          overwrite: allow `out` to hold another run, which is removed when the first round is done.
-          resume: `out` may hold an earlier part of this run, which no process goes on with.
+          overwrite: allow `out` to hold another run; the first round replaces it.
+          resume: `out` may hold an earlier part of this run.
 
         Raises:
-          FedLPError: `out` is in use or holds a run already, is a file, cannot be made or cannot be
-            written.
+          FedLPError: another run is writing there, `out` holds a run already or is a file, or it
+            cannot be made or written.
         """
         self._made: list[Path] = []  # directories this object created, outermost first
         self._metrics: IO[str] | None = None
-        self._claim: Claim | None = None
+        self._lines: list[str] = []
+        self._old_rounds = 0  # of the metrics that a resumed run found
         self._overwrite, self._resume = overwrite, resume
         try:
             self.path = self._next_free(name) if out is None else self._named(out)
@@ -74,37 +77,38 @@ class RunDirectory:
         except (OSError, ValueError) as error:  # ValueError: no name that a system could use
             where = shown(str(out or "runs"))
             raise FedLPError(f"the run directory {where} cannot be made: {why(error)}.") from error
+        self._lock = FileLock(self.path / LOCK, timeout=0)
         try:
-            self._claim = Claim(self.path, replace=overwrite, inherit=resume)
+            self._acquire()
             self._refuse_other_run()
+            check_writable(self.path)
+            for folder in _FOLDERS:
+                if (self.path / folder).exists():
+                    check_writable(self.path / folder)
         except BaseException:
             self.close()
             raise
 
     def begin(self, config: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Writes `config.yaml`; where that is allowed, removes what an earlier run wrote here.
+        """Writes `config.yaml` and opens `metrics.jsonl`; an overwritten run goes now.
 
         Args:
           config: YAML text; the versions are put above it as comments.
           rows: the rounds of a resumed run that its checkpoint holds. They replace `metrics.jsonl`,
-            which may have later ones, and half a line.
+            which may have later ones and half a line, once the run has as many as the file.
         """
-        metrics = self._own(METRICS)
+        self._keep_hold()
         if self._overwrite:
-            for picture in (self.path / PLOTS).glob("*.png"):
-                picture.unlink()
-            if (self.path / CHECKPOINTS).exists():
-                shutil.rmtree(self.path / CHECKPOINTS)
-            # The metrics last: what has them is known as a run, which may be overwritten.
-            for name in (CONFIG, VARIABLES, SUMMARY, METRICS):
-                (self.path / name).unlink(missing_ok=True)
-        if self._resume:
-            for name in (VARIABLES, SUMMARY):
-                (self.path / name).unlink(missing_ok=True)
-            self._replace(METRICS, "".join(map(_line, rows)))
-        self._metrics = metrics.open("a" if self._resume else "x", encoding="utf-8", buffering=1)
+            self._remove_other_run()
         header = "".join(f"# {name} {version}\n" for name, version in versions().items())
-        self._replace(CONFIG, header + config)
+        self._config = header + config
+        self._lines = [_line(row) for row in rows]
+        metrics = self.path / METRICS
+        if self._resume and metrics.exists():
+            self._old_rounds = metrics.read_bytes().count(b"\n")
+        elif not self._resume:
+            metrics.open("x").close()  # of a program that knows no lock
+        self._open()
 
     @property
     def begun(self) -> bool:
@@ -112,84 +116,153 @@ class RunDirectory:
         return self._metrics is not None
 
     @property
+    def behind(self) -> bool:
+        """Whether a resumed run has fewer rounds than the directory had before."""
+        return len(self._lines) < self._old_rounds
+
+    @property
     def has_checkpoint(self) -> bool:
-        """Whether `--resume` has something to go on from."""
+        """Whether `--resume` has a checkpoint to start from."""
         folder = self.path / CHECKPOINTS
         return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one round to `metrics.jsonl`; it is on the disk when this returns."""
+        self._keep_hold()
         assert self._metrics is not None
         with _naming(self.path / METRICS):
             self._metrics.write(_line(row))
+        was_behind = self.behind
+        self._lines.append(_line(row))
+        if was_behind and not self.behind:
+            (self.path / _NEW_METRICS).replace(self.path / METRICS)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
+        self._keep_hold()
         text = json.dumps(plain(summary), indent=2, allow_nan=False)
         self._replace(SUMMARY, text + "\n")
 
     def save(self, variables: Variables) -> None:
         """Writes `variables.npz`."""
+        self._keep_hold()
         with _naming(self.path / VARIABLES):
-            save_variables(self._own(VARIABLES), variables)
-
-    def plot_file(self, name: str) -> Path:
-        """Path for a picture."""
-        folder = self._own(PLOTS)
-        folder.mkdir(exist_ok=True)
-        return folder / f"{name}.png"
+            save_variables(self.path / VARIABLES, variables)
 
     def close(self) -> None:
-        """Ends writing. Where nothing was written, removes the directories that were made."""
+        """Releases the lock. If nothing was written, removes the directories that were made."""
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # a full disk, of which `append` has told
+            with contextlib.suppress(OSError):  # a full disk, which `append` has reported
                 self._metrics.close()
-        if self._claim is not None:
-            self._claim.give_up()
+        if self._lock.is_locked:
+            if self._holds_lock():
+                (self.path / _NEW_METRICS).unlink(missing_ok=True)
+                (self.path / LOCK).unlink()  # while it is locked; filelock expects that
+            self._lock.release()
         if self._metrics is not None:
             return
         for folder in reversed(self._made):
-            # Somebody else may have put something there, which is then theirs.
+            # Somebody else may have put something there.
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _own(self, name: str) -> Path:
-        """A path within the directory, as long as no other run has taken that over."""
-        if self._claim is None or not self._claim.held:
-            raise RuntimeError(f"another run has taken over {self.path} with --overwrite.")
-        return self.path / name
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+            self._inode = os.stat(self.path / LOCK)
+        except Timeout:
+            raise FedLPError(
+                f"another run is writing in {self.path}; wait until it ends, or choose another "
+                "directory with --out."
+            ) from None
+        except OSError as error:
+            raise FedLPError(
+                f"the run directory {self.path} cannot be locked ({LOCK}: {why(error)}); choose "
+                "another with --out."
+            ) from error
+
+    def _holds_lock(self) -> bool:
+        return _same_file(self.path / LOCK, self._inode)
+
+    def _keep_hold(self) -> None:
+        """Notices that the directory or its metrics were deleted, and writes them again.
+
+        Raises:
+          RuntimeError: it cannot be made again, or another run has used it since.
+        """
+        ours = self._metrics is not None and _same_file(
+            self.path / (_NEW_METRICS if self.behind else METRICS), os.fstat(self._metrics.fileno())
+        )
+        if not self._holds_lock():
+            self._lock.release()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._acquire()
+            except (FedLPError, OSError) as error:
+                raise RuntimeError(
+                    f"{self.path} was deleted or replaced while this run wrote there: {error}"
+                ) from error
+            if self._metrics is not None and not ours and (self.path / METRICS).exists():
+                raise RuntimeError(
+                    f"{self.path} was deleted or replaced while this run wrote there, and holds "
+                    "another run now."
+                )
+        if self._metrics is None or ours:
+            return
+        warnings.warn(
+            f"{self.path} was deleted, at least in part, while this run wrote there; {CONFIG} and "
+            f"the {len(self._lines)} rounds of {METRICS} are written again.",
+            stacklevel=3,
+        )
+        self._metrics.close()
+        self._old_rounds = 0
+        self._open()
+
+    def _open(self) -> None:
+        """Writes all that is known at the beginning of a run, or after it was deleted."""
+        name = _NEW_METRICS if self.behind else METRICS
+        self._replace(name, "".join(self._lines))
+        self._metrics = (self.path / name).open("a", encoding="utf-8", buffering=1)
+        self._replace(CONFIG, self._config)
 
     def _replace(self, name: str, text: str) -> None:
-        """Writes a file that is whole at any time, whenever the process is killed."""
-        path = self._own(name)
-        with _naming(path), replacing(path) as file:
+        with _naming(self.path / name), replacing(self.path / name) as file:
             file.write(text.encode())
+
+    def _remove_other_run(self) -> None:
+        for picture in (self.path / PLOTS).glob("*.png"):
+            picture.unlink()
+        if (self.path / CHECKPOINTS).exists():
+            shutil.rmtree(self.path / CHECKPOINTS)
+        # The metrics last: a directory that has them can be overwritten again.
+        for name in (CONFIG, VARIABLES, SUMMARY, METRICS):
+            (self.path / name).unlink(missing_ok=True)
 
     def _refuse_other_run(self) -> None:
         found = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
-        links = [self.path / name for name in found if (self.path / name).is_symlink()]
-        if links:
-            raise FedLPError(
-                f"{links[0]} is a link, and a run writes through none; choose another directory "
-                "with --out, or put there what it leads to."
-            )
+        for path in (self.path / name for name in found):
+            if path.is_symlink() or path.is_dir() != (path.name in _FOLDERS):
+                kind = "link" if path.is_symlink() else "directory" if path.is_dir() else "file"
+                raise FedLPError(
+                    f"{path} is a {kind}, where a run writes a "
+                    f"{'directory' if path.name in _FOLDERS else 'file'} of its own; choose "
+                    "another directory with --out, or remove it."
+                )
         if found and not (self._overwrite or self._resume):
             raise FedLPError(
                 f"{self.path} already holds a run ({', '.join(found)}); choose another directory "
-                "with --out, go on with that run by --resume, or replace it with --overwrite."
+                "with --out, continue that run with --resume, or replace it with --overwrite."
             )
         if found and METRICS not in found and CHECKPOINTS not in found:
-            # As `--out .` beside one's own config.yaml.
+            # Such as `--out .` with one's own config.yaml.
             raise FedLPError(
-                f"{self.path} holds {', '.join(found)} but no {METRICS}, so it may be no run and "
-                "is not overwritten; choose another directory with --out."
+                f"{self.path} holds {', '.join(found)} but no {METRICS}, so it may not be a run "
+                "and is not overwritten; choose another directory with --out."
             )
 
     def _named(self, out: str | Path) -> Path:
         if not str(out):
-            raise FedLPError(
-                "the run directory has no name; give one with --out, or leave it away."
-            )
+            raise FedLPError("the run directory has no name; name one with --out, or omit --out.")
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise FedLPError(f"{path} is a file; name a directory with --out.")
@@ -228,6 +301,13 @@ def _naming(path: Path) -> Iterator[None]:
         if error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _same_file(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), status)
+    except OSError:
+        return False
 
 
 def _line(row: Mapping[str, Any]) -> str:

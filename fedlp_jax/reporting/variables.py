@@ -1,4 +1,4 @@
-"""A model as a file: `variables.npz`, one array a variable, named by its path."""
+"""A trained model as a file: `variables.npz`, one array per variable, named by its path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedlp_jax.data.archive import read_npz
 from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, shown, why
 from fedlp_jax.types import Variables
@@ -17,20 +16,25 @@ VARIABLES = "variables.npz"  # its name in a run directory
 _FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # in this machine's byte order
 
 
-def save_variables(path: Path, variables: Variables) -> None:
+def save_variables(path: str | Path, variables: Variables) -> None:
     """Writes a nested dictionary of arrays under flat names such as `params/fc1/kernel`.
 
-    The file is whole at any time: where it cannot be written, the one before stays.
+    Args:
+      path: the `.npz` file. It is replaced in one step: if the write fails, the old file stays.
+      variables: such as `result.variables`.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     arrays: dict[str, Any] = {
         name: np.asarray(array) for name, array in flatten_dict(variables, sep="/").items()
     }
-    with replacing(path) as file:
+    with replacing(Path(path)) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_variables(path: str | Path) -> Variables:
-    """The model of a run, to go on from: `fl.simulate(..., variables=fl.load_variables(path))`.
+    """Reads a saved model: `fl.simulate(..., variables=fl.load_variables(path))` starts from it.
 
     Args:
       path: a run directory, or the `variables.npz` in it.
@@ -40,22 +44,18 @@ def load_variables(path: str | Path) -> Variables:
       the server held.
 
     Raises:
-      FedLPError: there is no such file, or it is damaged or something else.
+      FedLPError: there is no such file, or it is damaged or holds something else.
     """
     file = Path(path)
     file = file / VARIABLES if file.is_dir() else file
+    if not file.is_file():
+        raise FedLPError(f"there is no file {file}; a run writes it when it ends or diverges.")
     try:
-        flat = read_npz(file, lambda names: names)
-        for name in flat:
-            if any("/".join(name.split("/")[:i]) in flat for i in range(1, name.count("/") + 1)):
-                raise ValueError(f"the name {shown(name)} lies within that of another array")
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            flat = dict(archive)
         variables = unflatten_dict(flat, sep="/")
-    except FedLPError:
-        raise
-    except FileNotFoundError:
-        raise FedLPError(
-            f"{file} does not exist; a run writes it when it ends or diverges."
-        ) from None
+        if len(flatten_dict(variables)) < len(flat):
+            raise ValueError("the name of one array lies within that of another")
     except Exception as error:  # a damaged archive can raise almost anything
         raise FedLPError(f"{file} cannot be read as the model of a run: {why(error)}.") from error
     floats = all(array.dtype in _FLOATS for array in flat.values())

@@ -1,10 +1,12 @@
-"""Checkpoints: a run on disk after some of its rounds, whole or not there at all.
+"""Checkpoints: save a run after a round, and resume it bit for bit.
 
-    ROUND/arrays/   every array, under its number
-    ROUND/facts/    JSON: what the arrays are, rows, settings, versions, and SHA-256 sums of it all
+    DIRECTORY/ROUND/arrays/   every array of the run, end to end in one vector of bytes
+    DIRECTORY/ROUND/facts/    JSON: names, dtypes and shapes, rows, settings, versions, SHA-256
 
-orbax writes them and reads them, but does not notice a flipped bit, so the sums are checked here.
-There is no pickle in a checkpoint, and nothing written in it or linked from it leads outside.
+orbax's `CheckpointManager` writes a checkpoint under a temporary name, renames it when it is
+complete, and then deletes the oldest. It restores a flipped bit without an error, so the SHA-256 is
+ours. The arrays are one vector because a damaged one then fails in a single read, and because no
+name in a checkpoint can become a path. Nothing in a checkpoint is unpickled.
 """
 
 from __future__ import annotations
@@ -13,26 +15,36 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 import fedlp_jax
+from fedlp_jax.data.files import check_writable
 from fedlp_jax.errors import FedLPError, is_number, shown, whole_number, why
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
-from fedlp_jax.simulation.snapshot import Snapshot, refuse_other
+from fedlp_jax.types import Array, PyTree, ServerState
 
-FORMAT = 2
-ARRAYS, FACTS = "arrays", "facts"
+if TYPE_CHECKING:
+    from fedlp_jax.simulation.result import Row
+    from fedlp_jax.simulation.run import Run
+
+FORMAT = 3
+_ARRAYS, _FACTS = "arrays", "facts"
 _ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
+_FIRST_SECONDS = 30.0  # from the start of a run to its first checkpoint, compilation included
+_FEW = 8  # numbers that a sentence can show
+_OTHER = "the checkpoint belongs to another run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +55,15 @@ class Checkpoint:
         fl.simulate(..., checkpoint=checkpoint, resume=checkpoint.latest())
 
     Attributes:
-      directory: of this run and no other; made when the first checkpoint is written.
-      every: rounds from one checkpoint to the next; None = by time alone.
-      minutes: the same in minutes; None = by rounds alone. A run that ends before its first
-        checkpoint is due leaves none, as it can be repeated in that time.
-      keep: how many are kept, the latest.
-      settings: what a run that goes on has in common with the one that was begun, beside seed,
-        clients and model; anything that JSON can hold, such as learning rates.
-      overwrite: `directory` may have checkpoints of another run, which go when the first of this
-        one is due.
+      directory: of this run only; the first checkpoint creates it.
+      every: rounds between checkpoints; None = by time alone.
+      minutes: minutes between checkpoints; None = by rounds alone. The first is due after 30
+        seconds at the latest; a run that ends sooner leaves none, because it is quickly repeated.
+      keep: how many checkpoints to keep, the latest ones.
+      settings: what a resumed run must share with the run that was saved, in addition to its data,
+        seed, clients and model: anything that JSON can hold, such as learning rates.
+      overwrite: accept a directory with the checkpoints of another run, and delete them when the
+        first of this run is due.
     """
 
     directory: str | Path
@@ -62,7 +74,7 @@ class Checkpoint:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses numbers that are too small, and settings that are no JSON."""
+        """Refuses numbers that are too small, and settings that JSON cannot hold."""
         for name in ("every", "keep"):
             if (value := getattr(self, name)) is not None or name == "keep":
                 object.__setattr__(self, name, whole_number(f"checkpoint.{name}", value, 1))
@@ -89,155 +101,215 @@ class Checkpoint:
         return sorted(int(name) for name in names if _ROUND.fullmatch(name))
 
     def latest(self) -> Snapshot | None:
-        """The last checkpoint that is whole; a damaged one is passed over with a warning.
+        """Reads the last intact checkpoint; warns of each damaged one that it skips.
 
         Returns:
           What `simulate` takes as `resume`; None if there is no checkpoint.
 
         Raises:
-          FedLPError: all are damaged, or the last is of another version or has other settings.
+          FedLPError: all checkpoints are damaged, or the last one has another format or other
+            settings.
         """
         rounds = self.rounds()
         for round in reversed(rounds):
             folder = Path(self.directory, str(round)).absolute()
             try:
-                facts = _read_facts(folder)
-                _check_version(facts, folder)
-                if facts["round"] != round:
-                    raise ValueError(f"it is of round {shown(facts['round'])}")
-                refuse_other(facts["settings"], self.settings, f"{folder} is of another run")
-                with _late_reads_unheard():
-                    return _unpack(facts, _read_arrays(folder, facts["arrays"]))
+                return self._read(folder, round)
             except FedLPError:
                 raise
             except Exception as error:  # a damaged file can raise almost anything
                 warnings.warn(
-                    f"the checkpoint {folder} is damaged and passed over: {why(error)}.",
-                    stacklevel=2,
+                    f"the checkpoint {folder} is damaged and skipped: {why(error)}.", stacklevel=2
                 )
         if rounds:
             raise FedLPError(
                 f"all checkpoints in {self.directory} are damaged (after rounds "
-                f"{', '.join(map(str, rounds))}); start the run anew in another directory."
+                f"{', '.join(map(str, rounds))}); start a new run in another directory."
             )
         return None
 
+    def _read(self, folder: Path, round: int) -> Snapshot:
+        """Reads one checkpoint; whatever is wrong with its files raises."""
+        import orbax.checkpoint as ocp  # imported late: it takes half a second
 
-def pack(
-    snapshot: Snapshot, settings: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A snapshot as what is written: the arrays under their numbers, and the facts."""
-    found = {f"leaf {name}": array for name, array in snapshot.leaves.items()}
-    found |= {f"ledger {name}": array for name, array in snapshot.ledger.items()}
-    facts = {
-        "format": FORMAT,
-        "versions": _versions(),
-        "settings": settings,
-        "round": snapshot.round,
-        "rows": snapshot.rows,
-        "sums": snapshot.sums,
-        "run": snapshot.settings,
-        "plan": dataclasses.asdict(snapshot.plan),
-        "lowerings": snapshot.lowerings,
-        "arrays": [[name, _sum(array)] for name, array in found.items()],
-    }
-    arrays = {str(i): array for i, array in enumerate(found.values())}
-    return arrays, facts | {"sha256": _sum_of_facts(facts)}
-
-
-def _unpack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Snapshot:
-    def part(kind: str) -> dict[str, np.ndarray]:
-        names = (name for name in arrays if name.startswith(kind))
-        return {name.removeprefix(kind): arrays[name] for name in names}
-
-    return Snapshot(
-        facts["round"],
-        part("leaf "),
-        part("ledger "),
-        facts["rows"],
-        facts["sums"],
-        facts["run"],
-        Plan(**facts["plan"]),
-        facts["lowerings"],
-    )
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is a link, a pipe or a device")
+        with _quiet(), _manager(folder.parent) as manager:
+            items = ocp.args.Composite(**{_FACTS: ocp.args.JsonRestore()})
+            facts = manager.restore(round, args=items)[_FACTS]
+            if facts.pop("sha256") != _digest(_json(facts)):
+                raise ValueError("the SHA-256 of its facts differs")
+            _check_version(facts, folder)
+            saved = facts["snapshot"]
+            if saved["round"] != round:
+                raise ValueError(f"it is of round {shown(saved['round'])}")
+            refuse_other(facts["settings"], self.settings, f"{folder} belongs to another run")
+            numpy = ocp.args.PyTreeRestore(
+                {"data": 0}, restore_args={"data": ocp.RestoreArgs(restore_type=np.ndarray)}
+            )
+            data = manager.restore(round, args=ocp.args.Composite(**{_ARRAYS: numpy}))
+        data = data[_ARRAYS]["data"]
+        if facts["data_sha256"] != _digest(data):
+            raise ValueError("the SHA-256 of its arrays differs")
+        snapshot = Snapshot(**saved | {"plan": Plan(**saved["plan"]), "data": data})
+        if sum(array.nbytes for array in snapshot.arrays.values()) != data.size:
+            raise ValueError("its arrays are not those of its facts")
+        return snapshot
 
 
-def hush() -> None:
-    """Keeps off stderr what orbax and its event loop log, with a traceback, of what they raise.
+class Snapshot(NamedTuple):
+    """A run after a round, on the host.
 
-    A command tells it in a sentence. What is logged depends on which of several reads fails first.
+    Its arrays are the server's state (variables, and the states of policy, aggregator and server
+    optimizer), the clients' private variables and the ledger. Random draws need only the seed and
+    the round, so they leave nothing to save.
     """
-    import logging
 
-    from absl import logging as of_orbax
+    round: int  # rounds done, R
+    rows: list[Row]  # R
+    sums: dict[str, float]  # of shares of the layout, over rounds
+    settings: dict[str, Any]  # what identifies the run
+    plan: Plan
+    lowerings: dict[str, str]  # of convolutions, see `conv.recording`
+    layout: list[tuple[str, str, list[int]]]  # name, dtype and shape of each array
+    data: np.ndarray  # u8, all arrays end to end
 
-    of_orbax.set_verbosity(of_orbax.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Views of `data`, by name."""
+        found, end = {}, 0
+        for name, dtype, shape in self.layout:
+            start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            found[name] = self.data[start:end].view(dtype).reshape(shape)
+        return found
 
 
-def alone() -> Any:
-    """What tells orbax that no other process takes part: each can read, and the first writes."""
-    import orbax.checkpoint as ocp  # here for its half second
+class Saver:
+    """Decides when a run is saved, and saves it."""
+
+    def __init__(self, checkpoint: Checkpoint | None, resume: Snapshot | None):
+        """Checks before the run starts that it can be saved.
+
+        Args:
+          checkpoint: where and how often; None = never.
+          resume: what the run starts from.
+
+        Raises:
+          FedLPError: the directory cannot be written, or has checkpoints that the run neither
+            resumes nor may overwrite.
+        """
+        self._checkpoint = checkpoint
+        self._last = 0 if resume is None else resume.round
+        if checkpoint is None:
+            return
+        rounds = checkpoint.rounds()
+        if rounds and resume is None and not checkpoint.overwrite:
+            raise FedLPError(
+                f"{checkpoint.directory} has the checkpoints of a run, the last after round "
+                f"{rounds[-1]}; resume it with resume=checkpoint.latest(), or name another "
+                "directory."
+            )
+        check_writable(Path(checkpoint.directory))
+        self._interval = math.inf if checkpoint.minutes is None else 60 * checkpoint.minutes
+        self._due_at = time.monotonic() + self._interval
+        if checkpoint.minutes is not None:
+            self._due_at = time.monotonic() + min(self._interval, _FIRST_SECONDS)
+
+    def due(self, round: int) -> bool:
+        """Whether to save after this round."""
+        if self._checkpoint is None:
+            return False
+        every = self._checkpoint.every
+        return time.monotonic() >= self._due_at or (every is not None and round % every == 0)
+
+    def rounds_until_due(self, round: int) -> int:
+        """Rounds from this one up to the next that is saved, whatever the time."""
+        every = None if self._checkpoint is None else self._checkpoint.every
+        return 2**31 if every is None else every - (round - 1) % every
+
+    def due_at_end(self, round: int, interrupted: bool) -> bool:
+        """Whether to save after the last round: an interrupted run, or a long one."""
+        if self._checkpoint is None or round == self._last:
+            return False
+        return interrupted or self._last > 0 or self._checkpoint.every is not None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Writes a checkpoint, and deletes those that are no longer kept.
+
+        Raises:
+          RuntimeError: it could not be written; names the directory and the last good checkpoint.
+        """
+        import orbax.checkpoint as ocp  # imported late: it takes half a second
+
+        assert self._checkpoint is not None
+        folder = Path(self._checkpoint.directory).absolute()
+        saved = snapshot._asdict() | {"plan": dataclasses.asdict(snapshot.plan)}
+        data = saved.pop("data")
+        facts = {
+            "format": FORMAT,
+            "versions": _versions(),
+            "settings": self._checkpoint.settings,
+            "snapshot": saved,
+            "data_sha256": _digest(data),
+        }
+        items = {
+            _ARRAYS: ocp.args.PyTreeSave({"data": data}),
+            _FACTS: ocp.args.JsonSave(facts | {"sha256": _digest(_json(facts))}),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            with _quiet(), _manager(folder, self._checkpoint.keep) as manager:
+                for round in self._checkpoint.rounds():
+                    if round > self._last:  # damaged, or of a run that is overwritten
+                        manager.delete(round)
+                manager.save(snapshot.round, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            rounds = self._checkpoint.rounds()
+            left = f"the last is after round {rounds[-1]}" if rounds else "there is none yet"
+            raise RuntimeError(
+                f"a checkpoint in {self._checkpoint.directory} could not be written ({left}): "
+                f"{why(error)}."
+            ) from error
+        self._last, self._due_at = snapshot.round, time.monotonic() + self._interval
+
+
+def _manager(folder: Path, keep: int | None = None) -> Any:
+    """Orbax's manager, without other processes, threads, or OCDBT.
+
+    OCDBT merges its files by a glob, and writes nothing that can be read into a directory such as
+    `run[1]`.
+    """
+    import orbax.checkpoint as ocp
 
     this = hosts.index()
-    return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-
-
-def _reader() -> Any:
-    import orbax.checkpoint as ocp
-
-    handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone())
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        multiprocessing_options=alone,
+        preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=keep is not None,  # of runs that were killed
+        enable_async_checkpointing=False,
+        lightweight_initialize=True,
     )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone())
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    for path in (folder, *folder.rglob("*")):
-        if path.is_symlink():
-            raise ValueError(f"{path} is a link, and a checkpoint has none")
-        if not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe or a device, and a checkpoint has none")
-    reader = _reader()
-    facts = reader.restore(folder, args=ocp.args.Composite(**{FACTS: ocp.args.JsonRestore()}))[
-        FACTS
-    ]
-    if facts.pop("sha256") != _sum_of_facts(facts):
-        raise ValueError("the SHA-256 of its facts is another")
-    return facts
-
-
-def _read_arrays(folder: Path, listed: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """The arrays by name. orbax is asked for numbers only: no name of a file leads anywhere."""
-    import orbax.checkpoint as ocp
-
-    as_numpy = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(listed))}
-    wanted = ocp.args.PyTreeRestore(dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
-    reader = _reader()
-    found = reader.restore(folder, args=ocp.args.Composite(**{ARRAYS: wanted}))[ARRAYS]
-    for i, (name, digest) in enumerate(listed):
-        if _sum(found[str(i)]) != digest:
-            raise ValueError(f"the SHA-256 of {name} is another")
-    return {name: found[str(i)] for i, (name, _) in enumerate(listed)}
+    handlers = {
+        _ARRAYS: ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone),
+        _FACTS: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 @contextlib.contextmanager
-def _late_reads_unheard() -> Iterator[None]:
-    """Where one array cannot be read, keeps the reads of others from telling so in tracebacks.
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from logging what it also raises, and that it has no OCDBT files to merge."""
+    from absl import logging
 
-    orbax leaves them running in threads, which find its loop closed when they end.
-    """
-    before = sys.unraisablehook
-
-    def unheard(told: Any) -> None:
-        if str(told.exc_value) != "Event loop is closed":
-            before(told)
-
-    sys.unraisablehook = unheard
-    yield
-    sys.unraisablehook = before  # only where all went well: nobody says when the last read ends
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _check_version(facts: Mapping[str, Any], folder: Path) -> None:
@@ -245,15 +317,16 @@ def _check_version(facts: Mapping[str, Any], folder: Path) -> None:
     if facts["format"] != FORMAT:
         raise FedLPError(
             f"{folder} was written by fedlp_jax {there['fedlp_jax']} in format {facts['format']}, "
-            f"but fedlp_jax {here['fedlp_jax']} reads format {FORMAT}; go on with that version."
+            f"but fedlp_jax {here['fedlp_jax']} reads format {FORMAT}; resume with that version, "
+            "or start a new run in another directory."
         )
     other = [
         f"{name} {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
     if other:
         warnings.warn(
-            f"{folder} was written with {', '.join(other)}: the bits of what follows may differ.",
-            stacklevel=3,
+            f"{folder} was written with {', '.join(other)}: the bits of later rounds may differ.",
+            stacklevel=4,
         )
 
 
@@ -267,12 +340,202 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _sum(array: np.ndarray) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _digest(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _sum_of_facts(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _json(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+# --- a run and its snapshot -----------------------------------------------------------------------
+
+
+def capture(run: Run) -> Snapshot:
+    """Copies a run to the host, after the round that was read last; none may be in flight."""
+    arrays: dict[str, Any] = {name: key_data(leaf) for name, leaf in _leaves(run).items()}
+    arrays |= {f"ledger {name}": array for name, array in run.ledger.arrays().items()}
+    snapshot = Snapshot(
+        len(run.history),
+        list(run.history.rows),
+        {"padded_share": run.padded_share, "imbalance": run.imbalance},
+        _settings(run),
+        run.plan,
+        dict(run.lowerings),
+        [(name, str(array.dtype), list(array.shape)) for name, array in arrays.items()],
+        np.empty(sum(array.nbytes for array in arrays.values()), np.uint8),
+    )
+    for name, view in snapshot.arrays.items():
+        view[...] = arrays[name]
+    return snapshot
+
+
+def check(run: Run, snapshot: Snapshot) -> None:
+    """Refuses the snapshot of another run, before anything is compiled.
+
+    Raises:
+      FedLPError: with what differs.
+    """
+    settings = _settings(run)
+    refuse_other(_without_numbers(snapshot.settings), _without_numbers(settings), _OTHER)
+    needs = {name: describe(key_data(leaf)) for name, leaf in _leaves(run).items()}
+    arrays = snapshot.arrays.items()
+    has = {name: describe(array) for name, array in arrays if not name.startswith("ledger ")}
+    for name in sorted(needs.keys() | has.keys()):
+        if needs.get(name) != has.get(name):
+            raise FedLPError(
+                f"the checkpoint has another algorithm or model: {name} is "
+                f"{has.get(name, 'nothing')} in it and {needs.get(name, 'nothing')} in this run."
+            )
+    # Rounds take their numbers from the state, so those of the checkpoint would win.
+    refuse_other(snapshot.settings, settings, _OTHER)
+
+
+def restore(run: Run, snapshot: Snapshot) -> None:
+    """Continues a compiled run from a snapshot; warns if sums change their order."""
+    if snapshot.plan != run.plan or (run.lowerings and snapshot.lowerings != run.lowerings):
+        warnings.warn(
+            f"the run resumes with {_words(run.plan)}, but started with {_words(snapshot.plan)}; "
+            "where plans or convolution algorithms differ, sums are taken in another order.",
+            stacklevel=3,
+        )
+    arrays = snapshot.arrays
+
+    def filled(path: Any, old: Array) -> Array:
+        new: Any = arrays.get(keystr(path))
+        if new is None:
+            return old  # it has no elements
+        if jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key):
+            new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+        sharding = old.sharding
+        old.delete()  # first: client state may fill over half of the memory
+        return hosts.put(new, sharding)
+
+    trees = tree_map_with_path(filled, _trees(run))
+    run.state = trees["state"]
+    if run.stage.store is not None:
+        run.stage.store.stacks = trees["private"]
+    ledger = {n.removeprefix("ledger "): a for n, a in arrays.items() if n.startswith("ledger ")}
+    run.ledger.load(ledger)
+    run.history.rows = list(snapshot.rows)
+    run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
+
+
+def shared_facts(run: Run, resume: Snapshot | None) -> dict[str, Any]:
+    """What several processes must have in common for their numbers to be those of one run."""
+    arrays = {name: np.asarray(key_data(leaf)) for name, leaf in _leaves(run).items()}
+    return _settings(run) | {
+        "rounds": run.last_round,
+        "eval_every": run.eval_every,
+        "plan": dataclasses.asdict(run.plan),
+        "rounds in the checkpoint": 0 if resume is None else resume.round,
+        "arrays": {name: summary(array) for name, array in arrays.items()},
+    }
+
+
+def first_numbers(state: ServerState) -> dict[str, Any]:
+    """The numbers that a run begins with and that identify it: keep, clip, ...
+
+    Args:
+      state: before the first round.
+
+    Returns:
+      `{"policy": [[0.5]], ...}`: up to eight numbers as lists, more as a digest, all of them JSON.
+      The model and the optimizer's averages are left out.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in tree_leaves_with_path(state._replace(variables=())):
+        name = keystr(path, simple=True, separator=".")
+        if leaf.size <= _FEW:
+            found[name] = np.asarray(key_data(leaf)).tolist()
+        elif not name.startswith("optimizer"):
+            found[name] = summary(np.asarray(key_data(leaf)))
+    return found
+
+
+def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
+    """Compares the settings of two runs.
+
+    Args:
+      old: nested, of the run that was saved.
+      new: nested, of the run that resumes it.
+      what: the beginning of the sentence.
+
+    Raises:
+      FedLPError: with each field that differs, and both values.
+    """
+    before, now = dict(_dotted(old)), dict(_dotted(new))
+    differing = [
+        f"{_word(field)} was {_word(before.get(field, 'not set'))} and is "
+        f"{_word(now.get(field, 'not set'))}"
+        for field in dict.fromkeys([*before, *now])
+        if (field in before, before.get(field)) != (field in now, now.get(field))
+    ]
+    if differing:
+        raise FedLPError(
+            f"{what}: {'; '.join(differing)}. Resume with the original settings, or start a new "
+            "run in another directory."
+        )
+
+
+def key_data(leaf: Array) -> Array:
+    """The array; of random keys the `u32` that they consist of, which numpy can hold."""
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+def describe(array: Any) -> str:
+    """`"float32[3, 4]"`, of an array or its shape."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def summary(array: np.ndarray) -> str:
+    """Dtype, shape and the beginning of a SHA-256, for comparison."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return f"{describe(array)} of SHA-256 {_digest(data)[:16]}"
+
+
+def _word(value: Any) -> str:
+    """A setting in a sentence: text without quotes, unless it is long or cannot be printed."""
+    plain = isinstance(value, str) and value.isprintable() and len(value) <= 100
+    return value if plain else shown(value)
+
+
+def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `[("a.b", 1)]`."""
+    fields = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            fields += _dotted(value, f"{before}{name}.")
+        else:
+            fields.append((f"{before}{name}", value))
+    return fields
+
+
+def _trees(run: Run) -> dict[str, PyTree]:
+    store = run.stage.store
+    return {"state": run.state, "private": () if store is None else store.stacks}
+
+
+def _leaves(run: Run) -> dict[str, Array]:
+    """The arrays that have elements, by path."""
+    return {keystr(path): x for path, x in tree_leaves_with_path(_trees(run)) if x.size}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "clients": run.population,
+        "cohort": run.size,
+        "data": run.spec.data.hash,
+        "partition": run.clients.hash,
+        "begun with": run.begun_with,
+    }
+
+
+def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "begun with"}
+
+
+def _words(plan: Plan) -> str:
+    return f"{plan.devices} devices of width {plan.width}"

@@ -19,14 +19,12 @@ from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.nn import conv
 from fedlp_jax.reporting.progress import Progress
-from fedlp_jax.simulation import snapshot
+from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.checkpoint import Checkpoint
+from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.result import Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
-from fedlp_jax.simulation.saver import Saver
-from fedlp_jax.simulation.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
@@ -124,14 +122,14 @@ def simulate(
         # Each process has the whole snapshot, so the first alone saves it.
         saver = Saver(checkpoint if hosts.is_first() else None, resume)
         if resume is not None:
-            snapshot.check(run, resume)
+            checkpoints.check(run, resume)
     if hosts.count() > 1:
-        hosts.agree("run", snapshot.facts(run, data, resume))
+        hosts.agree("run", checkpoints.shared_facts(run, resume))
     asked = stop is not None and hosts.anywhere("stop", stop())
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
     shown = Progress(run.last_round, name, show=bool(show), done=resume.rows if resume else ())
-    with shown, saver, hosts.explained():
+    with shown, hosts.explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed):
@@ -152,7 +150,7 @@ def _start(
     if compiled is not None:
         compiled(run.plan)
     if resume is not None:
-        snapshot.put_back(run, resume)
+        checkpoints.restore(run, resume)
     run.readout.meet()
 
 
@@ -209,15 +207,15 @@ def _run_rounds(
 
     while rounds and not run.readout.ends(rounds[0], stop):
         # As many rounds in one dispatch as the plan says, but none beyond one that others look at.
-        count = 1 if callbacks else min(run.at_once(rounds[0]), saver.until_due(rounds[0]))
+        count = 1 if callbacks else min(run.at_once(rounds[0]), saver.rounds_until_due(rounds[0]))
         pending.append(run.dispatch(rounds[0], count))
         last, rounds = rounds[count - 1], rounds[count:]
         # The device may be ahead of the host by one dispatch, which hides the host's work.
         read(ahead=0 if callbacks else 1)
         if saver.due(last):
             read(ahead=0)
-            saver.save(snapshot.take(run))
+            saver.save(checkpoints.capture(run))
     read(ahead=0)
     if saver.due_at_end(run.reached, interrupted=run.reached < run.last_round):
-        saver.save(snapshot.take(run))
+        saver.save(checkpoints.capture(run))
     run.readings["run_seconds"] = time.perf_counter() - started

@@ -21,6 +21,7 @@ from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan, replicated
 from fedlp_jax.simulation import evaluation
 from fedlp_jax.simulation import validation as checks
+from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.memory import compile_to_fit
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
@@ -102,7 +103,7 @@ class Run:
         self.population, self.size = spec.clients.clients, spec.cohorts.size
         self.readings: dict[str, float] = dict(spec.predicted)
         state = spec.algorithm.init(spec.root, spec.example, self.population, spec.variables)
-        self.begun_with = checks.first_numbers(state)
+        self.begun_with = first_numbers(state)
         state = state._replace(round=jnp.asarray(first_round - 1, jnp.int32))
         self.stage = Stage(spec)
         # A copy: rounds donate the state, and the caller's own arrays must survive.

@@ -21,11 +21,9 @@ from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.simulation.leaves import check_sum, kind, raw
+from fedlp_jax.simulation.checkpoint import describe
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, ServerState, Variables
-
-_FEW = 8  # numbers that a sentence can show
 
 
 def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
@@ -115,7 +113,7 @@ def _check_step(before: Variables, after: Variables) -> None:
     """Refuses statistics that a step gives another shape or dtype."""
     have, get = _leaves(before), _leaves(after)
     for path in sorted(set(have) | set(get)):
-        was, becomes = (kind(tree[path]) if path in tree else "nothing" for tree in (have, get))
+        was, becomes = (describe(tree[path]) if path in tree else "nothing" for tree in (have, get))
         if was != becomes:
             raise FedLPError(
                 f"the model's variables{path} are {was} and become {becomes} in a step; "
@@ -239,26 +237,6 @@ def check_steps(algorithm: Algorithm, clients: Partition) -> None:
 def initial_state(algorithm: Algorithm, example: Batch, root: Array, clients: int) -> ServerState:
     """The shapes of an algorithm's first state; what it refuses, it refuses before compiling."""
     return jax.eval_shape(lambda key: algorithm.init(key, example, clients, None), root)
-
-
-def first_numbers(state: ServerState) -> dict[str, Any]:
-    """The numbers that a run is begun with, by which another one is told apart: keep, clip, ...
-
-    Args:
-      state: before the first round.
-
-    Returns:
-      `{"policy": [[0.5]], ...}`, lists of up to eight numbers and sums of more, all of them JSON.
-      The model and the optimizer's averages are left out.
-    """
-    found: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(variables=())):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if leaf.size <= _FEW:
-            found[name] = np.asarray(raw(leaf)).tolist()
-        elif not name.startswith("optimizer"):
-            found[name] = check_sum(np.asarray(raw(leaf)))
-    return found
 
 
 def check_variables(variables: Variables | None, wanted: Variables) -> None:

@@ -23,7 +23,7 @@ from fedlp_jax.paper.cells import Study, estimate, read_cells, run_cells, unfini
 from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
-from fedlp_jax.reporting.claim import Claim
+from fedlp_jax.reporting.run_directory import RunDirectory
 from fedlp_jax.simulation.result import DivergedError
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
@@ -213,10 +213,10 @@ def test_a_cell_that_another_process_runs_is_refused(tmp_path):
     study = Study(tmp_path, "smoke")
     path = study.path(IID[0])
     path.mkdir(parents=True)
-    held = Claim(path)  # a lock, which a killed process would have lost
-    with pytest.raises(FedLPError, match="in use by another run"):
+    running = RunDirectory(path, "r")
+    with pytest.raises(FedLPError, match="another run is writing in"):
         list(run_cells(study, IID))
-    held.give_up()
+    running.close()
 
 
 def executing(monkeypatch, study, error_at=None, error=None):
@@ -409,7 +409,7 @@ def test_a_killed_study_resumes_where_it_stopped(tmp_path, monkeypatch):
     words = ["--scale", "smoke", "--rows", "fedavg,homo-0.5", "--splits", "iid", "--out", str(out)]
     process = command(*words)
     deadline = time.monotonic() + 300
-    while not study.path(IID[1]).exists() and time.monotonic() < deadline:
+    while not (study.path(IID[1]) / ".lock").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -2,13 +2,17 @@ import contextlib
 import json
 import os
 import resource
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
 
+from fedlp_jax.data import partition
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting import environment
-from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
+from fedlp_jax.reporting.plots import draw_run
+from fedlp_jax.reporting.run_directory import METRICS, RunDirectory, read_metrics
 
 VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
 
@@ -36,12 +40,13 @@ def written(path, rounds=1, **row):
         directory.append({"round": round} | row)
     directory.save(VARIABLES)
     directory.summarize({"status": "done"})
-    directory.plot_file("accuracy").write_bytes(b"png")
+    (directory.path / "plots").mkdir(exist_ok=True)
+    (directory.path / "plots" / "accuracy.png").write_bytes(b"png")
     directory.close()
     return directory.path
 
 
-def test_writes_all_parts_and_gives_up_its_claim(tmp_path):
+def test_writes_all_parts_and_releases_its_lock(tmp_path):
     path = written(tmp_path / "out", rounds=3)
     assert sorted(p.name for p in path.iterdir()) == [
         "config.yaml",
@@ -149,45 +154,83 @@ def test_overwriting_does_not_take_a_config_for_a_run(tmp_path):
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
-def test_one_directory_is_claimed_by_one_run(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_directory_where_a_run_is_writing_is_refused_and_loses_nothing(tmp_path, more):
     first = RunDirectory(tmp_path / "out", "r")
-    sentence = rf"out is in use by another run \(process {os.getpid()} on .*--out.*--overwrite"
-    with pytest.raises(FedLPError, match=sentence):
-        RunDirectory(tmp_path / "out", "r")
-    first.begin("seed: 1\n")
-    with pytest.raises(FedLPError, match=sentence):
-        RunDirectory(tmp_path / "out", "r")
-    first.append({"round": 1})
+    sentence = r"another run is writing in .*out; wait until it ends, or choose .*--out"
+    for round in (1, 2):
+        with pytest.raises(FedLPError, match=sentence):
+            RunDirectory(tmp_path / "out", "r", **more)
+        if round == 1:
+            first.begin("seed: 1\n")
+        first.append({"round": round})
     first.close()
-    assert len(read_metrics(tmp_path / "out")) == 1
-    with pytest.raises(FedLPError, match="already holds a run"):
-        RunDirectory(tmp_path / "out", "r")
+    assert len(read_metrics(tmp_path / "out")) == 2
 
 
-def test_the_claim_of_a_killed_run_can_be_replaced(tmp_path):
-    RunDirectory(tmp_path / "out", "r")  # killed before its first round: not closed
-    with pytest.raises(FedLPError, match="If that run was killed, .* replace it with --overwrite"):
-        RunDirectory(tmp_path / "out", "r")
-    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
-    second.begin("")
-    second.close()
-    assert ".claim" not in os.listdir(tmp_path / "out")
+def test_the_lock_of_a_killed_run_blocks_nobody(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("")  # left behind; nobody holds it
+    assert len(read_metrics(written(tmp_path / "out"))) == 1
+    assert ".lock" not in os.listdir(tmp_path / "out")
 
 
-def test_a_run_whose_directory_was_taken_over_writes_there_no_more(tmp_path):
-    first = RunDirectory(tmp_path / "out", "r")
+def test_a_directory_that_is_deleted_during_a_run_is_written_again(tmp_path):
+    out = tmp_path / "out"
+    directory = RunDirectory(out, "r")
+    shutil.rmtree(out)
+    directory.begin("seed: 1\n")
+    directory.append({"round": 1})
+    for round, delete in enumerate((shutil.rmtree, lambda path: (path / METRICS).unlink()), 2):
+        delete(out)
+        with pytest.warns(UserWarning, match=rf"out was deleted.*the {round - 1} rounds of"):
+            directory.append({"round": round})
+        assert [row["round"] for row in read_metrics(out)] == list(range(1, round + 1))
+        assert (out / "config.yaml").read_text().endswith("seed: 1\n")
+    (out / ".lock").unlink()
+    directory.save(VARIABLES)
+    directory.close()
+    assert (out / "variables.npz").exists() and not (out / ".lock").exists()
+
+
+def test_a_run_whose_directory_another_run_has_now_ends_with_a_sentence(tmp_path):
+    out = tmp_path / "out"
+    first = RunDirectory(out, "r")
     first.begin("seed: 1\n")
-    second = RunDirectory(tmp_path / "out", "r", overwrite=True)
+    shutil.rmtree(out)
+    second = RunDirectory(out, "r")
     second.begin("seed: 2\n")
-    first.append({"round": 1})
-    for write in (lambda: first.summarize({}), lambda: first.save(VARIABLES)):
-        with pytest.raises(RuntimeError, match="another run has taken over .*out with --overwrite"):
-            write()
-    first.close()
+    with pytest.raises(RuntimeError, match=r"was deleted or replaced .* another run is writing"):
+        first.append({"round": 1})
     second.summarize({"status": "done"})
     second.close()
-    assert read_metrics(tmp_path / "out") == []
-    assert (tmp_path / "out" / "config.yaml").read_text().endswith("seed: 2\n")
+    with pytest.raises(RuntimeError, match=r"was deleted or replaced .* holds another run now"):
+        first.save(VARIABLES)
+    first.close()
+    assert read_metrics(out) == []
+    assert (out / "config.yaml").read_text().endswith("seed: 2\n")
+
+
+def test_a_resumed_run_replaces_rounds_only_when_it_has_as_many(tmp_path):
+    path = written(tmp_path / "out", rounds=3, of="old")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    for killed in (True, False):
+        directory = RunDirectory(path, "r", resume=True)
+        directory.begin("rounds: 9\n", [{"round": 1, "of": "new"}])
+        directory.append({"round": 2, "of": "new"})
+        assert directory.behind
+        assert {p: p.read_bytes() for p in before} == before
+        if killed:
+            directory._metrics.close()
+            directory._lock.release()
+    directory.append({"round": 3, "of": "new"})
+    assert not directory.behind
+    directory.append({"round": 4, "of": "new"})
+    assert [(row["round"], row["of"]) for row in read_metrics(path)] == [
+        (round, "new") for round in range(1, 5)
+    ]
+    directory.close()
+    assert not [name for name in os.listdir(path) if name.startswith(".")]
 
 
 def test_nothing_is_removed_without_leave(tmp_path):
@@ -206,15 +249,35 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, monkeyp
     if there:
         (tmp_path / "out").mkdir()
 
-    def forbidden(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(tmp_path), "open", forbidden)  # root may write what others may not
-    with pytest.raises(
-        FedLPError, match=r"directory .*out cannot be written \(Permission denied\)"
-    ):
+    monkeypatch.setattr(tempfile, "mkdtemp", forbidden)  # root may write what others may not
+    with pytest.raises(FedLPError, match=r"nothing can be written to .*out: Permission denied"):
         RunDirectory(tmp_path / "out", "r")
     assert (tmp_path / "out").exists() == there
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("out", [os.fsdecode(b"out\xff"), "a\\b"])
+def test_a_name_that_cannot_hold_a_checkpoint_is_refused_at_once(tmp_path, out):
+    with pytest.raises(FedLPError, match="choose another directory"):
+        RunDirectory(tmp_path / out, "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plots", "checkpoints", "config.yaml", "variables.npz"])
+def test_what_is_in_the_way_of_a_file_is_refused_at_once(tmp_path, name):
+    path = written(tmp_path / "out")
+    if name == "plots":
+        shutil.rmtree(path / name)
+    (path / name).unlink(missing_ok=True)
+    if name in ("plots", "checkpoints"):
+        (path / name).write_text("")
+    else:
+        (path / name).mkdir()
+    with pytest.raises(FedLPError, match=f"{name} is a (directory|file), where a run writes a "):
+        RunDirectory(path, "r", overwrite=True)
 
 
 def test_an_existing_directory_without_a_run_may_be_used(tmp_path):
@@ -234,12 +297,12 @@ def test_refuses_what_cannot_be_a_directory(tmp_path):
 
 def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    for name in (".claim", "config.yaml", "variables.npz"):
+    for name in (".lock", "config.yaml", "variables.npz"):
         folder = tmp_path / f"out of {name}"
         folder.mkdir()
         (folder / name).symlink_to(tmp_path / "mine")
         for more in ({}, {"resume": True}):
-            with pytest.raises(FedLPError, match=f"{name} is a link"):
+            with pytest.raises(FedLPError, match=rf"{name}( is a link|: Too many levels)"):
                 RunDirectory(folder, "r", **more)
         assert os.listdir(folder) == [name]
     path = written(tmp_path / "out")
@@ -250,6 +313,20 @@ def test_nothing_is_written_through_a_link(tmp_path):
     directory.close()
     assert json.loads((path / "summary.json").read_text()) == {"status": "done"}
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_plots_are_not_written_through_links(tmp_path):
+    path = written(tmp_path / "out")
+    (tmp_path / "mine").write_text("mine")
+    for name in ("partition.png", ".partition.part.png", "accuracy_by_round.png"):
+        (path / "plots" / name).symlink_to(tmp_path / "mine")
+    clients = partition.iid(np.arange(40) % 4, clients=4, seed=0)
+    rows = [{"round": 1, "test_accuracy": 0.5, "upload_bytes": 1}]
+    draw_run(path / "plots", "r", clients, rows)
+    assert (tmp_path / "mine").read_text() == "mine"
+    for name in ("partition.png", "accuracy_by_round.png", "accuracy_by_upload_megabytes.png"):
+        assert (path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+        assert not (path / "plots" / name).is_symlink()
 
 
 def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):

@@ -25,7 +25,7 @@ def test_a_model_is_read_back_bit_for_bit(tmp_path):
 
 def test_a_model_that_is_not_there_is_said_so(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "variables.npz"):
-        with pytest.raises(FedLPError, match="does not exist; a run writes it when it ends"):
+        with pytest.raises(FedLPError, match="there is no file .*; a run writes it when it ends"):
             load_variables(path)
 
 

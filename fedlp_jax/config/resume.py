@@ -1,0 +1,104 @@
+"""What `--resume` means for a run directory: which run it holds, and where that continues."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fedlp_jax.config.loading import load_config
+from fedlp_jax.config.schema import Config
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY
+from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
+
+# What changes how long a run takes, what is seen of it and what it costs, but no number in it.
+_MAY_DIFFER = {"name", "rounds", "eval_every", "plan", "checkpoint"}
+
+
+def run_checkpoint(config: Config, directory: Path, overwrite: bool = False) -> Checkpoint:
+    """Where and how often the run of a run directory is saved."""
+    return Checkpoint(
+        directory / CHECKPOINTS,
+        **config.checkpoint.model_dump(),
+        settings=_identity(config),
+        overwrite=overwrite,
+    )
+
+
+def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
+    """Where a run continues; None without a checkpoint, with a warning if it had started.
+
+    Raises:
+      FedLPError: the directory holds another run, or all of its checkpoints are damaged.
+    """
+    start = run_checkpoint(config, directory).latest()
+    if start is None:
+        _refuse_other(config, directory)
+        if (directory / METRICS).exists():
+            warnings.warn(
+                f"{directory} has no checkpoint, so the run starts from its first round.",
+                stacklevel=2,
+            )
+    return start
+
+
+def finished_rounds(config: Config, directory: Path) -> int:
+    """The rounds of a run that is done, or 0 if some of the requested ones are left.
+
+    Raises:
+      FedLPError: the directory holds another run.
+    """
+    _refuse_other(config, directory)
+    try:
+        summary = json.loads((directory / SUMMARY).read_text("utf-8"))
+        done = int(summary["rounds"]) if summary["status"] == "done" else 0
+    except Exception:  # malformed JSON can raise almost anything
+        return 0  # every run that is done has a summary
+    return done if done >= config.rounds else 0
+
+
+def resumed_run(path: str, out: str | None) -> tuple[str, str]:
+    """The configuration and the run directory that `--resume` refers to.
+
+    Args:
+      path: CONFIG, or the run directory, which has its own.
+      out: the value of `--out`.
+
+    Raises:
+      FedLPError: no directory is named, or two are.
+    """
+    if not Path(path).is_dir():
+        if out is None:
+            raise FedLPError(
+                "--resume needs the directory of the run, as in fedlp run runs/quickstart-1 "
+                "--resume; with a configuration, name the directory with --out."
+            )
+        return path, out
+    if out is not None:
+        raise FedLPError(f"--resume already names the directory {path}; omit --out.")
+    if not (Path(path) / CONFIG).exists():
+        raise FedLPError(
+            f"{path} has no {CONFIG}, so no run finished a round there; run its configuration "
+            "with --out instead."
+        )
+    return str(Path(path) / CONFIG), path
+
+
+def _refuse_other(config: Config, directory: Path) -> None:
+    if (directory / CONFIG).exists():
+        saved = load_config(directory / CONFIG)
+        refuse_other(_identity(saved), _identity(config), f"{directory} holds another run")
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must not change.
+
+    Files may move: a checkpoint has a digest of the data, so where it lies does not matter.
+    """
+    settings = config.model_dump(mode="json", exclude=_MAY_DIFFER)
+    settings["data"].pop("data_dir", None)
+    if settings["data"]["name"].endswith(".npz"):
+        settings["data"]["name"] = "an .npz file"
+    return settings
