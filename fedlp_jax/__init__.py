@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time the table below serves these names
     from fedlp_jax import accounting as costs
+    from fedlp_jax import theory as theory
     from fedlp_jax import types as types
     from fedlp_jax.aggregation import means as aggregate
     from fedlp_jax.aggregation import robust as robust
@@ -78,6 +79,7 @@ _MODULES = {
     "plots": "reporting.plots",
     "robust": "aggregation.robust",
     "submodel": "pruning.submodels",
+    "theory": "theory",
     "types": "types",
 }
 _HOMES = {

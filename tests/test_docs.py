@@ -1,4 +1,4 @@
-"""Every block of the pages under docs/ does what it says."""
+"""Every page beside the README does what it says."""
 
 import pathlib
 import re
@@ -10,12 +10,15 @@ from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_runs(block):
     if "privacy=" in block:
@@ -37,8 +40,21 @@ def test_the_configuration_is_valid():
     assert parse_config(raw).algorithm.privacy.delta == 1e-3
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if "://" not in link]
-    assert links
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     for link in links:
-        assert (ROOT / "docs" / link).exists(), link
+        assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_examples_to_copy_have_at_most_sixty_lines():
+    section = CONTRIBUTING.read_text().split("## Where does mine live?")[1].split("\n## ")[0]
+    files = [link for link in re.findall(r"\]\(([^)#]+)\)", section) if link.endswith(".py")]
+    assert len(files) > 10
+    for file in files:
+        assert len((ROOT / file).read_text().splitlines()) <= 60, file
+
+
+def test_software_and_paper_can_be_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2303.06360"

@@ -1,6 +1,8 @@
 """Every block of the README does what it says."""
 
+import importlib
 import inspect
+import operator
 import pathlib
 import re
 import shlex
@@ -8,7 +10,7 @@ import shlex
 import pytest
 import yaml
 
-from fedlp_jax.cli import reproduce as cli_reproduce
+import fedlp_jax as fl
 from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,6 +21,12 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+def test_every_public_name_exists():
+    for name in set(re.findall(r"\bfl\.([A-Za-z_]+(?:\.[A-Za-z_]+)?)", README)):
+        operator.attrgetter(name)(fl)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -47,13 +55,14 @@ def commands():
 
 def test_commands_exist():
     found = commands()
+    reproduce = importlib.import_module("fedlp_jax.cli.reproduce")
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {words[0] for words in found} == {"make", "fedlp", "pip", "tfds", "export"}
     for words in found:
         if words[0] == "make":
             assert words[1] in targets
         if words[:2] == ["fedlp", "reproduce"]:
-            options = inspect.signature(getattr(cli_reproduce, words[2])).parameters
+            options = inspect.signature(getattr(reproduce, words[2])).parameters
             assert {word[2:] for word in words if word.startswith("--")} <= set(options)
         elif words[0] == "fedlp":
             assert words[1] in ("run", "info")

@@ -3,7 +3,7 @@
 import csv
 
 import optax
-from small import Steps, dataset
+from small import dataset
 
 import fedlp_jax as fl
 
@@ -27,7 +27,9 @@ class CSVLog:
 def test_rounds_are_lines(tmp_path):
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=4)
-    algorithm = fl.fedavg(fl.classification(Steps()), client_optimizer=optax.sgd(0.1))
+    algorithm = fl.fedavg(
+        fl.classification(fl.models.Logistic(num_classes=3)), client_optimizer=optax.sgd(0.1)
+    )
     log = CSVLog(tmp_path / "log.csv", ["round", "train_loss", "test_accuracy"])
     result = fl.simulate(algorithm, data, clients, rounds=3, cohort=4, eval_every=3, log=log)
     log.close()

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small import Steps, dataset
+from small import dataset
 
 import fedlp_jax as fl
 
@@ -31,6 +31,9 @@ def test_it_is_an_aggregator():
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=4)
     algorithm = fl.fedlp_homo(
-        fl.classification(Steps()), keep=0.5, client_optimizer=optax.sgd(0.1), aggregator=midrange()
+        fl.classification(fl.models.Logistic(num_classes=3)),
+        keep=0.5,
+        client_optimizer=optax.sgd(0.1),
+        aggregator=midrange(),
     )
     assert len(fl.simulate(algorithm, data, clients, rounds=1, cohort=4).history) == 1
