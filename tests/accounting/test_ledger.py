@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
@@ -36,6 +37,7 @@ def test_an_empty_ledger_has_totals():
     assert set(Ledger(LAYERS, 5).total.values()) == {0}
 
 
+@pytest.mark.slow
 def test_a_run_books_what_its_masks_say():
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=12)

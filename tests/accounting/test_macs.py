@@ -32,7 +32,7 @@ class Mixed(nn.Module):
 def test_macs_by_hand():
     task = fl.classification(Mixed())
     example = one_row((8, 8, 4))
-    variables = task.init(jax.random.key(0), example)
+    variables = jax.eval_shape(task.init, jax.random.key(0), example)
     macs = forward_macs(task, variables, example)
     assert macs == {
         "conv": 8 * 8 * 8 * (3 * 3 * 4),
@@ -44,6 +44,7 @@ def test_macs_by_hand():
     assert forward_macs(task, variables, four) == macs
 
 
+@pytest.mark.slow
 def test_a_shallow_client_really_runs_a_shallow_network():
     """FLOPs of the compiled round: clients of depth 1 compute no layer of depth 3."""
     data = dataset(features=64)

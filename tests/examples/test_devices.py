@@ -29,9 +29,8 @@ def nights():
 def test_busy_phones_do_not_answer_and_slow_ones_take_time():
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=CLIENTS)
-    algorithm = fl.fedavg(
-        fl.classification(fl.models.Logistic(num_classes=3)), client_optimizer=optax.sgd(0.1)
-    )
+    task = fl.classification(fl.models.Logistic(num_classes=3))
+    algorithm = fl.fedavg(task, client_optimizer=optax.sgd(0.1))
     faults = fl.Faults(availability=nights(), profile=phones_and_servers())
     history = fl.simulate(
         algorithm, data, clients, rounds=HOURS, cohort=CLIENTS, faults=faults

@@ -27,9 +27,8 @@ class CSVLog:
 def test_rounds_are_lines(tmp_path):
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=4)
-    algorithm = fl.fedavg(
-        fl.classification(fl.models.Logistic(num_classes=3)), client_optimizer=optax.sgd(0.1)
-    )
+    task = fl.classification(fl.models.Logistic(num_classes=3))
+    algorithm = fl.fedavg(task, client_optimizer=optax.sgd(0.1))
     log = CSVLog(tmp_path / "log.csv", ["round", "train_loss", "test_accuracy"])
     result = fl.simulate(algorithm, data, clients, rounds=3, cohort=4, eval_every=3, log=log)
     log.close()
