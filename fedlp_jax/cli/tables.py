@@ -1,4 +1,4 @@
-"""Tables for a person: the end of a run, the environment, what a configuration amounts to."""
+"""Tables for the terminal: the end of a run, the environment, what a configuration amounts to."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def show(*parts: RenderableType) -> None:
 
 
 def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
-    """The end of a run: accuracy, traffic against FedAvg's, time, and where it is written."""
+    """The end of a run: accuracy, traffic relative to FedAvg, time, and the run directory."""
     final, readings = summary["final"], summary["readings"]
-    rows = {"test accuracy": "not tested"}
+    rows = {"test accuracy": "not evaluated"}
     if final.get("test_accuracy") is not None:
         rows = {"test accuracy": f"{final['test_accuracy']:.4f} after {summary['rounds']} rounds"}
     for direction in ("upload", "download"):
         key = f"{direction}_bytes"
-        rows[direction] = _against(summary["total"][key], summary["fedavg"][key])
+        rows[direction] = _against_fedavg(summary["total"][key], summary["fedavg"][key])
     if final.get("epsilon") is not None:
         rows["privacy"] = f"epsilon {final['epsilon']:.3g}"
     compiling = sum(s for name, s in readings.items() if name.endswith("compile_seconds"))
@@ -42,14 +42,15 @@ def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
 
 
 def two_columns(rows: Mapping[str, Any], title: str) -> Table:
-    """A name and what belongs to it, line by line."""
+    """A table of names and values."""
     table = Table("", "", title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))
     return table
 
 
-def _against(sent: float, fedavg: float) -> str:
+def _against_fedavg(sent: float, fedavg: float) -> str:
+    """Bytes sent, in MB and as a share of FedAvg's."""
     if not fedavg:
         return "nothing"
     return f"{sent / 1e6:.2f} MB, {sent / fedavg:.1%} of FedAvg's {fedavg / 1e6:.2f} MB"
@@ -57,16 +58,16 @@ def _against(sent: float, fedavg: float) -> str:
 
 def environment_table() -> Table:
     """Versions, devices, commit."""
-    found = environment()
-    device = found["device"]
-    rows = {name.replace("_", "-"): version for name, version in found["versions"].items()}
+    facts = environment()
+    device = facts["device"]
+    rows = {name.replace("_", "-"): version for name, version in facts["versions"].items()}
     rows["devices"] = f"{device['count']} x {device['kind']} ({device['platform']})"
-    rows["commit"] = found["commit"] or "not a checkout"
+    rows["commit"] = facts["commit"] or "not a checkout"
     return two_columns(rows, title="fedlp-jax")
 
 
 def config_tables(config: Config, view: Overview) -> list[RenderableType]:
-    """Settings, partition, layers, submodels and the modelled cost of a round."""
+    """Settings, partition, layers, submodels and the modelled traffic of a round."""
     parts: list[RenderableType] = [
         escape(dump_config(config)),
         _partition_table(view),
@@ -114,11 +115,11 @@ def _level_table(view: Overview) -> Table:
 
 def _cost_table(view: Overview) -> Table:
     rows = {
-        "upload": _against(view.upload_bytes, view.fedavg["upload_bytes"]),
-        "download": _against(view.download_bytes, view.fedavg["download_bytes"]),
+        "upload": _against_fedavg(view.upload_bytes, view.fedavg["upload_bytes"]),
+        "download": _against_fedavg(view.download_bytes, view.fedavg["download_bytes"]),
     }
     if view.stacked_bytes is not None:
-        rows["updates side by side"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
+        rows["stacked updates"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
     return two_columns(rows, title="Traffic of a round, expected")
 
 

@@ -134,7 +134,7 @@ def merge(base: Raw, over: Raw, section: str = "") -> Raw:
     kinds, old, new = KINDS.get(section, {}), base.get("name"), over.get("name", base.get("name"))
     if new != old and section == "data":
         base = {key: value for key, value in base.items() if key != "options"}
-    elif new != old and {old, new} <= kinds.keys():
+    elif new != old and all(isinstance(name, str) and name in kinds for name in (old, new)):
         lost = kinds[old].model_fields.keys() - kinds[new].model_fields.keys()
         base = {key: value for key, value in base.items() if key not in lost}
     result = base | over

@@ -1,6 +1,6 @@
-"""What a configuration amounts to, before it is run: layers, submodels, costs of a round.
+"""What a configuration amounts to before it runs: layers, submodels, traffic of a round.
 
-All numbers here are modelled: counted from shapes, layer tables and probabilities.
+All numbers are modelled: counted from shapes, layer tables and probabilities.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ class LevelView(NamedTuple):
 
     clients: int  # of the population
     shared: int  # parameters exchanged with the server
-    held: int  # parameters, with the private ones
+    held: int  # parameters, private ones included
     macs: dict[str, int]  # module path -> multiply-accumulates of one example's forward pass
 
 
 class Overview(NamedTuple):
-    """What `fedlp info CONFIG` shows beside the settings."""
+    """What `fedlp info CONFIG` shows besides the settings."""
 
     clients: Partition
     cohort: int  # C
     layers: LayerTable
     levels: tuple[LevelView, ...]  # the last is the whole model
-    upload_bytes: float  # expected of a round in which nobody is lost
+    upload_bytes: float  # expected, of a round without failures
     download_bytes: float
     fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
     stacked_bytes: int | None = None  # memory of a robust rule
 
 
 def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
-    """Counts what a run would exchange and compute.
+    """Counts what a run exchanges and computes.
 
     Args:
       config: the configuration.
-      arguments: what `experiment.build` made of it.
+      arguments: of `simulate`, from `build`.
 
     Raises:
-      FedLPError: probabilities or depths that do not fit the model and the clients.
+      FedLPError: probabilities or depths that do not fit the model or the clients.
     """
     algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
     root = root_key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     shapes = checks.initial_state(algorithm, example, root, clients.clients)
     checks.check_size(shapes.variables)
-    resolve(arguments["plan"], 1)  # refuses devices that are not there
+    resolve(arguments["plan"], 1)  # refuses devices that do not exist
     state = algorithm.init(root, example, clients.clients, None)
     table = layer_table(state.variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
@@ -86,7 +86,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     size = layer_bytes(table)
     cohort = cohort_size(config.cohort, clients.clients)
     deepest = submodels[-1].extract(state.variables)
-    # Of more that are chosen, the first C to answer are heard.
+    # Over-selection: the first C of the chosen clients count.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
         clients,
@@ -105,8 +105,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
 def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int]:
     """MACs of each layer, `L` numbers.
 
-    Where tensors are layers, those of a module are given to its kernel, or to the scale of a
-    normalisation. Layers named by an expression of one's own get none.
+    Where tensors are layers, the MACs of a module count for its kernel, or for the scale of a
+    normalisation. Layers named by a regular expression get none.
     """
     totals = dict(macs)
     for module, count in macs.items():

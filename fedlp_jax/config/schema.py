@@ -175,11 +175,15 @@ def one_of(kinds: Mapping[str, type[Section]]) -> Any:
     return Annotated[union, Field(discriminator="name"), BeforeValidator(check)]
 
 
-def _kinds(functions: Mapping[str, Callable[..., Any]], *more: Any, **replaced: Any) -> Any:
-    """One section for each function of a table."""
-    without = replaced.pop("without", ())
+def _kinds(
+    functions: Mapping[str, Callable[..., Any]],
+    *more: Callable[..., Any],
+    without: Sequence[str] = (),
+    **fields: Any,
+) -> dict[str, type[Section]]:
+    """One section for each function of a table; see `derive`."""
     return {
-        name: derive(name, function, *more, without=without, **replaced, name=(Literal[name], ...))
+        name: derive(name, function, *more, without=without, **fields, name=(Literal[name], ...))
         for name, function in functions.items()
     }
 
@@ -246,8 +250,7 @@ ALGORITHMS = _kinds(
     compose,
     without=("behaviour", "client_schedule"),
 )
-# The sections that come in several kinds.
-KINDS = {
+KINDS = {  # the sections that come in several kinds
     "partition": PARTITIONS,
     "model": MODELS,
     "algorithm": ALGORITHMS,
