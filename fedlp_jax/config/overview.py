@@ -60,16 +60,15 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     algorithm, data, clients = (arguments[key] for key in ("algorithm", "data", "clients"))
     root = root_key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
-    shapes = checks.initial_state(algorithm, example, root, clients.clients)
-    checks.check_size(shapes.variables)
+    variables = checks.initial_state(algorithm, example, root, clients.clients).variables  # shapes
+    checks.check_size(variables)
     resolve(arguments["plan"], 1)  # refuses devices that do not exist
-    state = algorithm.init(root, example, clients.clients, None)
-    table = layer_table(state.variables, algorithm.layers)
+    table = layer_table(variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
     levels, covered = [], []
-    submodels = algorithm.levels(state.variables, example)
+    submodels = algorithm.levels(variables, example)
     for g, level in enumerate(submodels):
-        part = layer_table(level.extract(state.variables), algorithm.layers, table.names)
+        part = layer_table(level.extract(variables), algorithm.layers, table.names)
         held = jax.eval_shape(level.task.init, root, example)
         levels.append(
             LevelView(
@@ -85,7 +84,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     received = np.stack(covered)[assigned]  # f32[K, L]
     size = layer_bytes(table)
     cohort = cohort_size(config.cohort, clients.clients)
-    deepest = submodels[-1].extract(state.variables)
+    deepest = submodels[-1].extract(variables)
     # Over-selection: the first C of the chosen clients count.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
@@ -96,7 +95,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         upload_bytes=cohort * float((received * keep @ size).mean() + mask_bytes(table)),
         download_bytes=chosen * float((received @ size).mean()),
         fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
-        stacked_bytes=stacked_bytes(state.variables, table, chosen, arguments["plan"])
+        stacked_bytes=stacked_bytes(variables, table, chosen, arguments["plan"])
         if algorithm.stacked
         else None,
     )
