@@ -1,14 +1,14 @@
-"""What FedLP's masks do on average: exact numbers on the host, in float64, before anything is run.
+"""What FedLP's masks do on average: exact numbers, computed on the host in float64.
 
 For one layer, with keep probabilities `p_k` and weights `a_k` of the C clients of a cohort:
 
-    N = sum m_k                        how many send it: a Poisson-binomial number
-    q = P(N > 0) = 1 - prod (1 - p_k)  it is updated in a share q of the rounds
-    rho = E[1/N | N > 0]               inflates the variance of the masked mean
-    u = sum w_k d_k                    every aggregate is such a sum of the clients' updates d_k, so
-                                       the moments of its weights w_k are those of the aggregate
+    N = sum m_k                        its senders: a Poisson-binomial number
+    q = P(N > 0) = 1 - prod (1 - p_k)  the share of rounds that update it
+    rho = E[1/N | N > 0]               scales the variance of the masked mean
+    u = sum w_k d_k                    the aggregate of the clients' updates d_k; the moments of its
+                                       weights w_k determine those of u
 
-docs/theory.md derives every formula, and proves a convergence statement for FedLP-Homo.
+docs/theory.md derives every formula and proves a convergence theorem for FedLP-Homo.
 """
 
 from fedlp_jax.theory.convergence import gradient_bound as gradient_bound

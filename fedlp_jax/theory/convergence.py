@@ -1,4 +1,4 @@
-"""How fast FedLP-Homo converges: a bound for smooth losses, the exact error for quadratic ones."""
+"""Convergence of FedLP-Homo: a bound for smooth losses, the exact error for quadratic ones."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def gradient_bound(
             + 6 beta eta R (S zeta^2 + sigma^2)
             + eta^2 beta^2 (S - 1) Q (40/3 S zeta^2 + 10 sigma^2)
 
-    The statement and its proof are this project's own; nothing is taken from the FedLP paper.
+    Statement and proof are this project's own; nothing comes from the FedLP paper.
 
     Args:
-      keep: p, or one for each layer `f64[L]`, in (0, 1].
+      keep: p, or one per layer `f64[L]`, in (0, 1].
       cohort: C.
       population: K.
-      gap: f at the start less its lower bound.
+      gap: f at the start minus its lower bound.
       smoothness: beta; every client's gradient is beta-Lipschitz.
       learning_rate: eta of the clients' SGD.
       local_steps: S.
       rounds: T.
-      dissimilarity: zeta^2, bounds the mean over clients of |grad f_k - grad f|^2.
-      noise: sigma^2, bounds the variance of a stochastic gradient.
+      dissimilarity: zeta^2, a bound on the mean over clients of |grad f_k - grad f|^2.
+      noise: sigma^2, a bound on the variance of a stochastic gradient.
 
     Raises:
       FedLPError: the learning rate exceeds `sqrt(min q / max q) / (4 beta S)`.
@@ -55,7 +55,7 @@ def gradient_bound(
     if not 0 < learning_rate <= largest * (1 + 1e-12):
         raise FedLPError(
             f"learning_rate={learning_rate:g} must be positive and at most {largest:g} for the "
-            "bound to hold; lower it, or the number of local steps."
+            "bound to hold; lower it or the number of local steps."
         )
     eta_beta = learning_rate * smoothness
     return float(
@@ -76,18 +76,18 @@ def quadratic_error(
     contraction: ArrayLike,
     rounds: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact error of a layer on a quadratic federated problem, round by round.
+    """Computes the exact error of a layer on a quadratic problem, round by round.
 
     Client k's loss is `1/2 sum_i h_i (x_i - b_{k,i})^2`; S full gradient steps of size eta take x
     to `b_k + c (x - b_k)`, `c_i = (1 - eta h_i)^S`. With `e = x - x*`, x* the weighted mean of the
-    optima `b_k`, the round is `e' = e - (1 - c) sum w_k (e - (b_k - x*))`, whose two moments are
-    linear in those of e.
+    optima `b_k`, the round is `e' = e - (1 - c) sum w_k (e - (b_k - x*))`. Its two moments are linear
+    in those of e.
 
     Args:
-      weights: of the layer, for all clients whose optima are given.
+      weights: of the layer, for the K clients in `optima`.
       optima: `f64[K, n]`, `b_k`.
       start: `f64[n]`, x before the first round.
-      contraction: `f64[n]` or a number, c.
+      contraction: c, `f64[n]` or a number.
       rounds: T.
 
     Returns:

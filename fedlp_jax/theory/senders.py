@@ -1,4 +1,4 @@
-"""How many clients of a cohort send a layer, and what a round exchanges on average."""
+"""The number of clients that send a layer, and the expected traffic of a round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlp_jax.pruning.masks import Keep, keep_matrix
 
 
 class Uploads(NamedTuple):
-    """Who sends each layer in a round of FedLP-Homo."""
+    """The senders of each layer in a round of FedLP-Homo."""
 
     distribution: np.ndarray  # f64[L, C + 1], P(N = n)
     updated: np.ndarray  # f64[L], q = P(N > 0)
@@ -24,11 +24,11 @@ class Uploads(NamedTuple):
 
 
 def uploads(keep: Keep, cohort: int, layers: LayerTable) -> Uploads:
-    """The number of senders of each layer.
+    """Computes the distribution of the number of senders of each layer.
 
     Args:
-      keep: as in `masks.bernoulli`, for the C clients of a cohort in place of the population: a
-        number, a mapping from layer name, or arrays that fit `[C, L]`.
+      keep: as in `masks.bernoulli`, but for the C clients of a cohort instead of the population: a
+        number, a mapping from layer name, or an array that fits `[C, L]`.
       cohort: C.
       layers: the layer table.
 
@@ -36,7 +36,7 @@ def uploads(keep: Keep, cohort: int, layers: LayerTable) -> Uploads:
       FedLPError: a probability outside [0, 1], or a shape that fits nothing.
     """
     matrix = _matrix(keep, cohort, layers)
-    # Layers that are kept alike are computed once.
+    # Layers with equal rates are computed once.
     columns, which = np.unique(matrix, axis=1, return_inverse=True)
     distribution = np.stack([senders(p) for p in columns.T])[which.ravel()]
     return Uploads(
@@ -48,10 +48,10 @@ def uploads(keep: Keep, cohort: int, layers: LayerTable) -> Uploads:
 
 
 def communication(keep: Keep, cohort: int, layers: LayerTable) -> dict[str, float]:
-    """What a round of FedLP-Homo exchanges on average: the expected row of the ledger.
+    """Expected traffic of a round of FedLP-Homo: the row of the ledger.
 
-    Every client downloads all layers and sends layer l with probability `p_{k,l}`:
-    `E upload_params = sum_l size_l sum_k p_{k,l}`, and one bit per layer for the mask.
+    Every client downloads all layers, sends layer l with probability `p_{k,l}`, and sends one bit per
+    layer for its mask: `E upload_params = sum_l size_l sum_k p_{k,l}`.
 
     Args:
       keep: see `uploads`.
@@ -68,25 +68,25 @@ def communication(keep: Keep, cohort: int, layers: LayerTable) -> dict[str, floa
 
 
 def senders(keep: ArrayLike) -> np.ndarray:
-    """`P(N = n)`, `f64[C + 1]`, of the number N of clients that send a layer.
+    """Distribution of the number N of clients that send a layer: `P(N = n)`, `f64[C + 1]`.
 
     Args:
-      keep: `f64[C]`, probability that each client sends it.
+      keep: `f64[C]`, the probability that each client sends it.
     """
     p = probabilities(keep)
     return stats.poisson_binom(p).pmf(np.arange(len(p) + 1))
 
 
 def updated(keep: ArrayLike) -> float:
-    """`q = P(N > 0) = 1 - prod (1 - p_k)`, to full precision for small p too."""
-    with np.errstate(divide="ignore"):  # log 0 = -inf is what a certain sender should give
+    """`q = P(N > 0) = 1 - prod (1 - p_k)`, to full precision even for small p."""
+    with np.errstate(divide="ignore"):  # a certain sender gives log 0 = -inf
         return float(-np.expm1(np.log1p(-probabilities(keep)).sum()))
 
 
 def inverse_senders(keep: ArrayLike) -> float:
-    """`rho = E[1/N | N > 0]`: by it the variance of a mean over the senders differs from one's.
+    """`rho = E[1/N | N > 0]`: variance of a mean over the senders, in units of one client's.
 
-    Between `q / sum p_k` (Jensen) and 1; NaN if nobody ever sends.
+    Between `q / sum p_k` (Jensen) and 1; NaN if no client ever sends.
     """
     pmf = senders(keep)[1:]
     n = np.arange(1, len(pmf) + 1)
@@ -94,10 +94,10 @@ def inverse_senders(keep: ArrayLike) -> float:
 
 
 def sampling_variance(keep: float, cohort: int, population: int) -> float:
-    """`kappa = (K rho - 1) / (K - 1)`: variance of the mean over the senders, given there are any.
+    """`kappa = (K rho - 1) / (K - 1)`: variance of the mean over the senders, given N > 0.
 
-    In units of the variance among all K clients. The cohort is a uniform sample and all keep with
-    the same p, so given N = n > 0 every n of the K clients are equally likely to be the senders.
+    In units of the variance among all K clients. The cohort is a uniform sample and all clients keep
+    with the same p, so given N = n > 0 every n of the K clients are equally likely to be the senders.
     Between `(K - C) / (C (K - 1))`, that of FedAvg, and 1, that of a single sender.
 
     Args:
@@ -113,16 +113,16 @@ def sampling_variance(keep: float, cohort: int, population: int) -> float:
 
 
 def probabilities(keep: ArrayLike) -> np.ndarray:
-    """`f64[C]`, checked.
+    """Checks keep probabilities and converts them to `f64[C]`.
 
     Raises:
-      FedLPError: another shape, nobody, or a number outside [0, 1].
+      FedLPError: another shape, no client, or a number outside [0, 1].
     """
     p = np.asarray(keep, np.float64)
     if p.ndim != 1 or p.size == 0:
         raise FedLPError(
-            f"keep has shape {list(p.shape)}; give one probability for each client of the cohort, "
-            "as in numpy.full(10, 0.5)."
+            f"keep has shape {list(p.shape)}; give one probability per client of the cohort, as "
+            "in numpy.full(10, 0.5)."
         )
     inside = (p >= 0) & (p <= 1)  # False for NaN too
     if not inside.all():
@@ -131,10 +131,10 @@ def probabilities(keep: ArrayLike) -> np.ndarray:
 
 
 def check_sample(keep: float, cohort: int, population: int) -> None:
-    """Refuses a cohort that cannot be drawn, and a layer that is never sent.
+    """Checks that a cohort can be drawn and that a layer is ever sent.
 
     Raises:
-      FedLPError: with the numbers.
+      FedLPError: neither 1 <= C <= K, nor 0 < p <= 1.
     """
     if not 1 <= cohort <= population:
         raise FedLPError(

@@ -1,4 +1,4 @@
-"""With which weights an aggregate counts its clients: bias and variance of the three means."""
+"""Effective weights of the clients in an aggregate: bias and variance of the three means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEP = 0.125
 
 
 class EffectiveWeights(NamedTuple):
-    """Moments of the weights `w_k` with which an aggregate `u = sum w_k d_k` counts its clients."""
+    """Moments of the weights `w_k` of an aggregate `u = sum w_k d_k`."""
 
     mean: np.ndarray  # f64[C], E w_k
     second: np.ndarray  # f64[C, C], E[w_k w_j]
@@ -31,15 +31,15 @@ class EffectiveWeights(NamedTuple):
         return self.mean @ updates
 
     def bias(self, updates: np.ndarray) -> np.ndarray:
-        """`E u` less FedAvg's update, `f64[n]`.
+        """`E u` minus FedAvg's update, `f64[n]`.
 
-        Where all keep alike, that of the masked mean is nothing but shrinkage: `-(1 - q)` times
-        FedAvg's update, for a layer that stands still in `1 - q` of the rounds.
+        If all clients keep with the same p, the bias of the masked mean is pure shrinkage: `-(1 - q)`
+        times FedAvg's update, because the layer does not move in `1 - q` of the rounds.
         """
         return (self.mean - self.target) @ updates
 
     def variance(self, updates: np.ndarray) -> np.ndarray:
-        """Variance over the masks of each number of `u`, `f64[n]`."""
+        """Variance of `u` over the masks, coordinate by coordinate, `f64[n]`."""
         return np.einsum("kn,kj,jn->n", updates, self.covariance, updates)
 
 
@@ -53,8 +53,8 @@ def masked_mean(keep: ArrayLike, weight: ArrayLike | None = None) -> EffectiveWe
         E w_k = int r_k G ds,  E w_k^2 = a_k int s r_k G ds,  E[w_k w_j] = int s r_k r_j G ds
 
     Args:
-      keep: `f64[C]`, probability that each client sends the layer.
-      weight: `f64[C]`, `a_k`; None = alike.
+      keep: `f64[C]`, the probability that each client sends the layer.
+      weight: `f64[C]`, `a_k`; None = equal.
     """
     p, a = probabilities(keep), _weights(weight, keep)
     positive = a[a > 0]
@@ -78,7 +78,7 @@ def inverse_probability(keep: ArrayLike, weight: ArrayLike | None = None) -> Eff
 
     Args:
       keep: `f64[C]`.
-      weight: `f64[C]`, `a_k`; None = alike.
+      weight: `f64[C]`, `a_k`; None = equal.
     """
     p = probabilities(keep)
     return _independent(p, 1 / np.where(p > 0, p, 1), _weights(weight, keep))
@@ -91,9 +91,9 @@ def cohort_mean(keep: ArrayLike, weight: ArrayLike | None = None) -> EffectiveWe
 
 
 def sampled_masked_mean(keep: float, cohort: int, population: int) -> EffectiveWeights:
-    """Weights of all K clients under `aggregate.masked_mean` where C of them are drawn at random.
+    """Weights of all K clients under `aggregate.masked_mean` if C of them are drawn at random.
 
-    All keep with the same p and weigh alike. Clients outside the cohort count 0, so
+    All clients have the same p and the same weight. Clients outside the cohort count 0, so
     `E w_k = q / K`, `E w_k^2 = q rho / K` and `E[w_k w_j] = q (1 - rho) / (K (K - 1))`.
 
     Args:
@@ -125,7 +125,7 @@ def _weights(weight: ArrayLike | None, keep: ArrayLike) -> np.ndarray:
     a = np.ones(shape) if weight is None else np.asarray(weight, np.float64)
     if a.shape != shape or not (a >= 0).all() or not 0 < a.sum() < np.inf:
         raise FedLPError(
-            f"weight must be {shape[0]} numbers, one for each client as keep, none negative and "
-            f"not all 0; got shape {list(a.shape)} with the sum {a.sum():g}."
+            f"weight must be {shape[0]} numbers, one per client like keep, none negative and not "
+            f"all 0; got shape {list(a.shape)} with the sum {a.sum():g}."
         )
     return a
