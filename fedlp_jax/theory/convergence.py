@@ -80,8 +80,8 @@ def quadratic_error(
 
     Client k's loss is `1/2 sum_i h_i (x_i - b_{k,i})^2`; S full gradient steps of size eta take x
     to `b_k + c (x - b_k)`, `c_i = (1 - eta h_i)^S`. With `e = x - x*`, x* the weighted mean of the
-    optima `b_k`, the round is `e' = e - (1 - c) sum w_k (e - (b_k - x*))`. Its two moments are linear
-    in those of e.
+    optima `b_k`, the round is `e' = e - (1 - c) sum w_k (e - (b_k - x*))`. Its two moments are
+    linear in those of e.
 
     Args:
       weights: of the layer, for the K clients in `optima`.

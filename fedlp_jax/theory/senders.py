@@ -50,8 +50,8 @@ def uploads(keep: Keep, cohort: int, layers: LayerTable) -> Uploads:
 def communication(keep: Keep, cohort: int, layers: LayerTable) -> dict[str, float]:
     """Expected traffic of a round of FedLP-Homo: the row of the ledger.
 
-    Every client downloads all layers, sends layer l with probability `p_{k,l}`, and sends one bit per
-    layer for its mask: `E upload_params = sum_l size_l sum_k p_{k,l}`.
+    Every client downloads all layers, sends layer l with probability `p_{k,l}`, and sends one bit
+    per layer for its mask: `E upload_params = sum_l size_l sum_k p_{k,l}`.
 
     Args:
       keep: see `uploads`.
@@ -96,8 +96,8 @@ def inverse_senders(keep: ArrayLike) -> float:
 def sampling_variance(keep: float, cohort: int, population: int) -> float:
     """`kappa = (K rho - 1) / (K - 1)`: variance of the mean over the senders, given N > 0.
 
-    In units of the variance among all K clients. The cohort is a uniform sample and all clients keep
-    with the same p, so given N = n > 0 every n of the K clients are equally likely to be the senders.
+    In units of the variance among all K clients. The cohort is a uniform sample and all clients
+    keep with the same p, so given N = n > 0 every n of the K clients are equally likely to send.
     Between `(K - C) / (C (K - 1))`, that of FedAvg, and 1, that of a single sender.
 
     Args:

@@ -33,8 +33,8 @@ class EffectiveWeights(NamedTuple):
     def bias(self, updates: np.ndarray) -> np.ndarray:
         """`E u` minus FedAvg's update, `f64[n]`.
 
-        If all clients keep with the same p, the bias of the masked mean is pure shrinkage: `-(1 - q)`
-        times FedAvg's update, because the layer does not move in `1 - q` of the rounds.
+        If all clients keep with the same p, the bias of the masked mean is pure shrinkage:
+        `-(1 - q)` times FedAvg's update, as the layer does not move in `1 - q` of the rounds.
         """
         return (self.mean - self.target) @ updates
 

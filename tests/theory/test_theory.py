@@ -277,6 +277,7 @@ def test_uploads_cost_what_is_expected_on_average(homo):
         assert {row[name] for row in simulated.costs} == {expected[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", ["masked_mean", "inverse_probability"])
 def test_unequal_clients_within_four_standard_errors(aggregator):
     problem = bench.unequal_clients(aggregator, layers=2, episodes=30, rounds=25)
@@ -303,7 +304,7 @@ def test_unequal_clients_draw_the_masked_mean_off_the_optimum():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: theory.senders(0.5), r"keep has shape \[\]; give one probability for each client"),
+        (lambda: theory.senders(0.5), r"keep has shape \[\]; give one probability per client"),
         (lambda: theory.updated([0.5, 1.5]), r"keep=1.5 is outside \[0, 1\]"),
         (lambda: theory.updated([0.5, np.nan]), "keep=nan is outside"),
         (lambda: theory.masked_mean([0.5, 0.5], [1.0]), r"2 numbers.*got shape \[1\]"),
