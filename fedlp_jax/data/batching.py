@@ -1,4 +1,4 @@
-"""A client's rows -> its shuffled, padded batches, inside jit, for ONE client."""
+"""Shuffled, padded batches of ONE client's rows, inside jit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedlp_jax.types import Array, Batch, Examples
 def shuffled_rows(key: Array, rows: Array, size: Array, batch_size: int) -> Array:
     """Shuffles a client's rows for one epoch; the valid ones come first.
 
-    Padding repeats the client's own first row: what another client's example computes must not
-    enter this one's gradient, not even times zero.
+    Padding repeats the client's own first row: another client's example must not enter this
+    gradient, not even times zero.
 
-    Sorting uniforms rather than `jax.random.permutation` makes the order of a client's examples
-    independent of M, the padding: a one-dimensional uniform draw is a prefix of a longer one.
+    A sort of uniform draws makes the order independent of M, the padded size, since a
+    one-dimensional uniform draw is a prefix of a longer one. `jax.random.permutation` would not.
 
     Args:
       key: consumed.
@@ -27,7 +27,7 @@ def shuffled_rows(key: Array, rows: Array, size: Array, batch_size: int) -> Arra
       `i32[ceil(M / B) * B]`; rows past `size` are padding.
     """
     (width,) = rows.shape
-    # float32 whatever the default, so that a run in float64 draws the same order.
+    # Always float32, so that a run in float64 draws the same order.
     draw = jax.random.uniform(key, (width,), jnp.float32)
     order = jnp.argsort(
         jnp.where(jnp.arange(width, dtype=jnp.int32) < size, draw, jnp.float32(2.0))
@@ -48,7 +48,7 @@ def take_batch(
       step: `i32[]`, batch within the epoch.
       size: `i32[]`, the client's number of examples.
       batch_size: B.
-      full: True if every batch of every client is known to be full; the mask is then left out.
+      full: True if every batch of every client is full; the batch then has no mask.
 
     Returns:
       A batch of B rows.
@@ -60,7 +60,7 @@ def take_batch(
 
 
 def slice_batch(examples: Examples, first: Array, batch_size: int) -> Batch:
-    """Rows `first` to `first + B` of a split in their own order, masked past its end."""
+    """Rows `first` to `first + B` of a split, unshuffled and masked past its end."""
     last = examples.labels.shape[0] - 1
     rows = first + jnp.arange(batch_size, dtype=jnp.int32)
     valid = rows <= last

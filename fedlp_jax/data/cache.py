@@ -1,134 +1,95 @@
-"""Decoded data sets on disk: plain .npy files that a second start maps instead of decoding.
+"""Decoded data sets on disk: plain .npy files, which a second start maps instead of decoding.
 
-An entry is a directory of four arrays and an index with their checksums. It is written beside its
-final name and renamed into place, so a reader sees all of it or nothing, and two processes that
-decode the same set at once do no harm: the first to finish publishes. Its name holds a digest of
-what was decoded, so a set that was prepared again is decoded again. Any entry may be deleted.
+An entry is a directory that is written under another name and then renamed, so a reader sees all of
+it or nothing, and two processes that decode the same set do no harm. Any entry may be deleted.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
+import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-_LAYOUT = 1  # raise it when the meaning of the stored arrays changes
 
-
-class Decoded(NamedTuple):
-    """A data set as stored: no normalisation, no checks beyond those of its source."""
-
-    train_inputs: np.ndarray  # uint8[N, ...]
-    train_labels: np.ndarray  # i32[N]
-    test_inputs: np.ndarray  # uint8[N_test, ...]
-    test_labels: np.ndarray  # i32[N_test]
-    num_classes: int
-
-
-_ARRAYS = Decoded._fields[:-1]
-
-
-def root() -> Path:
-    """`$FEDLP_CACHE_DIR`, else `fedlp_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
+def cache_dir() -> Path:
+    """`$FEDLP_CACHE_DIR`, else `fedlp_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
     own = os.environ.get("FEDLP_CACHE_DIR")
     if own:
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlp_jax"
 
 
-def digest(files: Iterable[Path], *choices: str | None) -> str:
-    """Names the contents of `files` without reading them, and the choices made in decoding them.
+def digest(files: Iterable[Path], *options: str | None) -> str:
+    """A name for the contents of `files` and the options of decoding them, without reading either.
 
     Args:
-      files: the files that the arrays are decoded from.
-      *choices: whatever else the arrays depend on, such as the names of the splits.
+      files: what the arrays are decoded from.
+      *options: whatever else the arrays depend on, such as the names of the splits.
 
     Returns:
-      A hexadecimal digest of real paths, sizes, times of last change and choices.
+      A hexadecimal digest of real paths, sizes, modification times and options.
     """
-    facts: list[object] = [_LAYOUT, *choices]
+    facts: list[object] = [2, *options]  # the number goes up when the stored arrays change meaning
     for file in sorted(files):
         stat = file.stat()
         facts.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def remember(name: str, decode: Callable[[], Decoded]) -> Decoded:
-    """Arrays from the entry `name`, or from `decode()`, which are then stored for the next time.
+def cached(
+    entry: str, names: Iterable[str], decode: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays from the cache, or from `decode()`, which are then stored for the next time.
 
-    An entry that is damaged (cut short, a flipped bit, files missing) counts as none and is
-    replaced. A cache that cannot be written costs a warning, nothing else.
+    An entry with missing or truncated files is replaced. A cache that cannot be written costs a
+    warning and nothing else.
 
     Args:
-      name: one directory name, which ends in a `digest`.
+      entry: name of a directory, which ends in a `digest`.
+      names: of the arrays.
       decode: makes the arrays.
 
     Returns:
-      The arrays; those from an entry are read-only maps of its files.
+      The arrays; cached ones are read-only maps of their files.
     """
-    entry = root() / name
-    found = _read(entry)
-    if found is not None:
-        return found
-    decoded = decode()
+    with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError):
+        folder = cache_dir() / entry
+        files = {name: folder / f"{name}.npy" for name in names}
+        return {
+            name: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            for name, file in files.items()
+        }
+    arrays = decode()
     try:
-        _write(entry, decoded)
-    except OSError as error:
+        _store(cache_dir() / entry, arrays)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         warnings.warn(
-            f"The decoded data set could not be stored under {entry.parent} ({error}), so the next "
-            "start decodes it again; set FEDLP_CACHE_DIR to a directory that can be written.",
+            f"The decoded data set could not be cached ({error}), so the next start decodes it "
+            "again; set FEDLP_CACHE_DIR to a directory that can be written.",
             stacklevel=2,
         )
-    return decoded
+    return arrays
 
 
-def _read(entry: Path) -> Decoded | None:
-    """The arrays of an entry, or None if there is none or it is damaged."""
-    try:
-        index = json.loads((entry / "index.json").read_text())
-        arrays: list[np.ndarray] = []
-        for name in _ARRAYS:
-            array = np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            if zlib.crc32(array.data) != index["crc32"][name]:
-                return None
-            arrays.append(np.asarray(array))  # an ndarray over the map, not a memmap
-        train_inputs, train_labels, test_inputs, test_labels = arrays
-        classes = int(index["num_classes"])
-        return Decoded(train_inputs, train_labels, test_inputs, test_labels, classes)
-    except Exception:  # a damaged file can raise almost anything
-        return None
-
-
-def _write(entry: Path, decoded: Decoded) -> None:
-    """Stores an entry in one step; leaves a whole one that is already there."""
-    unique = f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    temporary, damaged = entry.with_name(unique), entry.with_name(f"{unique}.damaged")
-    try:
-        temporary.mkdir(parents=True)
-        checksums = {}
-        for name in _ARRAYS:
-            array = np.ascontiguousarray(getattr(decoded, name))
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-            checksums[name] = zlib.crc32(array.data)
-        index = {"num_classes": decoded.num_classes, "crc32": checksums}
-        (temporary / "index.json").write_text(json.dumps(index))
-        if entry.exists() and _read(entry) is None:
-            entry.rename(damaged)
-        temporary.rename(entry)
-    except OSError as error:
-        # Another process has published the same arrays in the meantime.
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(damaged, ignore_errors=True)
+def _store(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an entry, then moves it into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        part = Path(temporary) / "entry"
+        part.mkdir()
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array, allow_pickle=False)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one; maps of it stay valid
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise

@@ -1,16 +1,19 @@
-"""Arrays -> `Dataset`: everything is checked here, once, so that nothing downstream has to."""
+"""`Dataset` of arrays, checked once here so that nothing downstream has to."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, shown, why
+from fedlp_jax.errors import FedLPError, shown, whole_number, why
 from fedlp_jax.types import Normalize
+
+IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
 
 
 class Split(NamedTuple):
@@ -21,20 +24,20 @@ class Split(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of inputs and labels."""
         return self.inputs.nbytes + self.labels.nbytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """A classification data set in memory, or mapped from the disk. Made by `load`."""
+    """A classification data set in memory, or mapped from disk. Made by `load` or `from_arrays`."""
 
     name: str
     train: Split
     test: Split
     num_classes: int
-    normalize: Normalize  # from stored to model inputs
-    client: np.ndarray | None = None  # i64[N], whose each training example is, where that is known
+    normalize: Normalize  # from stored inputs to model inputs
+    client: np.ndarray | None = None  # i64[N], client id of each training example, if known
 
     @functools.cached_property
     def hash(self) -> str:
@@ -62,74 +65,72 @@ def from_arrays(
     *,
     num_classes: int | None = None,
     normalize: Normalize | None = None,
+    add_channel: bool | None = None,
     client: Any = None,
     name: str = "arrays",
 ) -> Dataset:
     """Makes a data set of your own arrays.
 
+    A guess that may be wrong is announced in one warning: floats that lose digits in float32, small
+    integers taken for pixels, and windows of a series taken for images.
+
     Args:
-      train_inputs: uint8 or floating `[N, ...]`; images without a channel axis (three axes in all)
-        get one of size 1. Floats become float32.
+      train_inputs: uint8 or floating `[N, ...]`. Floats become float32.
       train_labels: integers `[N]` or `[N, 1]` in `0 .. num_classes - 1`.
       test_inputs: like `train_inputs`.
       test_labels: like `train_labels`.
       num_classes: None means one more than the largest label.
-      normalize: a pair (gain, shift), each one number or one per channel: the model sees
-        `x * gain + shift`. None means `x / 127.5 - 1` for uint8 and nothing for floats.
-      client: integers or strings `[N]`, whose each training example is; strings become their rank.
+      normalize: a pair (gain, shift), each one number or one per channel: the model gets
+        `x * gain + shift`. None means `x / 127.5 - 1` for uint8 and `x` for floats.
+      add_channel: whether inputs get a last axis of size 1. None means yes for three axes in all,
+        `[N, height, width]`, and no otherwise.
+      client: integers or strings `[N]`, the client id of each training example; strings become
+        their rank.
       name: for messages and reports.
 
     Returns:
       The data set.
 
     Raises:
-      FedLPError: shapes disagree, a type is unfit, a number is not finite, or a label is out of
+      FedLPError: shapes disagree, a type does not fit, a number is not finite, or a label is out of
         range.
     """
-    train = _split(name, "train", train_inputs, train_labels)
-    test = _split(name, "test", test_inputs, test_labels)
+    if not (add_channel is None or isinstance(add_channel, bool)):
+        raise FedLPError(f"{name}: add_channel={shown(add_channel)} must be true, false or None.")
+    train = _split(name, "train", train_inputs, train_labels, add_channel)
+    test = _split(name, "test", test_inputs, test_labels, add_channel)
     if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
         raise FedLPError(
             f"{name}: training examples are {train.inputs.dtype}{list(train.inputs.shape[1:])} but "
-            f"test examples {test.inputs.dtype}{list(test.inputs.shape[1:])}; they must be alike."
-        )
-    largest = int(max(train.labels.max(), test.labels.max()))
-    if num_classes is None:
-        num_classes = largest + 1
-        examples = len(train.labels) + len(test.labels)
-        if num_classes > max(examples, 1000):
-            raise FedLPError(
-                f"{name}: label {largest} would make {num_classes:,} classes of {examples:,} "
-                "examples; number the classes from 0, or give num_classes if that is meant."
-            )
-    whole = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
-    if not whole or not 1 <= num_classes < 2**31:
-        raise FedLPError(
-            f"{name}: num_classes must be a positive integer, got {shown(num_classes)}."
-        )
-    if largest >= num_classes:
-        raise FedLPError(
-            f"{name}: label {largest} is out of range for num_classes={num_classes}; labels count "
-            "from 0."
+            f"test examples {test.inputs.dtype}{list(test.inputs.shape[1:])}; make them alike."
         )
     if normalize is None:
-        normalize = pixels(0.5, 0.5) if train.inputs.dtype == np.uint8 else IDENTITY
+        normalize = IDENTITY
+        if train.inputs.dtype == np.uint8:
+            normalize = pixels(0.5, 0.5)
+            largest = max(train.inputs.max(), test.inputs.max())
+            if largest < 128:
+                _warn(
+                    f"{name}: inputs are uint8 and go up to {largest}, and are taken for pixels of "
+                    "0 to 255: the model gets x / 127.5 - 1. Pass normalize=(1, 0) for the numbers "
+                    "themselves, or normalize=(1 / 127.5, -1) if they are pixels."
+                )
     return Dataset(
         name=name,
         train=train,
         test=test,
-        num_classes=int(num_classes),
+        num_classes=_class_count(name, num_classes, train.labels, test.labels),
         normalize=_affine(name, normalize, train.inputs.shape),
         client=None if client is None else client_ids(client, len(train.labels)),
     )
 
 
 def pixels(mean: Any, std: Any, scale: float = 255.0) -> Normalize:
-    """The map `(x / scale - mean) / std`, the usual way to state how images are normalised.
+    """The normalisation `(x / scale - mean) / std` of images.
 
     Args:
       mean: a number, or one per channel, of `x / scale`.
-      std: the same.
+      std: likewise.
       scale: the largest stored value.
 
     Returns:
@@ -141,62 +142,166 @@ def pixels(mean: Any, std: Any, scale: float = 255.0) -> Normalize:
     )
 
 
-IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
+def class_labels(what: str, labels: Any) -> np.ndarray:
+    """Checks class labels.
+
+    Args:
+      what: names them in messages.
+      labels: integers `[N]` or `[N, 1]`, as Keras stores CIFAR's.
+
+    Returns:
+      Read-only `i32[N]`.
+
+    Raises:
+      FedLPError: they are not a list of at least one class number from 0 up.
+    """
+    labels = _as_array(what, labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        raise FedLPError(
+            f"{what} are {labels.dtype}{list(labels.shape)}; expected integers [N] (of a one-hot "
+            "array, take .argmax(-1))."
+        )
+    labels = integers(what, labels)
+    if len(labels) == 0:
+        raise FedLPError(f"{what} are empty; at least one example is needed.")
+    if labels.min() < 0 or labels.max() >= 2**31 - 1 or len(labels) >= 2**31:
+        raise FedLPError(
+            f"{what} go from {labels.min()} to {labels.max()} in {len(labels):,} examples; "
+            "expected 0 .. num_classes - 1 and fewer than 2**31 examples. A -1 often stands for "
+            "'no label': choose another split."
+        )
+    view: np.ndarray = np.ascontiguousarray(labels, np.int32)[:]
+    view.flags.writeable = False
+    return view
 
 
-def _split(name: str, which: str, inputs: Any, labels: Any) -> Split:
+def integers(what: str, values: Any) -> np.ndarray:
+    """A one-dimensional array of integers of any width.
+
+    Raises:
+      FedLPError: the values are something else.
+    """
+    values = _as_array(what, values)
+    if values.ndim == 1 and (np.issubdtype(values.dtype, np.integer) or values.size == 0):
+        return values
+    hint = ""
+    if values.dtype.kind in "fb":
+        hint = "; convert them with .astype(int) if they are whole numbers"
+    elif values.dtype.kind in "US":
+        hint = "; number them with numpy.unique(..., return_inverse=True)"
+    raise FedLPError(f"{what} are {values.dtype}{list(values.shape)}; expected integers [N]{hint}.")
+
+
+def client_ids(values: Any, examples: int) -> np.ndarray:
+    """Client ids as numbers: integers stay, strings become their rank.
+
+    Args:
+      values: integers or strings `[N]`.
+      examples: N.
+
+    Returns:
+      `i64[N]`.
+
+    Raises:
+      FedLPError: there is not one integer or string for each example.
+    """
+    ids = _as_array("Client ids", values)
+    text = ids.dtype.kind in "US" or (
+        ids.dtype.kind == "O" and all(isinstance(one, str) for one in ids.ravel())
+    )
+    if ids.shape != (examples,) or not (text or ids.dtype.kind in "iu"):
+        raise FedLPError(
+            f"Client ids are {ids.dtype}{list(ids.shape)}; expected one integer or string for each "
+            f"of the {examples:,} training examples."
+        )
+    if text:
+        # A dictionary: numpy takes ten times as long to sort a million strings.
+        names: list[Any] = ids.tolist()
+        rank = {name: i for i, name in enumerate(sorted(set(names)))}
+        return np.fromiter((rank[name] for name in names), np.int64, examples)
+    if ids.max() >= 2**63:
+        raise FedLPError(f"Client id {ids.max()} has more than 63 bits; pass the ids as strings.")
+    return ids.astype(np.int64)
+
+
+def _split(name: str, which: str, inputs: Any, labels: Any, add_channel: bool | None) -> Split:
     """Checks one split and brings it to the types of `Split`."""
-    where = f"{name}: {which}"
-    inputs, labels = as_array(f"{where}_inputs", inputs), as_array(f"{where}_labels", labels)
+    what = f"{name}: {which}_inputs"
+    labels = class_labels(f"{name}: {which}_labels", labels)
+    inputs = _as_array(what, inputs)
     if inputs.ndim < 2 or 0 in inputs.shape:
         raise FedLPError(
-            f"{where}_inputs have shape {list(inputs.shape)}; expected [N, ...] with at least one "
-            "example and one value in each."
-        )
-    if labels.ndim == 2 and labels.shape[1] == 1:  # Keras keeps CIFAR's labels so
-        labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise FedLPError(
-            f"{where}_labels are {labels.dtype}{list(labels.shape)}; expected integers [N]"
-            + (" (of a one-hot array, take .argmax(-1))." if labels.ndim == 2 else ".")
+            f"{what} have shape {list(inputs.shape)}; expected [N, ...] with at least one example "
+            "and one value in each."
         )
     if len(inputs) != len(labels):
         raise FedLPError(
-            f"{where}_inputs hold {len(inputs):,} examples but {which}_labels {len(labels):,}."
-        )
-    if labels.min() < 0 or labels.max() >= 2**31 - 1:
-        raise FedLPError(
-            f"{where}_labels go from {labels.min()} to {labels.max()}; expected 0 .. num_classes "
-            "- 1. A -1 often stands for 'no label': choose another split."
+            f"{what} hold {len(inputs):,} examples but {which}_labels {len(labels):,}."
         )
     if np.issubdtype(inputs.dtype, np.floating):
-        with np.errstate(over="ignore"):  # becomes an infinity, which is refused
-            inputs = inputs.astype(np.float32, copy=False)
-        finite = np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1)
-        if not finite.all():
-            raise FedLPError(
-                f"{where}_inputs hold a NaN, an infinity or a number beyond float32 in "
-                f"{(~finite).sum():,} of {len(inputs):,} examples, the first in row "
-                f"{finite.argmin()}; remove or repair them."
-            )
+        inputs = _single(what, inputs)
     elif inputs.dtype != np.uint8:
         raise FedLPError(
-            f"{where}_inputs are {inputs.dtype}; expected uint8 or floating. Cast them, for "
-            "example with .astype(numpy.float32)."
+            f"{what} are {inputs.dtype}; expected uint8 or floating. Cast them, for example with "
+            ".astype(numpy.float32), which is exact for integers up to 2**24."
         )
-    return Split(inputs[..., None] if inputs.ndim == 3 else inputs, labels.astype(np.int32))
+    if add_channel is None and inputs.ndim == 3:
+        add_channel = True
+        if which == "train" and inputs.dtype != np.uint8 and inputs.shape[1] != inputs.shape[2]:
+            _warn(
+                f"{what} have shape {list(inputs.shape)} and are taken for grey images, which get "
+                f"a channel axis: {[*inputs.shape, 1]}. Pass add_channel=False to keep the shape, "
+                "as for windows of a series, or add_channel=True if they are images."
+            )
+    return Split(inputs[..., None] if add_channel else inputs, labels)
 
 
-def as_array(what: str, values: Any) -> np.ndarray:
-    """`numpy.asarray`, which says of rows of several lengths whose they are.
+def _single(what: str, inputs: np.ndarray) -> np.ndarray:
+    """Floats as finite float32; warns where that loses what tells examples apart."""
+    with np.errstate(over="ignore"):  # becomes an infinity, which is refused
+        single = inputs.astype(np.float32, copy=False)
+    finite = np.isfinite(single).reshape(len(single), -1).all(axis=1)
+    if not finite.all():
+        raise FedLPError(
+            f"{what} hold a NaN, an infinity or a number beyond float32 in {(~finite).sum():,} of "
+            f"{len(single):,} examples, the first in row {finite.argmin()}; remove or repair them."
+        )
+    if inputs.dtype.itemsize > 4:
+        error = np.abs(inputs - single).max(axis=0)
+        spread = np.ptp(inputs, axis=0)
+        # A unit of a large whole number, or a thousandth of what a feature varies by.
+        lossy = (error >= 0.5) | ((spread > 0) & (error > 1e-3 * spread))
+        if lossy.any():
+            _warn(
+                f"{what} lose digits in float32: in {lossy.sum():,} of {lossy.size:,} features, by "
+                f"up to {error.max():.3g}. Subtract an offset, such as each feature's mean, before "
+                "you pass them."
+            )
+    return single
 
-    Raises:
-      FedLPError: the values are not an array.
-    """
-    try:
-        return np.asarray(values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise FedLPError(f"{what} cannot be made an array: {why(error)}.") from None
+
+def _class_count(
+    name: str, num_classes: int | None, train_labels: np.ndarray, test_labels: np.ndarray
+) -> int:
+    """Checks `num_classes` against the labels, or takes it from them."""
+    largest = int(max(train_labels.max(), test_labels.max()))
+    if num_classes is None:
+        examples = len(train_labels) + len(test_labels)
+        if largest >= max(examples, 1000):
+            raise FedLPError(
+                f"{name}: label {largest} would make {largest + 1:,} classes of {examples:,} "
+                "examples; number the classes from 0, or pass num_classes if that is intended."
+            )
+        return largest + 1
+    num_classes = whole_number(f"{name}: num_classes", num_classes, 1)
+    if not largest < num_classes < 2**31:
+        raise FedLPError(
+            f"{name}: label {largest} is out of range for num_classes={shown(num_classes)}; labels "
+            "count from 0, and there are fewer than 2**31 classes."
+        )
+    return num_classes
 
 
 def _affine(name: str, normalize: Normalize, shape: tuple[int, ...]) -> Normalize:
@@ -220,31 +325,13 @@ def _affine(name: str, normalize: Normalize, shape: tuple[int, ...]) -> Normaliz
     return Normalize(gain, shift)
 
 
-def client_ids(values: Any, examples: int) -> np.ndarray:
-    """Whose each example is, as numbers: integers stay, strings become their rank.
+def _as_array(what: str, values: Any) -> np.ndarray:
+    """`numpy.asarray`, with a sentence for rows of different lengths."""
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FedLPError(f"{what} cannot be made an array: {why(error)}.") from None
 
-    Args:
-      values: integers or strings `[N]`.
-      examples: N.
 
-    Returns:
-      `i64[N]`.
-
-    Raises:
-      FedLPError: there is not one integer or string for each example.
-    """
-    ids = as_array("Client ids", values)
-    text = ids.dtype.kind in "US" or (
-        ids.dtype.kind == "O" and all(isinstance(one, str) for one in ids.ravel())
-    )
-    if ids.shape != (examples,) or not (text or ids.dtype.kind in "iu"):
-        raise FedLPError(
-            f"Client ids are {ids.dtype}{list(ids.shape)}; expected one integer or string for each "
-            f"of the {examples:,} training examples."
-        )
-    if not text:
-        return ids.astype(np.int64)
-    # A dictionary: numpy takes ten times as long to sort a million strings.
-    names: list[Any] = ids.tolist()
-    rank = {name: i for i, name in enumerate(sorted(set(names)))}
-    return np.fromiter((rank[name] for name in names), np.int64, examples)
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

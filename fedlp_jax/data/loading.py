@@ -1,29 +1,33 @@
-"""A name -> `Dataset`: digits, a synthetic mixture, an .npz, or a set prepared for tfds."""
+"""`load`: a name -> `Dataset`, from the package's own sets, an .npz file or tensorflow-datasets."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.data import builtin as embedded
-from fedlp_jax.data import cache, prepared
-from fedlp_jax.data import tfds as decoding
-from fedlp_jax.data.archive import read_npz
+import numpy as np
+
+from fedlp_jax.data import builtin
 from fedlp_jax.data.dataset import Dataset as Dataset
 from fedlp_jax.data.dataset import Split as Split
 from fedlp_jax.data.dataset import from_arrays as from_arrays
 from fedlp_jax.data.dataset import pixels
+from fedlp_jax.data.files import usable_memory
+from fedlp_jax.data.tfds import load_prepared
 from fedlp_jax.errors import FedLPError, nearest, shown, why
 from fedlp_jax.types import Normalize
 
-# What the literature uses; any other set of images gets .5 and .5.
+# As in the literature; every other set of images gets .5 and .5.
 _NORMALIZE = {
     "mnist": pixels(0.1307, 0.3081),
     "fashion_mnist": pixels(0.1307, 0.3081),  # MNIST's, as in the official FedLP code
 }
+_OWN_KEYS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+_KERAS_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load(
@@ -33,27 +37,28 @@ def load(
 
     Args:
       name: one of
-        `digits`: 1,797 handwritten digits of 8 x 8 that scikit-learn carries, 1,437 to train on;
-        `synthetic`: a seeded Gaussian mixture, see `embedded.synthetic` for its options;
+        `digits`: 1,797 handwritten digits of 8 x 8 from scikit-learn, 1,437 of them to train on;
+        `synthetic`: a seeded Gaussian mixture, see `fedlp_jax.data.builtin.synthetic`;
         the path of an .npz file with `train_inputs`, `train_labels`, `test_inputs`, `test_labels`
         (or Keras' `x_train`, `y_train`, `x_test`, `y_test`) and perhaps `client`;
         any image-classification set that tensorflow-datasets has prepared in array_record.
       data_dir: where tensorflow-datasets prepares its sets; None means `$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`.
       **options: of `synthetic`: `examples`, `test_examples`, `shape`, `num_classes`, `seed`. Of an
-        .npz: `num_classes`, `normalize`. Of tensorflow-datasets: `train_split`, `test_split`, and
-        `image` and `label`, the features to read where there are several.
+        .npz: `num_classes`, `normalize`, `add_channel`, see `from_arrays`. Of tensorflow-datasets:
+        `train_split`, `test_split`, and `image` and `label`, the features to read where there are
+        several.
 
     Returns:
-      The data set. Decoded images are cached, see `cache`.
+      The data set. Decoded images are cached, see `fedlp_jax.data.cache`.
 
     Raises:
       FedLPError: the name or an option is unknown, or the data cannot be read.
     """
     source: Callable[..., Dataset]
     text = os.fspath(name)
-    if text in _OWN:
-        source = _OWN[text]
+    if text in _BUILTIN:
+        source = _BUILTIN[text]
     elif text.endswith(".npz"):
         source = _from_npz
     else:
@@ -81,21 +86,16 @@ def _from_tfds(
     image: str | None = None,
     label: str | None = None,
 ) -> Dataset:
-    words = {"train_split": train_split, "test_split": test_split, "image": image, "label": label}
-    for word, value in words.items():
+    choices = {"test_split": test_split, "image": image, "label": label}
+    for word, value in {"train_split": train_split, **choices}.items():
         if not isinstance(value, str) and (value is not None or word == "train_split"):
             raise FedLPError(f"{name}: {word} must be text, got {shown(value)}.")
-    found = prepared.find(
-        name, data_dir, train_split=train_split, test_split=test_split, own_names=tuple(_OWN)
+    prepared = load_prepared(
+        name, data_dir, train_split=train_split, other_names=tuple(_BUILTIN), **choices
     )
-    digest = cache.digest(found.files, found.train_split, found.test_split, image, label)
-    plain = name.split(":")[0]
-    entry = f"{plain.replace('/', '-')}-{found.version}-{digest}"
-    decoded = cache.remember(entry, lambda: decoding.decode(found, image, label))
-    normalize = _NORMALIZE.get(plain)
-    return from_arrays(
-        *decoded[:4], num_classes=decoded.num_classes, normalize=normalize, name=name
-    )
+    *arrays, classes = prepared.values()
+    normalize = _NORMALIZE.get(name.split(":")[0], pixels(0.5, 0.5))
+    return from_arrays(*arrays, num_classes=int(classes), normalize=normalize, name=name)
 
 
 def _from_npz(
@@ -104,28 +104,17 @@ def _from_npz(
     *,
     num_classes: int | None = None,
     normalize: Normalize | None = None,
+    add_channel: bool | None = None,
 ) -> Dataset:
     del data_dir
-    ours = ("train_inputs", "train_labels", "test_inputs", "test_labels")
-    keras = ("x_train", "y_train", "x_test", "y_test")
-
-    def choose(held: list[str]) -> list[str]:
-        keys = next((keys for keys in (ours, keras) if set(keys) <= set(held)), None)
-        if keys is None:
-            names = ", ".join(map(str, held[:8])) + (", ..." if len(held) > 8 else "")
-            raise FedLPError(
-                f"{path} holds the arrays {names or '(none)'}; expected {', '.join(ours)}, or "
-                f"{', '.join(keras)}."
-            )
-        return [*keys, *(["client"] if "client" in held else [])]
-
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():  # a directory, or a pipe, which would block
+        raise FedLPError(f"There is no file {path}.")
     try:
-        arrays = read_npz(path, choose)
+        arrays = _read_npz(file)
     except FedLPError:
         raise
-    except FileNotFoundError:
-        raise FedLPError(f"There is no file {path}.") from None
-    except Exception as error:  # a damaged archive can raise almost anything
+    except Exception as error:  # numpy and zipfile raise many kinds
         raise FedLPError(
             f"{path} cannot be read as an .npz of plain arrays ({why(error)}); write it with "
             "numpy.savez(path, train_inputs=..., ...) from arrays of numbers."
@@ -135,14 +124,35 @@ def _from_npz(
         *arrays.values(),
         num_classes=num_classes,
         normalize=normalize,
+        add_channel=add_channel,
         client=client,
-        name=Path(path).stem,
+        name=file.stem,
     )
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    """Four arrays of a data set in order, and `client` if it is there; never loads a pickle."""
+    with zipfile.ZipFile(file) as members:
+        size = sum(member.file_size for member in members.infolist())
+    if size > usable_memory():
+        raise FedLPError(
+            f"{file} unpacks to {size:,} bytes, and this machine has {usable_memory():,} to use "
+            "for it; store fewer or smaller arrays."
+        )
+    with np.load(file, allow_pickle=False) as archive:
+        keys = next((keys for keys in (_OWN_KEYS, _KERAS_KEYS) if set(keys) <= set(archive)), None)
+        if keys is None:
+            names = ", ".join(archive.files[:8]) + (", ..." if len(archive.files) > 8 else "")
+            raise FedLPError(
+                f"{file} holds the arrays {names or '(none)'}; expected {', '.join(_OWN_KEYS)}, or "
+                f"{', '.join(_KERAS_KEYS)}."
+            )
+        return {key: archive[key] for key in (*keys, "client") if key in archive}
 
 
 def _digits(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     del data_dir
-    return from_arrays(*embedded.digits(), num_classes=10, normalize=pixels(0, 1, 16), name=name)
+    return from_arrays(*builtin.digits(), num_classes=10, normalize=pixels(0, 1, 16), name=name)
 
 
 def _synthetic(
@@ -161,8 +171,8 @@ def _synthetic(
             f"{name}: shape must be a list of positive integers such as (8, 8, 1), got "
             f"{shown(shape)}."
         )
-    arrays = embedded.synthetic(examples, test_examples, tuple(shape), num_classes, seed)
-    return from_arrays(*arrays, num_classes=num_classes, name=name)
+    arrays = builtin.synthetic(examples, test_examples, tuple(shape), num_classes, seed)
+    return from_arrays(*arrays, num_classes=num_classes, normalize=pixels(0.5, 0.5), name=name)
 
 
-_OWN: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}
+_BUILTIN: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}

@@ -1,30 +1,146 @@
-"""Labels and a seed -> `Partition`: the schemes by which examples are spread over clients.
+"""Which client holds which training examples: `Partition`, and the schemes that make one.
 
-Every scheme works on whole arrays, so that a million clients take about a second, and draws from
-Philox keyed by the seed and the scheme. A request that cannot be met is refused in a sentence;
-nothing is drawn again until it happens to fit. All schemes raise `FedLPError` for such a request.
+Every scheme works on whole arrays, so a million clients take about a second. It draws from a Philox
+generator keyed by the seed and the scheme, and never redraws until a request happens to fit. All
+schemes raise `FedLPError` for bad labels or settings, and for what the examples cannot give.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import os
 from typing import Any
 
 import numpy as np
 
-from fedlp_jax.data import sizes as sizes_of
-from fedlp_jax.data.dataset import client_ids
-from fedlp_jax.data.holdings import Partition as Partition
-from fedlp_jax.data.holdings import by_owner, by_size, class_labels
-from fedlp_jax.errors import FedLPError, shown
+from fedlp_jax.data.dataset import class_labels, client_ids, integers
+from fedlp_jax.errors import FedLPError, is_number, shown, whole_number
 
-# The second word of the Philox key: with one seed, no two schemes share their draws.
+# The second word of the Philox key: no two schemes share their draws under one seed.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}
-_INTEGER = (int, np.integer)
-_NUMBER = (int, float, np.integer, np.floating)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Partition:
+    """The training examples of K clients, as compressed sparse rows.
+
+    Client k holds the rows `order[offset[k] : offset[k + 1]]` of the training split, at least one.
+    Some rows may belong to nobody. `fl.simulate` trains only on the labels that the partition was
+    made from.
+
+    Raises:
+      FedLPError: the arrays contradict each other.
+    """
+
+    order: np.ndarray  # i32[N'], rows of the training split, client after client
+    offset: np.ndarray  # i64[K + 1], from 0 to N'
+    labels: np.ndarray  # i32[N], class labels of the whole training split
+    num_classes: int
+    repeats: bool = False  # whether a row may occur more than once; each copy is trained on
+
+    def __post_init__(self) -> None:
+        labels = class_labels("labels", self.labels)
+        order, offset = integers("order", self.order), integers("offset", self.offset)
+        if len(offset) < 2 or offset[0] != 0 or offset[-1] != len(order):
+            raise FedLPError(
+                f"offset must go from 0 to the {len(order):,} rows of order over at least one "
+                f"client; got {len(offset)} entries, {offset[:1].tolist()} to "
+                f"{offset[-1:].tolist()}."
+            )
+        sizes = np.diff(offset.astype(np.int64))  # signed, so that a falling offset is negative
+        if sizes.min() < 1:
+            raise FedLPError(
+                f"Client {sizes.argmin()} holds {sizes.min()} examples ({(sizes < 1).sum():,} of "
+                f"{len(sizes):,} clients hold none); offset must rise at every client."
+            )
+        if order.min() < 0 or order.max() >= len(labels):
+            raise FedLPError(
+                f"order holds rows {order.min()} to {order.max()}, outside the {len(labels):,} "
+                "labelled examples."
+            )
+        if labels.max() >= whole_number("num_classes", self.num_classes, 1):
+            raise FedLPError(
+                f"label {labels.max()} is out of range for num_classes={self.num_classes}."
+            )
+        counts = np.bincount(order)
+        if counts.max() > 1 and not self.repeats:
+            raise FedLPError(
+                f"order holds {(counts > 1).sum():,} rows more than once (row {counts.argmax()} "
+                f"{counts.max()} times), which would count twice; remove them, or pass "
+                "repeats=True."
+            )
+        order, offset = _read_only(order, np.int32), _read_only(offset, np.int64)
+        for name, value in (("order", order), ("offset", offset), ("labels", labels)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def clients(self) -> int:
+        """K, the number of clients."""
+        return len(self.offset) - 1
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """Examples per client, `i64[K]`."""
+        return _read_only(np.diff(self.offset), np.int64)
+
+    def rows(self, client: int) -> np.ndarray:
+        """Rows of the training split that a client holds, `i32[n_k]`.
+
+        Raises:
+          FedLPError: the client does not exist.
+        """
+        integer = isinstance(client, int | np.integer) and not isinstance(client, bool)
+        if not integer or not 0 <= client < self.clients:
+            raise FedLPError(
+                f"There is no client {shown(client)}: they count from 0 to {self.clients - 1}."
+            )
+        return self.order[self.offset[client] : self.offset[client + 1]]
+
+    @functools.cached_property
+    def histogram(self) -> np.ndarray:
+        """Examples per client and class, `i64[K, num_classes]`."""
+        counts = np.bincount(self._cells(), minlength=self.clients * self.num_classes)
+        return _read_only(counts, np.int64).reshape(self.clients, self.num_classes)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the partition and its labels; the same on every platform."""
+        digest = hashlib.sha256(f"partition {self.clients} {self.num_classes} ".encode())
+        for array, kind in ((self.offset, "<i8"), (self.order, "<i4"), (self.labels, "<i4")):
+            digest.update(np.ascontiguousarray(array, kind).data)
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line: clients, examples, and the sizes and classes of a client."""
+        sizes = self.sizes
+        owner = np.unique(self._cells()) // self.num_classes
+        classes = np.bincount(owner, minlength=self.clients)
+        return (
+            f"{self.clients:,} clients with {len(self.order):,} examples of {self.num_classes} "
+            f"classes; per client {sizes.min():,} to {sizes.max():,} examples (median "
+            f"{np.median(sizes):g}) of {classes.min()} to {classes.max()} classes (median "
+            f"{np.median(classes):g})"
+        )
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Plots the partition, see `fedlp_jax.reporting.plots.partition`."""
+        from fedlp_jax.reporting import plots
+
+        return plots.partition(self, path)
+
+    def _cells(self) -> np.ndarray:
+        """`client * num_classes + label` of every example, `i64[N']`."""
+        client = np.repeat(np.arange(self.clients), self.sizes)
+        return client * self.num_classes + self.labels[self.order]
+
+    def __repr__(self) -> str:
+        return f"Partition({self.describe()})"
 
 
 def iid(labels: Any, *, clients: int, seed: int = 0) -> Partition:
-    """Deals all examples at random; sizes differ by one at most.
+    """Deals all examples at random, in sizes that differ by at most one.
 
     Args:
       labels: integers `[N]`.
@@ -34,34 +150,31 @@ def iid(labels: Any, *, clients: int, seed: int = 0) -> Partition:
     Returns:
       A partition that uses every example once.
     """
-    labels = class_labels(labels)
-    _check_clients(clients, len(labels))
+    labels, clients = _checked(labels, clients)
     rows = _generator("iid", seed).permutation(np.arange(len(labels), dtype=np.int32))
-    return by_size(rows, sizes_of.even(len(labels), clients), labels)
+    return _by_size(rows, _even_sizes(len(labels), clients), labels)
 
 
 def quantity(
     labels: Any, *, clients: int, alpha: float, seed: int = 0, min_size: int = 1
 ) -> Partition:
-    """Clients of unequal sizes, in shares ~ Dirichlet(alpha), with the same mix of classes.
+    """Skews the sizes and not the classes: client sizes in shares ~ Dirichlet(alpha).
 
     Args:
       labels: integers `[N]`.
       clients: K.
-      alpha: positive; the smaller, the more unequal.
+      alpha: positive; the smaller, the more unequal the sizes.
       seed: of sizes and deal.
-      min_size: at least 1; clients that the draw leaves smaller take from the largest ones.
+      min_size: at least 1; smaller clients take examples from the largest ones.
 
     Returns:
       A partition that uses every example once.
     """
-    labels = class_labels(labels)
-    _check_clients(clients, len(labels))
-    _check_alpha(alpha)
-    _check_min_size(min_size, clients, len(labels))
+    labels, clients = _checked(labels, clients, alpha)
+    min_size = _min_size(min_size, clients, len(labels))
     rng = _generator("quantity", seed)
-    sizes = sizes_of.raised(sizes_of.drawn(rng, alpha, clients, len(labels)), min_size)
-    return by_size(rng.permutation(np.arange(len(labels), dtype=np.int32)), sizes, labels)
+    sizes = _raise_sizes(_dirichlet_sizes(rng, alpha, clients, len(labels)), min_size)
+    return _by_size(rng.permutation(np.arange(len(labels), dtype=np.int32)), sizes, labels)
 
 
 def dirichlet(
@@ -81,98 +194,94 @@ def dirichlet(
     Args:
       labels: integers `[N]`.
       clients: K.
-      alpha: positive; the smaller, the fewer classes a client holds.
+      alpha: positive; the smaller, the fewer classes per client.
       seed: of the shares, and of the order of a class before it is cut.
-      min_size: clients that the draw leaves smaller take random examples from the largest ones.
-        None moves nothing, and refuses a client without examples.
-      reference: do as the official code does: cut a class in the order of the data set, and use
-        only the first 1000 K examples.
+      min_size: smaller clients take random examples from the largest ones. None moves nothing and
+        refuses a draw that leaves a client empty.
+      reference: follow `get_dirichlet_noniid` of the official code: cut each class in the order of
+        the data set, and use only the first 1000 K examples.
 
     Returns:
-      A partition that uses every example once (with `reference`, of the first 1000 K).
+      A partition that uses every example once (with `reference`, the first 1000 K).
     """
-    labels = class_labels(labels)
-    _check_clients(clients, len(labels))
-    _check_alpha(alpha)
-    used = labels[: 1000 * clients] if reference else labels
+    labels, clients = _checked(labels, clients, alpha)
+    eligible = labels[: 1000 * clients] if reference else labels
     if min_size is not None:
-        _check_min_size(min_size, clients, len(used))
+        min_size = _min_size(min_size, clients, len(eligible))
     rng = _generator("dirichlet", seed)
     pieces, owners = [], []
-    by_class = np.argsort(used, kind="stable").astype(np.int32)
-    for rows in np.split(by_class, np.cumsum(np.bincount(used))[:-1]):
+    by_class = np.argsort(eligible, kind="stable").astype(np.int32)
+    for rows in np.split(by_class, np.cumsum(np.bincount(eligible))[:-1]):
         pieces.append(rows if reference else rng.permutation(rows))
-        shares = sizes_of.drawn(rng, alpha, clients, len(rows))
-        owners.append(np.repeat(np.arange(clients, dtype=np.int32), shares))
+        sizes = _dirichlet_sizes(rng, alpha, clients, len(rows))
+        owners.append(np.repeat(np.arange(clients, dtype=np.int32), sizes))
     owner = np.concatenate(owners)
     sizes = np.bincount(owner, minlength=clients)
     if min_size is not None:
-        owner = sizes_of.moved(rng, owner, sizes_of.raised(sizes, min_size))
+        owner = _reassign(rng, owner, _raise_sizes(sizes, min_size))
     elif sizes.min() == 0:
         raise FedLPError(
             f"dirichlet with alpha={alpha:g} left {(sizes == 0).sum():,} of {clients:,} clients "
-            "without examples. Pass min_size=1, which lets them take some from the largest "
+            "without examples. Pass min_size=1, which moves examples to them from the largest "
             "clients, or a larger alpha."
         )
-    return by_owner(np.concatenate(pieces), owner, clients, labels)
+    return _by_owner(np.concatenate(pieces), owner, clients, labels)
 
 
 def shards(labels: Any, *, clients: int, shards_per_client: int = 2, seed: int = 0) -> Partition:
-    """Sorts by label, cuts into equal shards and deals them: few classes a client.
+    """Sorts by label, cuts into equal shards and deals them, so that a client has few classes.
 
-    McMahan et al. (arXiv:1602.05629) call the result pathological. A shard that spans the border
-    of two classes gives its client both.
+    McMahan et al. (arXiv:1602.05629) call this partition pathological. A shard that spans the
+    border of two classes gives its client both.
 
     Args:
       labels: integers `[N]`.
       clients: K.
-      shards_per_client: s; K s shards are cut, of sizes that differ by one at most.
+      shards_per_client: s; the K s shards differ in size by at most one.
       seed: of the deal.
 
     Returns:
       A partition that uses every example once.
     """
-    labels = class_labels(labels)
-    _check_clients(clients, len(labels))
-    _check_count("shards_per_client", shards_per_client)
-    total = clients * shards_per_client
+    labels, clients = _checked(labels, clients)
+    total = clients * whole_number("shards_per_client", shards_per_client, 1)
     if total > len(labels):
         raise FedLPError(
-            f"{clients:,} clients x {shards_per_client} shards need {total:,} examples, but there "
-            f"are {len(labels):,}; lower either."
+            f"{clients:,} clients x {shown(shards_per_client)} shards need more than the "
+            f"{len(labels):,} examples; lower either."
         )
-    rows, owner = _dealt_shards(_generator("shards", seed), labels, None, clients, total)
-    return by_owner(rows, owner, clients, labels)
+    rows = np.arange(len(labels), dtype=np.int32)
+    rows, owner = _deal_shards(_generator("shards", seed), labels, rows, clients, total)
+    return _by_owner(rows, owner, clients, labels)
 
 
 def mixed(
     labels: Any, *, clients: int, ratio: float = 0.95, seed: int = 0, reference: bool = False
 ) -> Partition:
-    """Two label shards and some iid examples for every client: FedLP's M-niid.
+    """Gives every client two label shards and some iid examples: FedLP's M-niid.
 
     Args:
       labels: integers `[N]`.
       clients: K.
-      ratio: share of the data that is dealt in shards, 2 a client; the rest is dealt at random.
+      ratio: share of the data that is dealt in shards, 2 per client; the rest is dealt at random.
       seed: of which examples go where.
-      reference: do as the official code does. The first int(N (1 - ratio)) examples are dealt at
-        random; shards of N // K // 2 - (their number a client) // 2 examples are then cut from the
-        whole sorted data set, of which each client gets 2 and the surplus is never used. So an
-        example may occur twice. (Ties of the sort go by position here; there they are undefined.)
-        With 50,000 examples and 100 clients: 25 + 2 x 238 = 501 each.
+      reference: follow `get_mixed_noniid` of the official code. It deals the first
+        int(N (1 - ratio)) examples at random. It then cuts the whole sorted data set into shards of
+        N // K // 2 - (random examples per client) // 2 examples, deals 2 to each client and leaves
+        the surplus unused. So an example may occur twice. (Ties of the sort go by position here;
+        there they are undefined.) With 50,000 examples and 100 clients: 25 + 2 x 238 = 501 each.
 
     Returns:
-      A partition that uses every example once, in sizes that differ by three at most; with
-      `reference` see there.
+      A partition that uses every example once, in sizes that differ by at most three; with
+      `reference`, see there.
     """
-    labels = class_labels(labels)
+    labels, clients = _checked(labels, clients)
     count = len(labels)
-    _check_clients(clients, count)
-    if not isinstance(ratio, _NUMBER) or not 0 <= ratio <= 1:
+    if not is_number(ratio) or not 0 <= ratio <= 1:
         raise FedLPError(f"ratio is a share of the examples, between 0 and 1; got {shown(ratio)}.")
     rng = _generator("mixed", seed)
     if reference:
-        return _official_mixed(rng, labels, clients, float(ratio))
+        return _mixed_reference(rng, labels, clients, float(ratio))
     at_random = round(count * (1 - float(ratio)))
     if 0 < count - at_random < 2 * clients:
         raise FedLPError(
@@ -181,48 +290,33 @@ def mixed(
         )
     shuffled = rng.permutation(np.arange(count, dtype=np.int32))
     iid_rows, rest = shuffled[:at_random], np.sort(shuffled[at_random:])
-    iid_owner = np.repeat(np.arange(clients), sizes_of.even(at_random, clients))
-    rows, owner = _dealt_shards(rng, labels, rest, clients, 2 * clients)
-    return by_owner(
+    iid_owner = np.repeat(np.arange(clients), _even_sizes(at_random, clients))
+    rows, owner = _deal_shards(rng, labels, rest, clients, 2 * clients)
+    return _by_owner(
         np.concatenate([iid_rows, rows]), np.concatenate([iid_owner, owner]), clients, labels
     )
 
 
 def natural(labels: Any, *, clients: Any) -> Partition:
-    """Gives every client the examples that are its own, such as those of one writer.
+    """Gives every client its own examples, such as those of one writer.
 
     Args:
       labels: integers `[N]`.
-      clients: integers or strings `[N]`, whose each example is. Client k is the k-th id in sorted
-        order, as `numpy.unique(clients)` lists them.
+      clients: integers or strings `[N]`, the client id of each example. Client k is the k-th id in
+        sorted order, as in `numpy.unique(clients)`.
 
     Returns:
       A partition that uses every example once, in the order of the data set.
     """
-    labels = class_labels(labels)
-    names, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
-    return by_owner(np.arange(len(labels), dtype=np.int32), owner, len(names), labels)
+    labels = class_labels("labels", labels)
+    ids, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
+    return _by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
 
 
-def _dealt_shards(
-    rng: np.random.Generator,
-    labels: np.ndarray,
-    rows: np.ndarray | None,
-    clients: int,
-    total: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts `rows` (None = all) by label, cuts them into `total` shards and deals these evenly."""
-    if rows is None:
-        rows = np.arange(len(labels), dtype=np.int32)
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    owner_of_shard = rng.permutation(total) % clients
-    return rows, np.repeat(owner_of_shard, sizes_of.even(len(rows), total))
-
-
-def _official_mixed(
+def _mixed_reference(
     rng: np.random.Generator, labels: np.ndarray, clients: int, ratio: float
 ) -> Partition:
-    """`mixed(reference=True)`, quirks and all; see there."""
+    """`mixed(reference=True)`, with the quirks listed there."""
     count = len(labels)
     at_random = int(count * (1 - ratio))
     each = at_random // clients
@@ -234,53 +328,145 @@ def _official_mixed(
             "reference=False."
         )
     total = count // shard
-    first = np.argsort(labels[: total * shard], kind="stable").astype(np.int32)
-    dealt = rng.permutation(total)[: 2 * clients]
+    by_label = np.argsort(labels[: total * shard], kind="stable").astype(np.int32)
+    hand = rng.permutation(total)[: 2 * clients]
     iid_rows = rng.permutation(np.arange(at_random, dtype=np.int32))[: each * clients]
-    rows = np.concatenate([iid_rows, first.reshape(total, shard)[dealt].ravel()])
+    rows = np.concatenate([iid_rows, by_label.reshape(total, shard)[hand].ravel()])
     owner = np.concatenate(
         [np.repeat(np.arange(clients), each), np.repeat(np.arange(2 * clients) // 2, shard)]
     )
-    return by_owner(rows, owner, clients, labels)
+    return _by_owner(rows, owner, clients, labels, repeats=True)
+
+
+def _deal_shards(
+    rng: np.random.Generator, labels: np.ndarray, rows: np.ndarray, clients: int, total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts `rows` by label, cuts them into `total` shards, deals these evenly: rows and owners."""
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    owner_of_shard = rng.permutation(total) % clients
+    return rows, np.repeat(owner_of_shard, _even_sizes(len(rows), total))
+
+
+def _by_owner(
+    rows: np.ndarray, owner: np.ndarray, clients: int, labels: np.ndarray, repeats: bool = False
+) -> Partition:
+    """The partition in which `rows[i]` belongs to client `owner[i]`; keeps the order of rows."""
+    sizes = np.bincount(owner, minlength=clients)
+    return _by_size(rows[np.argsort(owner, kind="stable")], sizes, labels, repeats)
+
+
+def _by_size(
+    rows: np.ndarray, sizes: np.ndarray, labels: np.ndarray, repeats: bool = False
+) -> Partition:
+    """The partition that cuts `rows` into pieces of `sizes`, `i64[K]`."""
+    offset = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    return Partition(rows, offset, labels, int(labels.max()) + 1, repeats)
+
+
+def _even_sizes(examples: int, parts: int) -> np.ndarray:
+    """Sizes `i64[parts]` that sum to `examples` and differ by at most one."""
+    return np.diff(np.arange(parts + 1) * examples // parts)
+
+
+def _dirichlet_sizes(
+    rng: np.random.Generator, alpha: float, clients: int, examples: int
+) -> np.ndarray:
+    """Sizes `i64[K]` in shares ~ Dirichlet(alpha 1_K), cut at floor(cumulated share x N)."""
+    shares = rng.dirichlet(np.full(clients, alpha))
+    cuts = (np.cumsum(shares)[:-1] * examples).astype(np.int64)
+    cuts = np.minimum(cuts, examples)  # the rounded sum of the shares may exceed 1
+    return np.diff(cuts, prepend=0, append=examples)
+
+
+def _raise_sizes(sizes: np.ndarray, min_size: int) -> np.ndarray:
+    """Raises sizes below `min_size` to it and cuts the largest down to one level; keeps the sum.
+
+    The level is the highest that frees enough. Clients between `min_size` and the level keep their
+    size. Ties go by client number, so nothing is drawn.
+
+    Args:
+      sizes: `i64[K]` with `sum >= K * min_size`.
+      min_size: at least 0.
+
+    Returns:
+      `i64[K]`.
+    """
+    shortage = np.maximum(min_size - sizes, 0).sum()
+    low, high = min_size, int(sizes.max())
+    while low < high:  # bisection: at most 31 steps
+        level = (low + high + 1) // 2
+        if np.maximum(sizes - level, 0).sum() >= shortage:
+            low = level
+        else:
+            high = level - 1
+    target = np.clip(sizes, min_size, low)
+    # The level frees less than one example per cut client beyond the shortage.
+    spare = sizes.sum() - target.sum()
+    target[np.flatnonzero(sizes > low)[:spare]] += 1
+    return target
+
+
+def _reassign(rng: np.random.Generator, owner: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Moves random examples from clients above their target size to those below.
+
+    Args:
+      rng: picks the examples that move and where each goes.
+      owner: integers `[N]`, the client of each example.
+      target: `i64[K]`, sizes to reach, of sum N.
+
+    Returns:
+      `owner` with the fewest possible changes.
+    """
+    sizes = np.bincount(owner, minlength=len(target))
+    shortage = np.maximum(target - sizes, 0)
+    if not shortage.any():
+        return owner
+    shuffled = rng.permutation(len(owner))
+    grouped = shuffled[np.argsort(owner[shuffled], kind="stable")]  # by client, in random order
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    surplus = grouped[rank >= np.repeat(target, sizes)]
+    owner = owner.copy()
+    owner[rng.permutation(surplus)] = np.repeat(np.arange(len(target)), shortage)
+    return owner
 
 
 def _generator(scheme: str, seed: Any) -> np.random.Generator:
-    if not isinstance(seed, _INTEGER) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise FedLPError(f"seed must be an integer in 0 .. 2**64 - 1, got {shown(seed)}.")
+    if whole_number("seed", seed, 0) >= 2**64:
+        raise FedLPError(f"seed={shown(seed)} must be below 2**64.")
     return np.random.Generator(
         np.random.Philox(key=np.asarray([seed, _STREAM[scheme]], dtype=np.uint64))
     )
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, _INTEGER) or isinstance(value, bool) or value < 1:
-        raise FedLPError(f"{name} must be a positive integer, got {shown(value)}.")
-    if value >= 2**31:
-        raise FedLPError(f"{name} is {shown(value)}, but fewer than 2**31 can be counted.")
-
-
-def _check_clients(clients: Any, examples: int) -> None:
-    _check_count("clients", clients)
-    if clients > examples:
+def _checked(labels: Any, clients: Any, alpha: Any = 1.0) -> tuple[np.ndarray, int]:
+    """Labels `i32[N]` and K, after the checks that the schemes share."""
+    labels, clients = class_labels("labels", labels), whole_number("clients", clients, 1)
+    if clients > len(labels):
         raise FedLPError(
-            f"{clients:,} clients cannot share {examples:,} examples: each needs at least one; "
-            f"lower clients to {examples:,} or fewer."
+            f"{shown(clients)} clients cannot share {len(labels):,} examples, since each needs at "
+            f"least one; lower clients to {len(labels):,} or fewer."
         )
-
-
-def _check_alpha(alpha: Any) -> None:
-    if not isinstance(alpha, _NUMBER) or isinstance(alpha, bool) or not 0 < alpha < 1e300:
+    if not is_number(alpha) or not 0 < alpha < 1e300:
         raise FedLPError(
             f"alpha must be a positive finite number, got {shown(alpha)}; about 0.1 is very "
             "uneven, and beyond 100 a partition is close to iid."
         )
+    return labels, clients
 
 
-def _check_min_size(min_size: Any, clients: int, examples: int) -> None:
-    _check_count("min_size", min_size)
+def _min_size(min_size: Any, clients: int, examples: int) -> int:
+    min_size = whole_number("min_size", min_size, 1)
     if min_size * clients > examples:
         raise FedLPError(
-            f"min_size={min_size} for {clients:,} clients needs {min_size * clients:,} examples, "
-            f"but there are {examples:,}; lower min_size to {examples // clients} or clients to "
+            f"min_size={shown(min_size)} for {clients:,} clients needs more than the "
+            f"{examples:,} examples; lower min_size to {examples // clients} or clients to "
             f"{examples // min_size:,}."
         )
+    return min_size
+
+
+def _read_only(values: np.ndarray, dtype: type) -> np.ndarray:
+    """A read-only view, or a copy if the type differs; the caller's array stays writable."""
+    view: np.ndarray = np.ascontiguousarray(values, dtype)[:]
+    view.flags.writeable = False
+    return view

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from fedlp_jax.data import cache
+from fedlp_jax.data.cache import cache_dir
 
 _WORTH_SECONDS = 0.1  # what compiles faster is not worth a file
 _DAYS = 30  # programs of earlier versions are never asked for again
@@ -49,7 +49,7 @@ def keep_programs() -> Path | None:
     if settings["jax_compilation_cache_dir"]:
         return Path(settings["jax_compilation_cache_dir"])
     try:
-        folder = cache.root() / "xla"
+        folder = cache_dir() / "xla"
         # Its files are run: nobody else may put one there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no permission; no home directory

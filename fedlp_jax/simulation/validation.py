@@ -71,16 +71,24 @@ def check_start(rounds: int, first_round: int, checkpoint: Any, resume: Any) -> 
 
 
 def check_partition(clients: Partition, data: Dataset) -> None:
-    """Refuses a partition of other examples than the training split's.
+    """Refuses a partition of other examples or labels than the training split's.
 
     Raises:
-      FedLPError: with both numbers.
+      FedLPError: with the numbers.
     """
     examples = len(data.train.labels)
     if len(clients.labels) != examples:
         raise FedLPError(
             f"the partition was made for {len(clients.labels)} examples but the training split of "
             f"'{data.name}' has {examples}; partition its own labels."
+        )
+    others = int((clients.labels != data.train.labels).sum())
+    if others:
+        raise FedLPError(
+            f"the partition was made from other labels: {others:,} of {examples:,} differ from the "
+            f"training labels of '{data.name}'. Partition its own labels; to keep these rows, as "
+            "after a partition by another attribute, pass fl.Partition(p.order, p.offset, "
+            "data.train.labels, data.num_classes)."
         )
 
 

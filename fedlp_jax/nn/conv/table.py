@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from fedlp_jax.data import cache
+from fedlp_jax.data.cache import cache_dir
 
 Times = dict[str, float]  # form -> milliseconds of a convolution with its gradients
 
@@ -47,7 +47,7 @@ def path() -> Path | None:
     """
     named = os.environ.get(VARIABLE)
     if named is None:
-        return cache.root() / "convolutions.json"
+        return cache_dir() / "convolutions.json"
     return Path(named).expanduser() if named else None
 
 
