@@ -120,9 +120,9 @@ def test_any_mapping_is_taken_or_refused_in_sentences(raw):
 
 def arrays(**changes):
     good = {
-        "train_inputs": np.zeros((20, 4, 4, 1), np.uint8),
+        "train_inputs": np.full((20, 4, 4, 1), 255, np.uint8),
         "train_labels": np.arange(20) % 2,
-        "test_inputs": np.zeros((4, 4, 4, 1), np.uint8),
+        "test_inputs": np.full((4, 4, 4, 1), 255, np.uint8),
         "test_labels": np.arange(4) % 2,
     }
     return {name: value for name, value in (good | changes).items() if value is not None}

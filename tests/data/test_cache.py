@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -16,88 +17,89 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def _decoded(offset: int = 0) -> cache.Decoded:
-    inputs = (np.arange(2 * 3 * 3 * 1).reshape(2, 3, 3, 1) + offset).astype(np.uint8)
-    labels = np.array([0, 1], np.int32)
-    return cache.Decoded(inputs, labels, inputs[:1], labels[:1], 7)
+NAMES = ("inputs", "labels", "num_classes")
 
 
-def _never() -> cache.Decoded:
+def _decode(offset: int = 0) -> dict[str, np.ndarray]:
+    inputs = (np.arange(18).reshape(2, 3, 3, 1) + offset).astype(np.uint8)
+    return {"inputs": inputs, "labels": np.array([0, 1], np.int32), "num_classes": np.asarray(7)}
+
+
+def _never() -> dict[str, np.ndarray]:
     raise AssertionError("decoded although the entry is good")
 
 
-def _assert_same(found: cache.Decoded, expected: cache.Decoded) -> None:
-    assert found.num_classes == expected.num_classes
-    for one, other in zip(found[:4], expected[:4], strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+def _cached(decode=_never) -> dict[str, np.ndarray]:
+    return cache.cached("set", NAMES, decode)
+
+
+def _assert_same(arrays, expected) -> None:
+    assert list(arrays) == list(expected)
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def test_the_second_time_nothing_is_decoded(root):
-    _assert_same(cache.remember("set", _decoded), _decoded())
-    found = cache.remember("set", _never)
-    _assert_same(found, _decoded())
-    assert isinstance(found.train_inputs.base, np.memmap)
-    assert not found.train_inputs.flags.writeable
+    _assert_same(_cached(_decode), _decode())
+    arrays = _cached()
+    _assert_same(arrays, _decode())
+    assert isinstance(arrays["inputs"].base, np.memmap)
+    assert not arrays["inputs"].flags.writeable
     assert [child.name for child in root.iterdir()] == ["set"]
 
 
-def _flip_a_bit(entry: Path) -> None:
-    file = entry / "test_inputs.npy"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 4
-    file.write_bytes(data)
-
-
 DAMAGE = {
-    "a flipped bit": _flip_a_bit,
-    "a file cut short": lambda entry: os.truncate(entry / "train_inputs.npy", 130),
-    "an empty file": lambda entry: os.truncate(entry / "train_labels.npy", 0),
-    "a missing file": lambda entry: (entry / "train_labels.npy").unlink(),
-    "a missing index": lambda entry: (entry / "index.json").unlink(),
-    "an index that is no JSON": lambda entry: (entry / "index.json").write_text("{"),
-    "an index of another kind": lambda entry: (entry / "index.json").write_text("[]"),
-    "an index without checksums": lambda entry: (entry / "index.json").write_text("{}"),
-    "a pickle": lambda entry: np.save(entry / "train_labels.npy", np.array([None])),
+    "a file cut short": lambda entry: os.truncate(entry / "inputs.npy", 130),
+    "an empty file": lambda entry: os.truncate(entry / "labels.npy", 0),
+    "a missing file": lambda entry: (entry / "labels.npy").unlink(),
+    "a pickle": lambda entry: np.save(entry / "labels.npy", np.array([None])),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_entry_is_replaced(damage, root):
-    cache.remember("set", _decoded)
+    _cached(_decode)
     damage(root / "set")
-    _assert_same(cache.remember("set", lambda: _decoded(1)), _decoded(1))
-    _assert_same(cache.remember("set", _never), _decoded(1))
+    _assert_same(_cached(lambda: _decode(1)), _decode(1))
+    _assert_same(_cached(), _decode(1))
     assert [child.name for child in root.iterdir()] == ["set"]
 
 
 def test_two_at_once_do_no_harm(root):
     both_decode = threading.Barrier(2)
-    found = []
+    results = []
 
-    def decode() -> cache.Decoded:
+    def decode() -> dict[str, np.ndarray]:
         both_decode.wait(10)
-        return _decoded()
+        return _decode()
 
-    threads = [
-        threading.Thread(target=lambda: found.append(cache.remember("set", decode)))
-        for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(_cached(decode))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 2
-    for one in (*found, cache.remember("set", _never)):
-        _assert_same(one, _decoded())
+    assert len(results) == 2
+    for arrays in (*results, _cached()):
+        _assert_same(arrays, _decode())
     assert [child.name for child in root.iterdir()] == ["set"]
+
+
+def test_another_process_may_be_faster(root, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    cache._store(root / "set", _decode())
+    cache._store(root / "set", _decode(1))
+    _assert_same(_cached(), _decode())
 
 
 def test_a_cache_that_cannot_be_written_only_warns(root, monkeypatch):
     root.parent.joinpath("file").write_text("")
     monkeypatch.setenv("FEDLP_CACHE_DIR", str(root.parent / "file"))
-    with pytest.warns(UserWarning, match="could not be stored under .*file.* set FEDLP_CACHE_DIR"):
-        _assert_same(cache.remember("set", _decoded), _decoded())
+    with pytest.warns(UserWarning, match="could not be cached .*file.* set FEDLP_CACHE_DIR"):
+        _assert_same(_cached(_decode), _decode())
+    monkeypatch.setenv("FEDLP_CACHE_DIR", "~nobody-at-all/x")
+    with pytest.warns(UserWarning, match="could not be cached"):
+        _assert_same(_cached(_decode), _decode())
 
 
 def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
@@ -106,13 +108,13 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.warns(UserWarning, match="No space left on device"):
-        cache.remember("set", _decoded)
+        _cached(_decode)
     assert list(root.iterdir()) == []
 
 
 def test_a_decoder_that_fails_leaves_nothing_behind(root):
     with pytest.raises(AssertionError):
-        cache.remember("set", _never)
+        _cached(_never)
     assert not root.exists()
 
 
@@ -158,4 +160,4 @@ def test_where_the_cache_is(variables, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cache.root() == Path(expected)
+    assert cache.cache_dir() == Path(expected)

@@ -96,9 +96,19 @@ HUGE[2] = 1e300
         (0, np.zeros((5, 4, 4, 1), int), r"inputs are int64; expected uint8 or floating. Cast"),
         (0, np.zeros((5, 4, 4, 1), bool), "train_inputs are bool"),
         (0, np.full((5, 4), None), "train_inputs are object"),
-        (1, np.zeros((5,)), r"train_labels are float64\[5\]; expected integers \[N\]"),
+        (
+            1,
+            np.zeros((5,)),
+            r"train_labels are float64\[5\]; expected integers \[N\]; .*astype\(int\)",
+        ),
         (1, np.zeros((5, 3), int), r"int64\[5, 3\]; .* one-hot array, take .argmax"),
-        (1, np.array([0, 1, -1, 0, 0]), "labels go from -1 to 1; .* choose another split"),
+        (1, np.zeros(5, bool), r"train_labels are bool\[5\]; .*astype\(int\)"),
+        (1, np.array(list("aabbc")), "number them with numpy.unique"),
+        (
+            1,
+            np.array([0, 1, -1, 0, 0]),
+            "labels go from -1 to 1 in 5 .* another split",
+        ),
         (3, np.array([0, 1, 2**40]), "labels go from 0 to 1099511627776"),
     ],
 )
@@ -113,8 +123,8 @@ def test_arrays_that_do_not_fit_are_refused(position, value, message):
     ("options", "message"),
     [
         ({"num_classes": 2}, "label 2 is out of range for num_classes=2"),
-        ({"num_classes": 3.0}, "num_classes must be a positive integer, got 3.0"),
-        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"num_classes": 3.0}, "x: num_classes=3.0 must be a whole number of at least 1"),
+        ({"num_classes": 0}, "x: num_classes=0 must be a whole number"),
         ({"normalize": Normalize([1, 2], 0)}, r"normalize.gain is \[1.0, 2.0\]; .* 1 channels"),
         ({"normalize": Normalize(1, np.nan)}, "normalize.shift is nan"),
         ({"normalize": 0.5}, r"x: normalize is 0.5; expected a pair \(gain, shift\), each one"),
@@ -125,8 +135,54 @@ def test_arrays_that_do_not_fit_are_refused(position, value, message):
         ({"normalize": [1e300, 0]}, "normalize.gain is inf; expected one finite number"),
         ({"client": [1, 2]}, r"Client ids are int64\[2\]; .* each of the 5 training examples"),
         ({"client": [0.5] * 5}, "Client ids are float64"),
+        (
+            {"client": np.full(5, 2**63, np.uint64)},
+            "Client id 9223372036854775808 has more than 63",
+        ),
+        ({"add_channel": 1}, "x: add_channel=1 must be true, false or None"),
+        ({"num_classes": 2**31}, "num_classes=2147483648; .* fewer than"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(FedLPError, match=message):
         from_arrays(*_arrays(), name="x", **options)
+
+
+# --- guesses are announced
+
+
+@pytest.mark.parametrize(
+    "column",
+    [[16777216.0, 16777217.0], [1.7e9, 1.7e9 + 1], [1 + 1e-9, 1.0], [0.0, 1e9 + 1]],
+    ids=["whole numbers", "seconds", "a small spread", "ids"],
+)
+def test_floats_that_lose_digits_warn(column):
+    inputs = np.column_stack([column, [0.5, 0.1]])
+    with pytest.warns(UserWarning, match="x: train_inputs lose digits in float32: in 1 of 2 feat"):
+        from_arrays(inputs, [0, 1], inputs.astype(np.float32), [0, 1], name="x")
+
+
+def test_ordinary_floats_do_not_warn():
+    inputs = np.random.default_rng(0).normal(100, 3, (8, 4))
+    inputs[:, 1] = 0.1
+    from_arrays(inputs, [0, 1] * 4, inputs, [0, 1] * 4)
+
+
+def test_small_bytes_are_taken_for_pixels_with_a_warning():
+    bits = np.array([[0], [1], [1]], np.uint8)
+    with pytest.warns(
+        UserWarning, match=r"x: inputs are uint8 and go up to 1, .* normalize=\(1, 0"
+    ):
+        from_arrays(bits, [0, 1, 0], bits, [0, 1, 0], name="x")
+    data = from_arrays(bits, [0, 1, 0], bits, [0, 1, 0], normalize=(1, 0))
+    assert (bits * data.normalize.gain + data.normalize.shift).ravel().tolist() == [0, 1, 1]
+
+
+def test_windows_of_a_series_keep_their_shape_where_that_is_asked():
+    windows, labels = np.zeros((3, 100, 9), np.float32), [0, 1, 0]
+    with pytest.warns(UserWarning, match=r"train_inputs .* taken for grey .* add_channel=False"):
+        data = from_arrays(windows, labels, windows, labels)
+    assert data.train.inputs.shape == (3, 100, 9, 1)
+    for add_channel, shape in ((False, (3, 100, 9)), (True, (3, 100, 9, 1))):
+        data = from_arrays(windows, labels, windows, labels, add_channel=add_channel)
+        assert data.train.inputs.shape == data.test.inputs.shape == shape

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlp_jax.data import partition
+from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
 
+few = settings(max_examples=25, deadline=None)
 # As many of each class as in CIFAR-10.
 CIFAR = np.random.default_rng(7).permutation(np.repeat(np.arange(10), 5000))
 
@@ -28,8 +33,8 @@ def _labels(draw, examples: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@few
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
 def test_every_scheme_deals_every_example_once(scheme, data):
     clients = data.draw(st.integers(1, 12))
     labels = _labels(data.draw, data.draw(st.integers(4 * clients, 200)))
@@ -237,24 +242,267 @@ def test_natural_clients_come_in_the_order_of_their_ids(ids):
     assert [dealt.rows(k).tolist() for k in range(3)] == [[1, 4], [0, 2], [3]]
 
 
+# --- Partition
+
+LABELS = np.array([0, 1, 2, 1, 0, 2])
+
+
+def _partition() -> Partition:
+    return Partition(np.array([4, 0, 1, 5, 3]), np.array([0, 2, 5]), LABELS, 3)
+
+
+def test_a_partition_hands_out_the_rows_sizes_and_classes_of_its_clients():
+    dealt = _partition()
+    assert dealt.clients == 2
+    assert dealt.rows(0).tolist() == [4, 0]
+    assert dealt.rows(1).tolist() == [1, 5, 3]
+    assert dealt.sizes.tolist() == [2, 3]
+    assert dealt.histogram.tolist() == [[2, 0, 0], [0, 2, 1]]
+    assert (dealt.order.dtype, dealt.offset.dtype) == (np.int32, np.int64)
+    assert (dealt.sizes.dtype, dealt.histogram.dtype) == (np.int64, np.int64)
+
+
+def test_a_class_that_nobody_holds_has_a_column():
+    dealt = Partition(np.array([0]), np.array([0, 1]), np.array([0, 1]), 5)
+    assert dealt.histogram.tolist() == [[1, 0, 0, 0, 0]]
+
+
+def test_arrays_are_read_only_and_the_callers_stay_writable():
+    labels = LABELS.astype(np.int32)
+    dealt = Partition(np.array([0], np.int32), np.array([0, 1]), labels, 3)
+    with pytest.raises(ValueError, match="read-only"):
+        dealt.labels[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        dealt.rows(0)[0] = 1
+    labels[0] = 0
+
+
+def test_the_hash_is_that_of_the_little_endian_bytes():
+    parts = struct.pack("<3q5i6i", 0, 2, 5, 4, 0, 1, 5, 3, *LABELS)
+    assert _partition().hash == hashlib.sha256(b"partition 2 3 " + parts).hexdigest()
+
+
+def test_the_hash_sees_every_field():
+    order, offset = np.array([4, 0, 1, 5, 3]), np.array([0, 2, 5])
+    other = LABELS.copy()
+    other[2] = 1  # a label of a row that nobody holds
+    hashes = {
+        Partition(order, offset, LABELS, 3).hash,
+        Partition(order[::-1], offset, LABELS, 3).hash,
+        Partition(order, np.array([0, 3, 5]), LABELS, 3).hash,
+        Partition(order, offset, other, 3).hash,
+        Partition(order, offset, LABELS, 4).hash,
+    }
+    assert len(hashes) == 5
+
+
+def test_the_hash_does_not_depend_on_the_types_given():
+    wide = Partition(np.array([4, 0], np.int64), [0, 1, 2], LABELS.astype(np.uint8), 3)
+    narrow = Partition(np.array([4, 0], np.int16), [0, 1, 2], LABELS.astype(">i4"), 3)
+    assert wide.hash == narrow.hash
+
+
+def test_describe_says_what_there_is():
+    assert _partition().describe() == (
+        "2 clients with 5 examples of 3 classes; per client 2 to 3 examples (median 2.5) of 1 to 2 "
+        "classes (median 1.5)"
+    )
+    assert repr(_partition()) == f"Partition({_partition().describe()})"
+
+
+def test_by_owner_keeps_the_order_of_a_clients_rows():
+    rows = np.array([5, 3, 1, 4], np.int32)
+    dealt = partition._by_owner(rows, np.array([1, 0, 1, 0]), 2, LABELS)
+    assert dealt.rows(0).tolist() == [3, 4]
+    assert dealt.rows(1).tolist() == [5, 1]
+
+
+def test_by_size_cuts_the_rows_as_they_come():
+    dealt = partition._by_size(np.array([5, 3, 1], np.int32), np.array([1, 2]), LABELS)
+    assert dealt.rows(0).tolist() == [5]
+    assert dealt.rows(1).tolist() == [3, 1]
+    assert dealt.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"order": [0, 6]}, r"order holds rows 0 to 6, outside the 6 labelled examples"),
+        ({"order": [-1, 0]}, r"order holds rows -1 to 0, outside the 6"),
+        ({"order": [0.0, 1.0]}, r"order are float64\[2\]; expected integers \[N\]"),
+        ({"order": [[0, 1]]}, r"order are int64\[1, 2\]; expected integers"),
+        ({"order": [4, 4]}, r"order holds 1 rows more than once \(row 4 2 times\).* repeats=True"),
+        ({"num_classes": "3"}, r"num_classes='3' must be a whole number"),
+        (
+            {"offset": [0, 1]},
+            r"offset must go from 0 to the 2 rows .* got 2 entries, \[0\] to \[1\]",
+        ),
+        ({"offset": [1, 2]}, r"offset must go from 0"),
+        ({"offset": [2]}, r"over at least one client"),
+        ({"offset": [0, 2, 2]}, r"Client 1 holds 0 examples \(1 of 2 clients hold none\)"),
+        ({"offset": [0, 2, 1, 2]}, r"Client 1 holds -1 examples"),
+        ({"num_classes": 2}, r"label 2 is out of range for num_classes=2"),
+        (
+            {"labels": [0, -1]},
+            r"labels go from -1 to 0 in 2 examples; expected 0 .. num_classes - 1",
+        ),
+        ({"labels": [0, 2**31]}, r"go from 0 to 2147483648"),
+        ({"labels": []}, r"labels are empty"),
+    ],
+)
+def test_arrays_that_contradict_each_other_are_refused(fields, message):
+    good = {"order": [0, 1], "offset": [0, 1, 2], "labels": LABELS, "num_classes": 3}
+    Partition(**good)
+    with pytest.raises(FedLPError, match=message):
+        Partition(**(good | fields))
+
+
+@pytest.mark.parametrize("client", [-1, 2])
+def test_a_client_that_is_not_there_is_refused(client):
+    with pytest.raises(FedLPError, match=f"no client {client}: they count from 0 to 1"):
+        _partition().rows(client)
+
+
+def test_rows_may_repeat_where_that_is_intended():
+    dealt = Partition([4, 4], [0, 1, 2], LABELS, 3, repeats=True)
+    assert dealt.sizes.tolist() == [1, 1]
+
+
+# --- sizes
+
+
+def _rng(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+@few
+@given(examples=st.integers(0, 10_000), parts=st.integers(1, 300))
+def test_even_sizes_differ_by_one_at_most(examples, parts):
+    even = partition._even_sizes(examples, parts)
+    assert len(even) == parts
+    assert even.sum() == examples
+    assert even.max() - even.min() <= 1
+
+
+@few
+@given(
+    alpha=st.sampled_from([1e-320, 1e-9, 0.05, 0.3, 1.0, 50.0, 1e299]),
+    clients=st.integers(1, 50),
+    examples=st.integers(0, 1000),
+    seed=st.integers(0, 99),
+)
+def test_drawn_sizes_sum_to_the_examples_for_every_alpha(alpha, clients, examples, seed):
+    drawn = partition._dirichlet_sizes(_rng(seed), alpha, clients, examples)
+    assert len(drawn) == clients
+    assert drawn.min() >= 0
+    assert drawn.sum() == examples
+
+
+def test_drawn_shares_follow_the_dirichlet_law():
+    clients, examples, alpha = 4, 100_000, 2.0
+    rng = _rng()
+    shares = (
+        np.stack([partition._dirichlet_sizes(rng, alpha, clients, examples) for _ in range(4000)])
+        / examples
+    )
+    np.testing.assert_allclose(shares.mean(0), 1 / clients, atol=0.01)
+    # Var[p] = (1 - 1/K) / (K (K alpha + 1))
+    expected = (1 - 1 / clients) / (clients * (clients * alpha + 1))
+    np.testing.assert_allclose(shares.var(0), expected, rtol=0.1)
+
+
+def test_raised_cuts_only_the_largest_down_to_one_level():
+    raised = partition._raise_sizes(np.array([0, 1, 9, 5, 8]), 3)
+    assert raised.tolist() == [3, 3, 6, 5, 6]
+
+
+def test_raised_gives_what_is_spare_to_the_first():
+    # 2 are lacking; level 7 frees 2 + 1, so the first large client keeps one more.
+    assert partition._raise_sizes(np.array([1, 9, 8]), 3).tolist() == [3, 8, 7]
+
+
+@few
+@given(
+    current=st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(sum),
+    data=st.data(),
+)
+def test_raised_keeps_the_sum_and_reaches_the_minimum(current, data):
+    current = np.array(current)
+    least = data.draw(st.integers(0, int(current.sum()) // len(current)))
+    raised = partition._raise_sizes(current, least)
+    assert raised.sum() == current.sum()
+    assert raised.min() >= least
+    if current.min() >= least:
+        assert (raised == current).all()
+    # Whoever gave is among the largest afterwards, so nobody could have given instead.
+    gave = raised < current
+    if gave.any():
+        assert raised[gave].min() >= raised[~gave & (current > least)].max(initial=0) - 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moved_changes_no_more_owners_than_needed(seed):
+    owner = np.repeat(np.arange(4), [0, 1, 12, 7])
+    target = np.array([4, 4, 6, 6])
+    moved = partition._reassign(_rng(seed), owner, target)
+    assert np.bincount(moved, minlength=4).tolist() == target.tolist()
+    assert (moved != owner).sum() == 7
+    assert owner.tolist() == np.repeat(np.arange(4), [0, 1, 12, 7]).tolist()
+
+
+def test_moved_picks_at_random_from_the_givers():
+    owner = np.repeat([0, 1], [100, 0])
+    target = np.array([50, 50])
+    first = [np.flatnonzero(partition._reassign(_rng(seed), owner, target)) for seed in range(2)]
+    assert (first[0] != first[1]).any()
+    assert first[0].min() < 25 and first[0].max() > 75
+
+
+def test_moved_draws_nothing_if_nothing_is_lacking():
+    rng, owner = _rng(), np.repeat([0, 1], 5)
+    assert partition._reassign(rng, owner, np.array([5, 5])) is owner
+    assert rng.random() == _rng().random()
+
+
 # --- refusals
+
+
+def test_labels_may_be_a_column():
+    assert partition.iid(CIFAR[:, None], clients=9).hash == partition.iid(CIFAR, clients=9).hash
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda y: partition.iid(y, clients=0), "clients must be a positive integer, got 0"),
-        (lambda y: partition.iid(y, clients=-3), "clients must be a positive integer, got -3"),
-        (lambda y: partition.iid(y, clients=2.0), "clients must be a positive integer, got 2.0"),
-        (lambda y: partition.iid(y, clients=True), "clients must be a positive integer, got True"),
+        (lambda y: partition.iid(y, clients=0), "clients=0 must be a whole number of at least 1"),
+        (lambda y: partition.iid(y, clients=-3), "clients=-3 must be a whole number"),
+        (lambda y: partition.iid(y, clients=2.0), "clients=2.0 must be a whole number"),
+        (lambda y: partition.iid(y, clients=True), "clients=True must be a whole number"),
         (lambda y: partition.iid(y, clients=13), "13 clients cannot share 12 .* to 12 or fewer"),
-        (lambda y: partition.iid(y, clients=2, seed=-1), "seed must be an integer in .* got -1"),
-        (lambda y: partition.iid(y, clients=2, seed=2**64), "seed must be an integer"),
-        (lambda y: partition.iid(y, clients=2, seed=0.5), "seed must be an integer .* got 0.5"),
-        (lambda y: partition.iid(y / 2, clients=2), "labels must be .* integers, got float64"),
-        (lambda y: partition.iid(y[None], clients=2), r"one-dimensional .* got int64\[1, 12\]"),
-        (lambda y: partition.iid(y - 1, clients=2), "12 labels go from -1 to 1"),
+        (
+            lambda y: partition.iid(y, clients=2, seed=-1),
+            "seed=-1 must be a whole number of at least 0",
+        ),
+        (
+            lambda y: partition.iid(y, clients=2, seed=2**64),
+            r"seed=18446744073709551616 must be below 2\*\*64",
+        ),
+        (lambda y: partition.iid(y, clients=2, seed=0.5), "seed=0.5 must be a whole number"),
+        (
+            lambda y: partition.iid(y / 2, clients=2),
+            r"labels are float64\[12\]; .* \.astype\(int\) if",
+        ),
+        (
+            lambda y: partition.iid(y[None], clients=2),
+            r"labels are int64\[1, 12\]; expected integers \[N\]",
+        ),
+        (
+            lambda y: partition.iid(y - 1, clients=2),
+            "labels go from -1 to 1 in 12 examples; .* 'no label'",
+        ),
         (lambda y: partition.iid([], clients=1), "labels are empty"),
+        (lambda y: partition.iid(np.array(["a"] * 12), clients=2), "number them with numpy.unique"),
+        (lambda y: partition.iid(np.eye(12, dtype=int), clients=2), "one-hot array, take .argmax"),
         (lambda y: partition.dirichlet(y, clients=2, alpha=0), "alpha must be .* got 0; about"),
         (lambda y: partition.dirichlet(y, clients=2, alpha=-1.0), "alpha must be .* got -1.0"),
         (lambda y: partition.dirichlet(y, clients=2, alpha=np.nan), "alpha must be .* got nan"),
@@ -262,23 +510,26 @@ def test_natural_clients_come_in_the_order_of_their_ids(ids):
         (lambda y: partition.dirichlet(y, clients=2, alpha="1"), "alpha must be .* got '1'"),
         (
             lambda y: partition.dirichlet(y, clients=6, alpha=1.0, min_size=3),
-            "min_size=3 for 6 clients needs 18 examples, but there are 12; lower min_size to 2 or "
+            "min_size=3 for 6 clients needs more than the 12 examples; lower min_size to 2 or "
             "clients to 4",
         ),
         (
             lambda y: partition.dirichlet(y, clients=2, alpha=1.0, min_size=0),
-            "min_size must be a positive integer, got 0",
+            "min_size=0 must be a whole number of at least 1",
         ),
         (
             lambda y: partition.dirichlet(y, clients=12, alpha=0.01),
             r"dirichlet with alpha=0.01 left \d+ of 12 clients .* min_size=1, .* a larger alpha",
         ),
         (lambda y: partition.quantity(y, clients=3, alpha=0.0), "alpha must be"),
-        (lambda y: partition.quantity(y, clients=3, alpha=1.0, min_size=5), "needs 15 examples"),
-        (lambda y: partition.shards(y, clients=7), "7 clients x 2 shards need 14 examples, .* 12"),
+        (
+            lambda y: partition.quantity(y, clients=3, alpha=1.0, min_size=5),
+            "needs more than the 12",
+        ),
+        (lambda y: partition.shards(y, clients=7), "7 clients x 2 shards need more than the 12"),
         (
             lambda y: partition.shards(y, clients=2, shards_per_client=0),
-            "shards_per_client must be a positive integer, got 0",
+            "shards_per_client=0 must be a whole number",
         ),
         (lambda y: partition.mixed(y, clients=2, ratio=1.1), "between 0 and 1; got 1.1"),
         (lambda y: partition.mixed(y, clients=2, ratio=np.nan), "between 0 and 1; got nan"),
@@ -291,6 +542,10 @@ def test_natural_clients_come_in_the_order_of_their_ids(ids):
             "leaves shards of 0 examples in the official scheme",
         ),
         (lambda y: partition.natural(y, clients=[1, 2]), r"int64\[2\]; expected .* of the 12"),
+        (
+            lambda y: partition.natural(y, clients=y.astype(np.uint64) + 2**63),
+            "has more than 63 bits",
+        ),
         (lambda y: partition.natural(y, clients=y / 2), "Client ids are float64"),
         (lambda y: partition.natural(y, clients=[None] * 12), "Client ids are object"),
     ],

@@ -103,7 +103,8 @@ def test_a_folder_that_cannot_be_written_is_no_error(unset, monkeypatch, obstacl
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     else:
         monkeypatch.setattr(
-            compilation, "cache_dir", lambda: Path("~nobody-at-all").expanduser()
+            "fedlp_jax.execution.compilation.cache_dir",
+            lambda: Path("~nobody-at-all").expanduser(),
         )
     assert keep_programs() is None
     assert jax.config.jax_compilation_cache_dir is None

@@ -538,7 +538,7 @@ def test_a_model_in_short_floats_moves_as_far_with_many_clients_as_with_few():
             return nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)(x)
 
     data = dataset(examples=600)
-    same = fl.Partition(np.zeros(600, np.int32), np.arange(601), data.train.labels, 3)
+    same = fl.Partition(np.zeros(600, np.int32), np.arange(601), data.train.labels, 3, True)
     algorithm = fl.fedavg(fl.classification(Short()), client_optimizer=optax.sgd(1.0), batch_size=1)
     start = run(algorithm, data, same, rounds=0)
     few, many = (
