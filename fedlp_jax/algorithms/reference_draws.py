@@ -24,8 +24,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.data.holdings import by_owner
-from fedlp_jax.data.partition import Partition
+from fedlp_jax.data.partition import Partition, by_owner
 from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import MaskPolicy, Masks
@@ -135,7 +134,7 @@ def reference_draws(
         uniforms = np.reshape(numbers, (rounds, len(_ENTRIES), cohort))
     rows = np.concatenate(holdings).astype(np.int32)
     owner = np.repeat(np.arange(clients), [len(held) for held in holdings])
-    partition = by_owner(rows, owner, clients, labels)
+    partition = by_owner(rows, owner, clients, labels, repeats=True)
     return ReferenceDraws(partition, depths, cohorts, uniforms, keep)
 
 

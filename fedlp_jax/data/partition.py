@@ -225,7 +225,7 @@ def dirichlet(
             "without examples. Pass min_size=1, which moves examples to them from the largest "
             "clients, or a larger alpha."
         )
-    return _by_owner(np.concatenate(pieces), owner, clients, labels)
+    return by_owner(np.concatenate(pieces), owner, clients, labels)
 
 
 def shards(labels: Any, *, clients: int, shards_per_client: int = 2, seed: int = 0) -> Partition:
@@ -252,7 +252,7 @@ def shards(labels: Any, *, clients: int, shards_per_client: int = 2, seed: int =
         )
     rows = np.arange(len(labels), dtype=np.int32)
     rows, owner = _deal_shards(_generator("shards", seed), labels, rows, clients, total)
-    return _by_owner(rows, owner, clients, labels)
+    return by_owner(rows, owner, clients, labels)
 
 
 def mixed(
@@ -292,7 +292,7 @@ def mixed(
     iid_rows, rest = shuffled[:at_random], np.sort(shuffled[at_random:])
     iid_owner = np.repeat(np.arange(clients), _even_sizes(at_random, clients))
     rows, owner = _deal_shards(rng, labels, rest, clients, 2 * clients)
-    return _by_owner(
+    return by_owner(
         np.concatenate([iid_rows, rows]), np.concatenate([iid_owner, owner]), clients, labels
     )
 
@@ -310,7 +310,7 @@ def natural(labels: Any, *, clients: Any) -> Partition:
     """
     labels = class_labels("labels", labels)
     ids, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
-    return _by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
+    return by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
 
 
 def _mixed_reference(
@@ -335,7 +335,7 @@ def _mixed_reference(
     owner = np.concatenate(
         [np.repeat(np.arange(clients), each), np.repeat(np.arange(2 * clients) // 2, shard)]
     )
-    return _by_owner(rows, owner, clients, labels, repeats=True)
+    return by_owner(rows, owner, clients, labels, repeats=True)
 
 
 def _deal_shards(
@@ -347,10 +347,21 @@ def _deal_shards(
     return rows, np.repeat(owner_of_shard, _even_sizes(len(rows), total))
 
 
-def _by_owner(
+def by_owner(
     rows: np.ndarray, owner: np.ndarray, clients: int, labels: np.ndarray, repeats: bool = False
 ) -> Partition:
-    """The partition in which `rows[i]` belongs to client `owner[i]`; keeps the order of rows."""
+    """The partition in which row `rows[i]` belongs to client `owner[i]`.
+
+    Args:
+      rows: `i32[N']`; a client keeps its rows in this order.
+      owner: integers `[N']` in `0 .. clients - 1`.
+      clients: K.
+      labels: `i32[N]`, of the whole training split.
+      repeats: whether a row may occur more than once.
+
+    Returns:
+      The partition, of one class more than the largest label.
+    """
     sizes = np.bincount(owner, minlength=clients)
     return _by_size(rows[np.argsort(owner, kind="stable")], sizes, labels, repeats)
 

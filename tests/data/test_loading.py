@@ -160,9 +160,7 @@ def test_other_splits_and_a_set_prepared_again_are_other_entries(tmp_path, cache
 def test_a_set_without_test_labels_is_refused(tmp_path):
     rows = [row._replace(label=-1) for row in records(2)]
     write(tmp_path, {"train": records(3), "test": rows})
-    with pytest.raises(
-        FedLPError, match="tiny: test_labels go from -1 .* another split"
-    ):
+    with pytest.raises(FedLPError, match="tiny: test_labels go from -1 .* another split"):
         load("tiny", tmp_path)
 
 

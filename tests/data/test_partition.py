@@ -310,9 +310,9 @@ def test_describe_says_what_there_is():
     assert repr(_partition()) == f"Partition({_partition().describe()})"
 
 
-def test_by_owner_keeps_the_order_of_a_clients_rows():
+def testby_owner_keeps_the_order_of_a_clients_rows():
     rows = np.array([5, 3, 1, 4], np.int32)
-    dealt = partition._by_owner(rows, np.array([1, 0, 1, 0]), 2, LABELS)
+    dealt = partition.by_owner(rows, np.array([1, 0, 1, 0]), 2, LABELS)
     assert dealt.rows(0).tolist() == [3, 4]
     assert dealt.rows(1).tolist() == [5, 1]
 

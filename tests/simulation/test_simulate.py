@@ -371,7 +371,8 @@ def test_evaluation_counts_every_row_of_a_model_in_short_floats():
     eye = {"kernel": jnp.eye(2)[::-1], "bias": jnp.zeros(2)}
     task = fl.classification(nn.Dense(2, dtype=jnp.bfloat16))
     still = fl.fedavg(task, client_schedule=0.0, **COMMON)
-    result = run(still, data=data, variables={"params": eye}, rounds=1)
+    clients = fl.partition.iid(data.train.labels, clients=12, seed=0)
+    result = run(still, data=data, clients=clients, variables={"params": eye}, rounds=1)
     assert result.history["test_accuracy"].tolist() == [1.0]
     assert abs(result.history["test_loss"][-1] - np.log(1 + np.exp(-1))) < 1e-3
 

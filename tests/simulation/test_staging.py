@@ -125,7 +125,7 @@ def test_a_round_is_still_one_reduction_and_nothing_is_gathered():
 def test_a_million_clients_are_staged_as_quickly_as_a_thousand():
     labels = np.zeros(10**6, np.int64)
     inputs = np.zeros((10**6, 1), np.uint8)
-    data = fl.from_arrays(inputs, labels, inputs[:5], labels[:5], num_classes=2)
+    data = fl.from_arrays(inputs, labels, inputs[:5], labels[:5], num_classes=2, normalize=(1, 0))
     clients = fl.partition.iid(labels, clients=10**6, seed=0)
     task = fl.classification(fl.models.Logistic(num_classes=2))
     algorithm = fl.fedavg(task, client_optimizer=optax.sgd(0.1), batch_size=1)
