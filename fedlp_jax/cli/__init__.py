@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fedlp_jax import __version__
-from fedlp_jax.cli import hosts, info, reproduce, run, tune
+from fedlp_jax.cli import info, reproduce, run, tune
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -40,11 +40,25 @@ def main() -> None:
     try:
         app([*debug, *(word for word in words if word != "--debug")], prog_name="fedlp")
     except SystemExit as ending:
-        code = int(ending.code or 0)
-        hosts.leave(code)
-        if code == INTERRUPTED:
-            hosts.end(code)  # Python's own clean-up would crash in a compilation that still runs
-        raise
+        _end(int(ending.code or 0))
+
+
+def _end(code: int) -> None:
+    """Ends the command."""
+    connected = False
+    if "jax" in sys.modules:
+        import jax
+
+        connected = jax.distributed.is_initialized()
+        if connected and code == INTERRUPTED:
+            jax.distributed.shutdown()  # waits for the others, which are interrupted too
+    if code == INTERRUPTED or (connected and code == FAILED):
+        # Skip Python's clean-up, in which a compilation that still runs would crash, and jax's,
+        # in which a process that failed would wait for the others, and they for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Output:

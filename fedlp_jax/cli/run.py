@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from fedlp_jax.cli import hosts as cli_hosts
 
 if TYPE_CHECKING:
     from fedlp_jax.config.schema import Config
@@ -41,6 +40,35 @@ Two processes, on one host or on two; both get the same configuration:
 
   fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 1
 """
+_PANEL = "Several processes and hosts"
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="The address of process 0, and a free port there. Start the same command once per "
+        "process, with the same configuration; the first process writes.",
+        rich_help_panel=_PANEL,
+    ),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option(metavar="N", help="Number of processes.", rich_help_panel=_PANEL)
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option(metavar="I", help="This process, from 0 to N-1.", rich_help_panel=_PANEL),
+]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Let jax detect all three, on TPU pods, Slurm, Open MPI and Kubernetes.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ConnectSeconds = Annotated[
+    float,
+    typer.Option(metavar="S", help="How long to wait for the others.", rich_help_panel=_PANEL),
+]
 _SECOND_SIGNAL = 1.0  # seconds; sooner it is the same one, since GNU timeout sends two
 
 
@@ -67,50 +95,76 @@ def run(
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default that of the file.")
     ] = None,
-    coordinator: cli_hosts.Coordinator = None,
-    num_processes: cli_hosts.NumProcesses = None,
-    process_id: cli_hosts.ProcessId = None,
-    distributed: cli_hosts.Distributed = False,
-    connect_seconds: cli_hosts.ConnectSeconds = 120.0,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = False,
+    connect_seconds: ConnectSeconds = 120.0,
 ) -> None:
     """Train as a configuration says and write a run directory."""
-    cli_hosts.join(coordinator, num_processes, process_id, distributed, connect_seconds)
+    _join(coordinator, num_processes, process_id, distributed, connect_seconds)
     from fedlp_jax.cli.tables import result_table, show
     from fedlp_jax.config.experiment import execute
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.resume import finished_rounds, resumed_run
-    from fedlp_jax.execution import processes as hosts
+    from fedlp_jax.execution import processes
 
     options = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     words = [f"--{field}={value}" for field, value in options.items() if value is not None]
-    with hosts.together("read"):
+    with processes.together():
         path, overrides = split_words([config, *context.args, *words])
         out = None if out is None else os.path.expanduser(out)
         if resume:
             path, out = resumed_run(path, out)
         loaded = load(path, overrides)
         done = finished_rounds(loaded, Path(out)) if resume and out else 0
-    if hosts.anywhere("finished", done > 0):
-        if done and hosts.is_first():
+    if not processes.is_first():
+        warnings.simplefilter("ignore")  # the first process shows them
+    done = max(map(int, processes.gather(str(done))))
+    if done:
+        if processes.is_first():
             typer.echo(f"{out} is finished: its {done} rounds are done.")
         return
     with stop_signals() as stop:
         outcome = execute(loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop)
-    if hosts.is_first():
+    if processes.is_first():
         show(result_table(outcome.summary, outcome.directory))
 
 
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
     """The checked configuration; then the settings of jax, before it is first used."""
     from fedlp_jax.config.loading import load_config
-    from fedlp_jax.execution import processes as hosts
-    from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.execution.map_clients import setup
 
     config = load_config(path, overrides)
-    setup(cpu_devices=None if every_device else hosts.share(config.plan.devices))
-    keep_programs()
+    setup(cpu_devices=None if every_device else config.plan.devices)
     return config
+
+
+def _join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    distributed: bool,
+    seconds: float,
+) -> None:
+    """Makes this process one of several, if an option says so.
+
+    Raises:
+      FedLPError: the options contradict each other, or jax cannot connect.
+    """
+    if not distributed and coordinator is num_processes is process_id is None:
+        return
+    from fedlp_jax.errors import FedLPError
+    from fedlp_jax.execution.processes import connect
+
+    if distributed and not (coordinator is num_processes is process_id is None):
+        raise FedLPError(
+            "--distributed detects coordinator and processes itself; omit it, or omit "
+            "--coordinator, --num-processes and --process-id."
+        )
+    print(f"fedlp: waiting up to {seconds:g} s for the other processes", file=sys.stderr)
+    connect(coordinator, num_processes, process_id, seconds=seconds)
 
 
 @contextlib.contextmanager

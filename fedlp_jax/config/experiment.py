@@ -17,9 +17,8 @@ from fedlp_jax.config.resume import last_snapshot, run_checkpoint
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.map_clients import Plan
-from fedlp_jax.reporting.elsewhere import Elsewhere, run_directory
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run
 from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory
@@ -82,10 +81,16 @@ def execute(
         raise FedLPError("a run that is resumed needs its directory, and is not overwritten.")
     config = _config(config)
     out = None if out is None else Path(out).expanduser()
-    hosts.agree("configuration", _common(config) | {"resume": resume})
-    with contextlib.closing(run_directory(out, config.name, overwrite, resume)) as directory:
-        with hosts.together("build"):
-            start = last_snapshot(config, directory.path) if resume else None
+    processes.agree("configuration", _common(config) | {"resume": resume})
+    with contextlib.ExitStack() as stack:
+        directory: RunDirectory | None = None  # the first process alone writes
+        with processes.together():
+            if processes.is_first():
+                directory = RunDirectory(out, config.name, overwrite, resume)
+                stack.callback(directory.close)
+        path = Path(processes.gather(str(directory.path) if directory else "")[0])
+        with processes.together():
+            start = last_snapshot(config, path) if resume else None
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = _with_plan(config, dataclasses.replace(start.plan, **plan))
@@ -97,33 +102,34 @@ def execute(
                 **arguments,
                 log=record.append,
                 progress=config.name if shown else False,
-                checkpoint=run_checkpoint(config, directory.path, overwrite),
+                checkpoint=run_checkpoint(config, path, overwrite),
                 resume=start,
                 stop=stop,
                 compiled=record.compiled,
             )
             if len(result.history) < config.rounds:
                 raise KeyboardInterrupt
-            with hosts.together("save"):
+            if directory is not None:
                 record.compiled(result.plan)
                 record.begin()
                 directory.save(result.state.variables)
         except BaseException as error:  # an interruption too leaves its summary
-            _note_failure(error, directory, record.rows)
+            if directory is not None:
+                _note_failure(error, directory, record.rows)
             raise
         summary = summarize(config.name, arguments, result)
         summary["readings"]["total_seconds"] = time.perf_counter() - started
-        with hosts.together("summarize"):  # and no process leaves before all is written
+        if directory is not None:
             directory.summarize(summary)
-            if hosts.is_first():
-                draw_run(directory.path / PLOTS, config.name, arguments["clients"], record.rows)
-        return Outcome(result, directory.path, summary)
+            draw_run(path / PLOTS, config.name, arguments["clients"], record.rows)
+        processes.gather()  # no process leaves before everything is written
+        return Outcome(result, path, summary)
 
 
 class _Record:
     """The rounds of a run so far, in memory and in its directory, which begins with the first."""
 
-    def __init__(self, config: Config, directory: RunDirectory, rows: list[dict[str, Any]]):
+    def __init__(self, config: Config, directory: RunDirectory | None, rows: list[dict[str, Any]]):
         self.rows = rows
         self._config, self._directory, self._done = config, directory, tuple(rows)
 
@@ -133,13 +139,14 @@ class _Record:
 
     def begin(self) -> None:
         """Writes the configuration, once."""
-        if not self._directory.begun:
+        if self._directory is not None and not self._directory.begun:
             self._directory.begin(dump_config(self._config), self._done)
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes a round."""
         self.begin()
-        self._directory.append(row)
+        if self._directory is not None:
+            self._directory.append(row)
         self.rows.append(row)
 
 
@@ -197,9 +204,7 @@ def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
     """Writes the summary of an unfinished run, and notes what it left to the error."""
-    if isinstance(directory, Elsewhere):
-        pass  # the first process does this
-    elif directory.behind:
+    if directory.behind:
         error.add_note(f"{directory.path} is as it was before: it already had later rounds.")
     elif directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}

@@ -37,7 +37,7 @@ def keep_programs() -> Path | None:
 
     The directory is `$FEDLP_CACHE_DIR`, else `fedlp_jax` under `$XDG_CACHE_HOME` or `~/.cache`. A
     place that was chosen for jax itself (`JAX_COMPILATION_CACHE_DIR`) is left as it is, and
-    `JAX_ENABLE_COMPILATION_CACHE=false` stores nothing. `fedlp` calls this, importing never does.
+    `JAX_ENABLE_COMPILATION_CACHE=false` stores nothing. `fl.setup` calls this; importing does not.
 
     Returns:
       Where programs are stored; None = nowhere, since jax is told not to or the directory cannot be

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.errors import FedLPError, check_choice, whole_number
 from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution.compilation import keep_programs
 from fedlp_jax.execution.packing import entry, with_entry
 from fedlp_jax.types import Array, PyTree
 
@@ -81,8 +82,19 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     if plan.devices is not None and plan.devices > have:
         hint = "; on CPU, call fl.setup(cpu_devices=...) first" if _on_cpu() else ""
         raise FedLPError(f"plan.devices={plan.devices} but jax sees {have}{hint}.")
-    hosts.share(plan.devices)
-    devices = hosts.evenly(min(plan.devices or have, cohort))
+    processes = hosts.count()
+    if plan.devices is not None and plan.devices % processes:
+        raise FedLPError(
+            f"plan.devices={plan.devices} counts the devices of all processes, and {processes} "
+            f"processes cannot share them equally; make it a multiple of {processes}, or leave it "
+            "open."
+        )
+    devices = min(plan.devices or have, cohort) // processes * processes
+    if not devices:
+        raise FedLPError(
+            f"a cohort of {cohort} has no client for each of {processes} processes; start fewer, "
+            "or enlarge the cohort."
+        )
     width = plan.width or _WIDTH.get(jax.default_backend(), _ACCELERATOR_WIDTH)
     width = min(width, -(-cohort // devices))
     at_once = plan.rounds_at_once or 1
@@ -90,14 +102,15 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
 
 
 def setup(cpu_devices: int | None = None) -> None:
-    """Makes jax ready: several CPU devices, and GPUs that repeat. Call it before using jax.
+    """Makes jax ready: CPU devices, GPUs that repeat, programs kept. Call it before using jax.
 
     A device per core, each with one stream of clients, is faster on CPU than one device with all
     cores. On GPUs XLA by default tries several kernels for each product as it compiles, takes the
     one that was the quickest that time, and so computes other bits in another process. This turns
     that off, which also leaves less to compile; `XLA_FLAGS` with
-    `--xla_gpu_deterministic_ops=false` leaves it on, for the quickest rounds. Importing fedlp_jax
-    changes no setting of jax; this does.
+    `--xla_gpu_deterministic_ops=false` leaves it on, for the quickest rounds. Compiled programs are
+    kept on disk for the next start, see `keep_programs`. Importing fedlp_jax changes no setting of
+    jax; this does.
 
     Args:
       cpu_devices: number of CPU devices; None = one per usable core.
@@ -121,6 +134,8 @@ def setup(cpu_devices: int | None = None) -> None:
         raise FedLPError(
             f"cannot set {cpu_devices} CPU devices: jax is already in use. Call fl.setup() first."
         ) from error
+    keep_programs()
+    hosts.gather()  # opens the connections, which processes must do within half a minute
 
 
 def replicated(plan: Plan) -> NamedSharding:
@@ -136,6 +151,16 @@ def over_clients(plan: Plan) -> NamedSharding:
 def over_clients_of_rounds(plan: Plan) -> NamedSharding:
     """Sharding of arrays of several rounds, whose second axis is slots, `[R, D * P, ...]`."""
     return NamedSharding(plan.mesh, Spec(None, AXIS))
+
+
+def open_connections(plan: Plan) -> None:
+    """Connects the devices of a plan, which processes must do within half a minute of each other.
+
+    Once connected, a device waits for the others as long as they compile or compute.
+    """
+    one = hosts.put(np.zeros(plan.devices or 1, np.float32), over_clients(plan))
+    total = on_each_device(lambda x: jax.lax.psum(x, AXIS), plan, (True,), False)
+    jax.block_until_ready(jax.jit(total)(one))
 
 
 def over_columns(rows: Array, plan: Plan) -> Array:

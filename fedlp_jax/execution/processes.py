@@ -1,261 +1,319 @@
-"""Several processes as one machine: which this is, what they tell each other, whose devices.
+"""Several processes as one machine: `connect` joins them, and they agree on what they run.
 
-Every process runs the same host loop, since all that it does is a function of (seed, round,
-client), and computes its own devices' share of each round. Only the first writes files. What they
-have to say to each other beside that goes through the key-value store of jax's coordination
-service, so it needs no device and compiles nothing. With one process all of this is nothing.
+Every process runs the same host loop, because all that it does is a function of (seed, round,
+client), and computes its own devices' share of each round. Only the first one writes files. jax
+does the rest: `jax.distributed` connects the processes and ends them when one dies. With a single
+process every function here returns at once.
+
+Functions marked *collective* must be called by all processes, in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
+import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client has no public name; orbax uses it too
-from jax.sharding import Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as Spec
 
+import fedlp_jax
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.types import PyTree
 
-_PATIENCE_SECONDS = 3600  # how much later another process may come to the same step
-_LOOK_UP_MILLISECONDS = 500  # how often a process that waits asks whether another has failed
-_STEPS, _FAILURES, _NOTED = (f"fedlp_jax/{name}" for name in ("step", "failed", "noted"))
-_turns = itertools.count()  # every process takes the same steps in the same order
-_epoch = 0  # of steps between failures that all have heard of
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_PAGE = 4096  # bytes; texts of similar length share one compiled gather
+
+
+class SharedError(FedLPError):
+    """One process refused its input, and every process knows."""
+
+
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    seconds: float = 120.0,
+) -> None:
+    """Makes this process one of several that run together. Call it before jax is used.
+
+    Then every process calls the same functions with the same arguments: `fl.setup`, within half a
+    minute of each other, then `fl.simulate` or `fl.run`. A plan's devices are those of all
+    processes together. If several processes share the GPUs of a host, `CUDA_VISIBLE_DEVICES` deals
+    them out.
+
+    Args:
+      coordinator: `HOST:PORT` of process 0, which listens there; None = detected by jax, on TPU
+        pods, Slurm, Open MPI and Kubernetes.
+      num_processes: number of processes.
+      process_id: this process, from 0.
+      seconds: how long to wait for the others. jax aborts the process if they do not come.
+
+    Raises:
+      FedLPError: an argument is missing or out of range, the port is taken, jax was used before,
+        or there is no cluster to detect.
+    """
+    _check_place(coordinator, num_processes, process_id)
+    if jax.distributed.is_initialized():
+        raise FedLPError("this process is already connected; call fl.connect() once, at the start.")
+    # Otherwise jax takes SIGTERM, which here ends a run after a round, as Ctrl-C does.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method=None if coordinator is None else "deactivate",
+            initialization_timeout=max(int(seconds), 1),
+        )
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if "must be called before" in text:
+            text = "jax is already in use; call fl.connect() first"
+        elif "RPC server" in text:
+            text = f"process 0 cannot listen at {coordinator}; choose a free port for all processes"
+        elif coordinator is None and "should be defined" in text:
+            text = (
+                "no cluster was detected: this is not a TPU pod, and neither Slurm, Open MPI nor "
+                "Kubernetes started it; give the coordinator, the number of processes and the id "
+                "of this one"
+            )
+        raise FedLPError(f"cannot connect: {text}.") from error
 
 
 def count() -> int:
-    """How many processes run together."""
-    state = distributed.global_state
-    return state.num_processes if state.client is not None else 1
+    """Number of processes; does not start jax's backend if there is only one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
-    state = distributed.global_state
-    return state.process_id if state.client is not None else 0
+    """The number of this process, from 0."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this is the one that writes."""
+    """True for the process that writes files."""
     return index() == 0
 
 
-# --- what they tell each other ------------------------------------------------------------------
-
-
-def exchange(what: str, word: str) -> list[str]:
-    """What each process has to say at a step, in their order. All of them call it.
+def gather(text: str = "", error: FedLPError | None = None) -> list[str]:
+    """The text of every process, in their order. Collective.
 
     Args:
-      what: names the step; the same everywhere.
-      word: what this one says.
+      text: of this process; any length.
+      error: why this process cannot continue; the others then raise it.
 
     Raises:
-      FedLPError: another process has refused something on its way here, see `together`.
-      RuntimeError: another has failed at something, or ended, or does not come.
+      SharedError: another process passed an error.
     """
-    client = distributed.global_state.client
-    if client is None:
-        return [word]
-    step = f"{_STEPS}/{_epoch}/{next(_turns)}/{what}"
-    client.key_value_set(f"{step}/{index()}", word)
-    return [
-        _heard(client, f"{step}/{i}", f"process {i} did not come to '{what}'")
-        for i in range(count())
-    ]
+    if count() == 1:
+        return [text]
+    word = json.dumps([None if error is None else str(error), text]).encode()
+    size = int(_rows(np.asarray([len(word)], np.int32)).max())
+    padded = np.frombuffer(word.ljust(-(-size // _PAGE) * _PAGE), np.uint8)
+    answers = [json.loads(bytes(row)) for row in _rows(padded)]
+    for i, (refusal, _) in enumerate(answers):
+        if refusal is not None and error is None:
+            raise SharedError(f"process {i}: {refusal}")
+    return [answer for _, answer in answers]
 
 
-def _heard(client: Any, key: str, otherwise: str) -> str:
-    """Waits for a word; what another process has failed at meanwhile is raised here."""
-    late = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return client.blocking_key_value_get(key, _LOOK_UP_MILLISECONDS)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > late:
-                raise RuntimeError(f"{otherwise}: {error}") from error
-        failures = client.key_value_dir_get(f"{_FAILURES}/{_epoch}/")
-        for i, kind, text in sorted(json.loads(word) for _, word in failures):
-            client.key_value_set(f"{_NOTED}/{_epoch}/{index()}", "", allow_overwrite=True)
-            raise (FedLPError if kind == "refused" else RuntimeError)(f"process {i}: {text}")
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A step that all processes complete, or that all of them refuse. Collective.
+
+    Raises:
+      SharedError: this or another process raised a FedLPError.
+    """
+    try:
+        yield
+    except SharedError:
+        raise
+    except FedLPError as error:
+        if count() == 1:
+            raise
+        gather(error=error)
+        raise SharedError(str(error)) from error
+    gather()
 
 
 def agree(what: str, facts: Mapping[str, Any]) -> None:
-    """Goes on only if all processes have the same facts, which JSON can hold.
+    """Checks that all processes have the same facts. Collective.
+
+    Args:
+      what: names the facts in the error.
+      facts: nested, of values that JSON holds.
 
     Raises:
-      FedLPError: the same everywhere, with the first fields that differ.
+      FedLPError: in all processes, with the first fields that differ.
     """
-    told = [json.loads(word) for word in exchange(what, json.dumps(facts, default=str))]
-    for i, other in enumerate(told):
-        found = list(_differences(told[0], other))
-        if found:
+    if count() == 1:
+        return
+    first, *others = (_fields(text) for text in gather(json.dumps(facts, default=str)))
+    for i, other in enumerate(others, 1):
+        differing = [
+            f"{field} is {other.get(field)}, not {first.get(field)}"
+            for field in dict.fromkeys([*first, *other])
+            if first.get(field) != other.get(field)
+        ]
+        if differing:
             raise FedLPError(
-                f"process {i} of {len(told)} has another {what} than process 0: "
-                f"{'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}. Give all processes "
-                "the same."
+                f"process {i} of {count()} has another {what} than process 0: "
+                f"{'; '.join(differing[:5])}{'; ...' if differing[5:] else ''}. Give all "
+                "processes the same."
             )
 
 
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """A step that all processes take or none: what one refuses or fails at, all do.
+def least(number: int | None) -> int | None:
+    """The smallest number of all processes; None if one of them has none. Collective."""
+    numbers = [json.loads(text) for text in gather(json.dumps(number))]
+    return None if None in numbers else min(numbers)
 
-    Who catches that, in every process, can go on: steps after it are counted anew.
 
-    Raises:
-      FedLPError: what another process refused.
-      RuntimeError: what another process failed at.
+def code() -> dict[str, str]:
+    """Versions of the packages that determine the numbers, and a digest of this package's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fedlp_jax.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return versions | {"fedlp_jax": digest.hexdigest()[:12]}
+
+
+def stop_together(stop: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
+    """A `stop` that becomes true before the same round in all processes. Call it before each round.
+
+    Each call sends this process's answer and reads the answers of the call before, which have
+    arrived by then: no process waits, and a run ends one round later than a single process would.
+
+    Args:
+      stop: of this process.
+      mesh: the one that rounds run on. XLA keeps the order of what is dispatched to the same
+        devices only, and processes that exchange messages in different orders wait forever.
     """
-    try:
-        yield
-    except Exception as error:
-        _tell(error)
-        _count_anew()
-        raise
-    try:
-        exchange(what, "")
-    except (FedLPError, RuntimeError):
-        if _has_failed():
-            _count_anew()
-        raise
+    if count() == 1:
+        return stop
+    sent: list[jax.Array] = []
 
+    def stopped() -> bool:
+        sent.append(_send(np.asarray([stop()], np.int32), mesh))
+        return len(sent) > 1 and bool(jax.device_get(sent.pop(0)).any())
 
-def _count_anew() -> None:
-    global _epoch, _turns
-    _epoch, _turns = _epoch + 1, itertools.count()
-
-
-def _has_failed() -> bool:
-    client: Any = distributed.global_state.client
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody answers any more
-        return bool(client.key_value_dir_get(f"{_FAILURES}/{_epoch}/"))
-    return False
-
-
-def _tell(error: Exception) -> None:
-    """Lets the others know of an error, unless it is theirs, and waits until they do."""
-    client = distributed.global_state.client
-    if client is None:
-        return
-    client.key_value_set(f"{_NOTED}/{_epoch}/{index()}", "", allow_overwrite=True)
-    if _has_failed():
-        return
-    kind = "refused" if isinstance(error, FedLPError) else "failed"
-    word = json.dumps([index(), kind, str(error)])
-    client.key_value_set(f"{_FAILURES}/{_epoch}/{index()}", word)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error at hand is the one to tell
-        for i in range(count()):
-            client.blocking_key_value_get(f"{_NOTED}/{_epoch}/{i}", 1000 * _PATIENCE_SECONDS)
-
-
-def from_first(what: str, word: str) -> str:
-    """What the first process says."""
-    return exchange(what, word)[0]
-
-
-def anywhere(what: str, here: bool) -> bool:
-    """Whether it is so in any process."""
-    return any(word == "yes" for word in exchange(what, "yes" if here else "no"))
-
-
-def least(what: str, here: int | None) -> int | None:
-    """The smallest of all processes' numbers; None if any has none."""
-    said = json.loads(f"[{','.join(exchange(what, json.dumps(here)))}]")
-    return None if None in said else min(said)
+    return stopped
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Says of an error in talking to other processes that this is what it is.
+def losses_explained() -> Iterator[None]:
+    """Says of an error in the exchange with another process that this is what it is.
 
     Raises:
-      RuntimeError: another process has ended, or cannot be reached.
+      RuntimeError: another process ended or cannot be reached.
     """
     try:
         yield
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        talking = ("Gloo", "NCCL", "RCCL", "oordination service", "ollective")
-        if count() == 1 or not any(word in str(error) for word in talking):
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # jax raises both
+        exchange = ("Gloo", "NCCL", "RCCL", "oordination service", "ollective")
+        if count() == 1 or not any(word in str(error) for word in exchange):
             raise
         raise RuntimeError(
-            f"another of the {count()} processes has ended or cannot be reached: {error}"
+            f"another of the {count()} processes ended or cannot be reached: {error}"
         ) from error
 
 
-# --- devices ------------------------------------------------------------------------------------
-
-
 def devices(number: int | None = None) -> list[jax.Device]:
-    """The first devices, the same number of each process, in the order of processes.
+    """The first devices, equally many of each process, in the order of the processes.
 
     Args:
-      number: how many in all, a multiple of the number of processes; None = as many as there are.
+      number: of devices in all, a multiple of the number of processes; None = the most possible.
     """
     if count() == 1:
         return jax.devices()[:number]
-    own = [[d for d in jax.devices() if d.process_index == i] for i in range(count())]
-    each = min(map(len, own)) if number is None else number // count()
-    return [device for here in own for device in here[:each]]
-
-
-def share(number: int | None) -> int | None:
-    """What one process has of a plan's devices.
-
-    Raises:
-      FedLPError: they cannot be dealt out evenly.
-    """
-    if number is not None and number % count():
-        raise FedLPError(
-            f"plan.devices={number} are all devices together, and cannot be dealt out to "
-            f"{count()} processes; make it a multiple of {count()}, or leave it open."
-        )
-    return None if number is None else number // count()
-
-
-def evenly(number: int) -> int:
-    """The largest number of devices, up to this one, of which each process has as many.
-
-    Raises:
-      FedLPError: not even one each.
-    """
-    if number < count():
-        raise FedLPError(
-            f"there is work for {number} device(s), but {count()} processes; a cohort has at least "
-            f"a client for each process, so start {number} or enlarge the cohort."
-        )
-    return number // count() * count()
+    per_process = [[d for d in jax.devices() if d.process_index == i] for i in range(count())]
+    each = min(map(len, per_process)) if number is None else number // count()
+    return [device for local in per_process for device in local[:each]]
 
 
 def put(tree: PyTree, sharding: Sharding) -> PyTree:
-    """`jax.device_put` of what every process has the same of.
+    """`jax.device_put` of a tree that is equal in all processes.
 
-    device_put itself would compare the values over the network first, each time.
+    `device_put` itself would compare the values over the network, each time.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    def lay(leaf: Any) -> jax.Array:
+    def put_leaf(leaf: Any) -> jax.Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = lay(jax.random.key_data(leaf))
+            data = put_leaf(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
-    return jax.tree.map(lay, tree)
+    return jax.tree.map(put_leaf, tree)
 
 
-def _differences(first: Any, other: Any, path: str = "") -> Iterator[str]:
-    if isinstance(first, dict) and isinstance(other, dict):
-        for key in dict.fromkeys([*first, *other]):
-            below = f"{path}.{key}" if path else key
-            yield from _differences(first.get(key), other.get(key), below)
-    elif first != other:
-        yield f"{path} is {other}, not {first}"
+@functools.cache
+def _gatherer(mesh: Mesh) -> Any:
+    """The program that brings the rows of all devices to all devices."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, Spec()))
+
+
+def _send(row: np.ndarray, mesh: Mesh) -> jax.Array:
+    """`[n]` of each process -> `[D, n]`, the row of each device's process; does not wait."""
+    sharding = NamedSharding(mesh, Spec(mesh.axis_names))
+    rows = jax.make_array_from_callback((mesh.size, *row.shape), sharding, lambda _: row[None])
+    gathered: jax.Array = _gatherer(mesh)(rows)
+    return gathered
+
+
+def _rows(row: np.ndarray) -> np.ndarray:
+    """`[n]` of each process -> `[number of processes, n]`; waits for all of them."""
+    everything = jax.devices()
+    types = (AxisType.Auto,)
+    mesh = jax.make_mesh((len(everything),), ("devices",), axis_types=types, devices=everything)
+    of_process = [device.process_index for device in everything]
+    first = [of_process.index(i) for i in range(count())]
+    return np.asarray(jax.device_get(_send(row, mesh)))[first]
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """JSON -> its leaves by dotted path."""
+    leaves = jax.tree.leaves_with_path(json.loads(text), is_leaf=lambda x: x is None)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _check_place(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise FedLPError(
+                "num_processes and process_id need a coordinator, the HOST:PORT of process 0."
+            )
+        return
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise FedLPError(
+            f"coordinator={coordinator!r} must be HOST:PORT, the address of process 0 and a free "
+            "port there, as in 10.0.0.1:1234."
+        )
+    place = {"num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in place.items() if value is None]
+    if num_processes is None or process_id is None:
+        raise FedLPError(
+            f"a coordinator needs {' and '.join(missing)} too: the number of processes, and which "
+            "of them this is, counting from 0."
+        )
+    if num_processes < 1:
+        raise FedLPError(f"num_processes={num_processes} must be at least 1.")
+    if not 0 <= process_id < num_processes:
+        raise FedLPError(
+            f"process_id={process_id} is out of range for num_processes={num_processes}: processes "
+            f"count from 0 to {num_processes - 1}."
+        )

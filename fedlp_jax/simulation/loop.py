@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.map_clients import Plan, open_connections
 from fedlp_jax.nn import conv
 from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.simulation import checkpoint as checkpoints
@@ -104,7 +106,7 @@ def simulate(
     if resume is not None:
         plan = resume.plan if plan is None else plan
         first_round, rounds = resume.round + 1, rounds - resume.round
-    with hosts.together("prepare"):
+    with hosts.together():
         run = Simulation(
             algorithm,
             data,
@@ -123,17 +125,16 @@ def simulate(
         saver = Saver(checkpoint if hosts.is_first() else None, resume)
         if resume is not None:
             checkpoints.check(run, resume)
-    if hosts.count() > 1:
-        hosts.agree("run", checkpoints.shared_facts(run, resume))
-    asked = stop is not None and hosts.anywhere("stop", stop())
+    asked = stop is not None and hosts.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
     shown = Progress(run.last_round, name, show=bool(show), done=resume.rows if resume else ())
-    with shown, hosts.explained():
+    with shown, hosts.losses_explained():
         listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed):
-            _run_rounds(run, left, listeners, callbacks, saver, ask)
+            ends = hosts.stop_together(ask, run.plan.mesh)
+            _run_rounds(run, left, listeners, callbacks, saver, ends)
     if pressed() and run.reached < run.last_round:
         after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
         warnings.warn(f"{after}; the result holds the rounds so far.", stacklevel=2)
@@ -143,7 +144,14 @@ def simulate(
 def _start(
     run: Run, compile: bool, resume: Snapshot | None, compiled: Callable[[Plan], None] | None
 ) -> None:
-    """Compiles the run, if there are rounds to run, and restores the state of a resumed one."""
+    """Compiles the run, if there are rounds to run, and restores the state of a resumed one.
+
+    Raises:
+      FedLPError: another process has another run, or other code.
+    """
+    if hosts.count() > 1:
+        hosts.agree("run", checkpoints.shared_facts(run, resume) | {"code": hosts.code()})
+        open_connections(run.plan)
     if compile:
         with conv.repeating(resume.lowerings if resume is not None else {}):
             run.compile()
@@ -151,7 +159,6 @@ def _start(
         compiled(run.plan)
     if resume is not None:
         checkpoints.restore(run, resume)
-    run.readout.meet()
 
 
 @contextlib.contextmanager
@@ -205,7 +212,7 @@ def _run_rounds(
                 for callback in callbacks:
                     callback(row["round"], row, run.state)
 
-    while rounds and not run.readout.ends(rounds[0], stop):
+    while rounds and not stop():
         # As many rounds in one dispatch as the plan says, but none beyond one that others look at.
         count = 1 if callbacks else min(run.at_once(rounds[0]), saver.rounds_until_due(rounds[0]))
         pending.append(run.dispatch(rounds[0], count))
@@ -218,4 +225,6 @@ def _run_rounds(
     read(ahead=0)
     if saver.due_at_end(run.reached, interrupted=run.reached < run.last_round):
         saver.save(checkpoints.capture(run))
+    if run.stage.store is not None:
+        jax.block_until_ready(run.stage.store.stacks)
     run.readings["run_seconds"] = time.perf_counter() - started

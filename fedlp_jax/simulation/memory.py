@@ -162,7 +162,7 @@ def free_bytes(plan: Plan) -> int | None:
 
 def _least_free(plan: Plan) -> int | None:
     """The least of all processes', which have to choose the same."""
-    return hosts.least("free memory", free_bytes(plan))
+    return hosts.least(free_bytes(plan))
 
 
 def _free_host_bytes() -> int | None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.execution.map_clients import Plan, over_clients, replicated
 from fedlp_jax.execution.packing import Packed
@@ -97,7 +98,8 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
         state, private, stack, halted = jax.lax.fori_loop(0, count, body, carry)
         return state, private, stack._replace(halted=halted)
 
-    of_slots: Any = split
+    # The host of every process reads the metrics of all clients.
+    of_slots: Any = split if processes.count() == 1 else everywhere
     metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots)
     return jax.jit(
         run,

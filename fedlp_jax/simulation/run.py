@@ -25,7 +25,6 @@ from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.memory import compile_to_fit
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
-from fedlp_jax.simulation.readout import Readout
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
 from fedlp_jax.simulation.spec import Spec, specify
 from fedlp_jax.simulation.staging import Stage
@@ -40,7 +39,7 @@ class Pending(NamedTuple):
 
     first: int  # the number of the first
     cohorts: list[Cohort]  # of each round, numpy
-    metrics: Any  # RoundMetrics [D * P, R, ...] on the devices, as `Readout.start` returned them
+    metrics: Any  # RoundMetrics [D * P, R, ...] on the devices
     tested: dict[str, Any] | None  # the evaluation after the last
 
 
@@ -108,7 +107,6 @@ class Run:
         self.stage = Stage(spec)
         # A copy: rounds donate the state, and the caller's own arrays must survive.
         self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
-        self.readout = Readout(self.plan)
         self.ledger, self.history = Ledger(spec.layers, self.population), History()
         self.program: Program | None = None
         self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes
@@ -183,7 +181,10 @@ class Run:
         last, tested = round + count - 1, None
         if last % self.eval_every == 0 or last == self.last_round:
             tested = self.program.test(self.state.variables, self.stage.test)
-        return Pending(round, staged.hosts, self.readout.start(metrics), tested)
+        with jax.transfer_guard_device_to_host("allow"):  # intended, as device_get is
+            for leaf in jax.tree.leaves(metrics):
+                leaf.copy_to_host_async()  # when it exists, not when it is asked for
+        return Pending(round, staged.hosts, metrics, tested)
 
     def at_once(self, round: int) -> int:
         """How many rounds from this one on may share a dispatch: up to the next evaluation."""
@@ -196,7 +197,7 @@ class Run:
 
     def records(self, pending: Pending) -> list[RoundRecord]:
         """Waits for the numbers of dispatched rounds."""
-        metrics, tested = self.readout.read((pending.metrics, pending.tested))
+        metrics, tested = jax.device_get((pending.metrics, pending.tested))
         now, count = time.perf_counter(), len(pending.cohorts)
         seconds, self.clock = (now - self.clock) / count, now
         found = []

@@ -277,7 +277,7 @@ def _usable_memory(devices: int) -> int:
         return usable_memory()
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
-    least = hosts.least("memory of a device", min(limits, default=None))
+    least = hosts.least(min(limits, default=None))
     return 2**63 if least is None else devices * least
 
 

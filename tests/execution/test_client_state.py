@@ -130,6 +130,7 @@ def heads_seen(policy, rounds):
     return seen
 
 
+@pytest.mark.slow
 def test_a_head_reset_to_init_is_the_same_bits_at_every_participation():
     seen = heads_seen("reset_to_init", rounds=3)
     assert len(seen) == 3
@@ -137,6 +138,7 @@ def test_a_head_reset_to_init_is_the_same_bits_at_every_participation():
     assert np.array_equal(seen[0], seen[2])
 
 
+@pytest.mark.slow
 def test_a_head_that_persists_goes_on_from_where_it_was():
     seen = heads_seen("persist", rounds=3)
     assert len(seen) == 3

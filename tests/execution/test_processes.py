@@ -1,19 +1,14 @@
 """Several processes are one machine: the same numbers, the same end, the same refusals."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import re
 import signal
-import socket
-import threading
 import time
 
 import crowd
 import jax
-import jax.numpy as jnp
 import lives
 import numpy as np
 import optax
@@ -25,11 +20,9 @@ from small import Steps, dataset, flat, in_float64
 import fedlp_jax as fl
 from fedlp_jax import FedLPError, cli
 from fedlp_jax.data.batching import example_of
-from fedlp_jax.execution import meeting
-from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.map_clients import resolve
 from fedlp_jax.reporting.run_directory import read_metrics
-from fedlp_jax.simulation.readout import Readout, pack, unpack
 from fedlp_jax.simulation.staging import on_host
 
 PLAN = fl.Plan(devices=4, width=2, rounds_at_once=3)
@@ -84,7 +77,7 @@ def noted(names):
         found[f"{name} plan"] = np.asarray([result.plan.devices, result.plan.width])
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
         found[f"{name} rows"] = np.asarray(json.dumps(rows))
-    np.savez(f"{hosts.index()}.npz", **found)
+    np.savez(f"{processes.index()}.npz", **found)
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +114,6 @@ def about(value):
     return pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
 
 
-def test_numbers_of_any_kind_travel_as_words_in_one_message():
-    with jax.enable_x64(True):
-        tree = {
-            "flag": jnp.asarray([True, False, True, True]),
-            "loss": jnp.asarray(
-                [[1.5, np.nan], [-0.0, 3e38], [1e-45, np.inf], [0, 1]], jnp.float32
-            ),
-            "count": jnp.asarray([-1, 2**31 - 1, 0, 7], jnp.int32),
-            "small": jnp.asarray([-1, 127, 0, 7], jnp.int8),
-            "wide": jnp.asarray(np.arange(12).reshape(4, 1, 3) / 7, jnp.float64),
-        }
-        found = unpack(np.asarray(jax.jit(pack)(tree)), jax.tree.map(jax.typeof, tree))
-    for name, value in tree.items():
-        assert found[name].dtype == value.dtype
-        np.testing.assert_array_equal(found[name].view(np.uint8), np.asarray(value).view(np.uint8))
-    readout = Readout(fl.Plan(4, 1))
-    split = jax.device_put(tree["loss"], readout._split)
-    program = readout._pack.lower({"loss": split, "same": split}).compile().as_text()
-    assert len(re.findall(r"= .*\ball-gather(?:-start)?\(", program)) == 1
-
-
 # the same end
 
 
@@ -169,11 +141,11 @@ def rounds_done(folder):
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def wait_for(folder, rounds, processes):
+def wait_for(folder, rounds, children):
     deadline = time.monotonic() + 120
     while rounds_done(folder) < rounds:
         assert time.monotonic() < deadline, (folder / "said.txt").read_text()
-        assert all(process.is_alive() for process in processes), (folder / "said.txt").read_text()
+        assert all(child.is_alive() for child in children), (folder / "said.txt").read_text()
         time.sleep(0.05)
 
 
@@ -188,7 +160,7 @@ def test_processes_end_together_and_any_number_goes_on(tmp_path):
     began = time.monotonic()
     assert crowd.ended(killed, seconds=60) == [1, -signal.SIGKILL], said.read_text()
     assert time.monotonic() - began < 60
-    assert "another of the 2 processes has ended" in said.read_text()
+    assert "fedlp: the run failed: another of the 2 processes ended" in said.read_text()
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "failed"
 
     asked = crowd.fedlp(tmp_path, 2, "run", "out", "--resume")
@@ -230,89 +202,27 @@ def test_what_the_first_process_of_a_cluster_refuses_all_refuse(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    processes = crowd.slurm(tmp_path, 2, "run", "c.yaml", "--out", "out")
-    assert crowd.ended(processes) == [2, 2]
+    children = crowd.slurm(tmp_path, 2, "run", "c.yaml", "--out", "out")
+    assert crowd.ended(children) == [2, 2]
     said = (tmp_path / "said.txt").read_text()
     assert said.count("out already holds a run") == 2, said
     assert "fedlp: process 0: out already holds a run" in said
 
 
-def met(address, places, seconds=10.0):
-    """What each of the processes, which are threads here, hears: a sentence, or None."""
-    heard = [None] * len(places)
-
-    def go(i, number, index):
-        try:
-            meeting.meet(address, number, index, seconds)
-        except FedLPError as error:
-            heard[i] = str(error)
-
-    threads = [
-        threading.Thread(target=go, args=(i, *place), daemon=True) for i, place in enumerate(places)
-    ]
-    for thread in reversed(threads):  # the first comes last
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return heard
-
-
-def somewhere():
-    return meeting.Address("127.0.0.1", crowd.free_port())
-
-
-def test_processes_meet_and_strangers_do_not_disturb():
-    address = somewhere()
-
-    def stranger():
-        for _ in range(100):
-            with contextlib.suppress(OSError), socket.create_connection(address, 1) as connection:
-                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                return
-            time.sleep(0.02)
-
-    caller = threading.Thread(target=stranger)
-    caller.start()
-    assert met(address, [(3, 0), (3, 1), (3, 2)]) == [None] * 3
-    caller.join()
-    assert met(address, [(2, 0), (2, 1)]) == [None] * 2  # the port is free again
-    assert met(address, [(1, 0)]) == [None]
-
-
-def test_a_meeting_that_fails_says_why_to_all():
-    same = met(somewhere(), [(3, 0), (3, 1), (3, 1)])
-    assert same == ["two processes have process_id=1; each needs its own."] * 3
-    other = met(somewhere(), [(2, 0), (3, 1)])
-    assert other[0] == other[1]
-    assert other[0].startswith("process 1 was told of 3 processes, and process 0 of 2;")
-    late = met(somewhere(), [(4, 0), (4, 2)], seconds=1.0)
-    assert late[0] == late[1] and "only 2 of 4 processes came" in late[0]
-    assert late[0].endswith("not process 1, 3.")
-
-
-def test_who_finds_nobody_stops_waiting():
-    address = somewhere()
-    began = time.monotonic()
-    (sentence,) = met(address, [(2, 1)], seconds=0.5)
-    assert time.monotonic() - began < 10
-    assert sentence.startswith(f"process 1 could not reach process 0 at {address} within 0.5 s (")
-    with contextlib.closing(socket.create_server(("", address.port))):
-        (sentence,) = met(address, [(2, 0)])
-    assert sentence.startswith(f"process 0 cannot listen on port {address.port} (")
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--coordinator 10.0.0.1:1", "no num_processes and no process_id"),
-        ("--coordinator 10.0.0.1:1 --num-processes 2", "but no process_id"),
-        ("--coordinator 10.0.0.1:1 --num-processes 2 --process-id 2", "they count from 0 to 1"),
+        ("--coordinator 10.0.0.1:1", "needs num_processes and process_id too"),
+        ("--coordinator 10.0.0.1:1 --num-processes 2", "needs process_id too"),
+        (
+            "--coordinator 10.0.0.1:1 --num-processes 2 --process-id 2",
+            "processes count from 0 to 1",
+        ),
         ("--coordinator 10.0.0.1:1 --num-processes 0 --process-id 0", "must be at least 1"),
         ("--coordinator 10.0.0.1 --num-processes 2 --process-id 0", "must be HOST:PORT"),
         ("--coordinator a:99999 --num-processes 2 --process-id 0", "must be HOST:PORT"),
         ("--num-processes 2 --process-id 0", "need a coordinator"),
-        ("--distributed --process-id 0", "leave it away"),
+        ("--distributed --process-id 0", "omit it"),
         ("--coordinator 10.0.0.1:1 --num-processes 2 --process-id 0", "jax is already in use"),
         ("--distributed", "jax is already in use"),
     ],
@@ -326,46 +236,48 @@ def test_impossible_places_are_refused_at_once(words, sentence):
 
 
 def test_a_plans_devices_are_those_of_all_processes(monkeypatch):
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    monkeypatch.setattr(hosts, "devices", lambda number=None: jax.devices()[:number])
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "devices", lambda number=None: jax.devices()[:number])
     assert resolve(None, 9) == fl.Plan(4, 1)
-    assert resolve(None, 3) == fl.Plan(2, 1)  # no process has more than another
-    assert hosts.share(4) == 2 and hosts.share(None) is None
-    with pytest.raises(FedLPError, match="plan.devices=3 are all devices together"):
+    assert resolve(None, 3) == fl.Plan(2, 1)  # no process has more devices than another
+    with pytest.raises(FedLPError, match=r"plan.devices=3 counts .* make it a multiple of 2"):
         resolve(fl.Plan(devices=3), 9)
-    with pytest.raises(FedLPError, match="work for 1 device.s., but 2 processes"):
+    with pytest.raises(FedLPError, match="a cohort of 1 has no client for each of 2 processes"):
         resolve(None, 1)
 
 
-def refused_twice():
-    """What this process of two caught, and what came through between."""
+def refused_in_turn():
+    """What this process of two catches, and what it receives in between."""
     caught = []
     for refusing in (1, 0):
         try:
-            with hosts.together("outer"), hosts.together("build"):
-                if hosts.index() == refusing:
+            with processes.together(), processes.together():
+                if processes.index() == refusing:
                     raise FedLPError(f"no, says {refusing}")
         except FedLPError as error:
             caught.append(str(error).removeprefix(f"process {refusing}: "))
-        caught += hosts.exchange("after", f"word {hosts.index()}")
-        with hosts.together("build"):
-            caught.append("built")
-    pathlib.Path(f"{hosts.index()}.json").write_text(json.dumps(caught))
+        caught += processes.gather(f"word {processes.index()}" * 1000 * processes.index())
+    caught.append(processes.least(processes.index() + 3))
+    caught.append(processes.least(processes.index() or None))
+    stopped = processes.stop_together(lambda: processes.index() == 1, fl.Plan(2).mesh)
+    caught += [stopped(), stopped(), stopped()]
+    pathlib.Path(f"{processes.index()}.json").write_text(json.dumps(caught))
 
 
-def test_who_catches_a_refusal_goes_on(tmp_path):
-    codes = crowd.ended(crowd.call(tmp_path, 2, refused_twice))
+def test_processes_refuse_and_stop_together_and_can_continue(tmp_path):
+    codes = crowd.ended(crowd.call(tmp_path, 2, refused_in_turn))
     said = tmp_path / "said.txt"
     assert codes == [0, 0], said.read_text() if said.exists() else codes
     each = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-    rest = ["word 0", "word 1", "built"]
-    assert each == 2 * [["no, says 1", *rest, "no, says 0", *rest]]
+    words = ["", "word 1" * 1000]
+    votes = [False, True, True]
+    assert each == 2 * [["no, says 1", *words, "no, says 0", *words, 3, None, *votes]]
 
 
-def test_one_process_says_nothing_to_nobody():
-    assert hosts.exchange("step", "word") == ["word"]
-    assert hosts.least("bytes", None) is None and hosts.least("bytes", 3) == 3
-    assert not hosts.anywhere("stop", False) and hosts.is_first()
-    hosts.agree("settings", {"a": 1})
-    with pytest.raises(FedLPError, match="^no$"), hosts.together("step"):
+def test_a_single_process_waits_for_nobody():
+    assert processes.gather("word") == ["word"]
+    assert processes.least(None) is None and processes.least(3) == 3
+    assert processes.is_first() and processes.stop_together(lambda: True, fl.Plan(1).mesh)()
+    processes.agree("settings", {"a": 1})
+    with pytest.raises(FedLPError, match="^no$"), processes.together():
         raise FedLPError("no")
