@@ -97,18 +97,19 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
-    whole = run(ALGORITHMS[name](), eval_every=2)
+    algorithm = ALGORITHMS[name]()
+    whole = run(algorithm, eval_every=2)
     saved = fl.Checkpoint(tmp_path / "c", every=2)
-    part = run(ALGORITHMS[name](), eval_every=2, checkpoint=saved, stop=after(3))
+    part = run(algorithm, eval_every=2, checkpoint=saved, stop=after(3))
     assert len(part.history) == 3
     assert saved.rounds() == [2, 3]
     assert not np.array_equal(flat(part.variables), flat(whole.variables))
     start = saved.latest()
     data = start.data.tobytes()
-    again = run(ALGORITHMS[name](), eval_every=2, checkpoint=saved, resume=start)
+    again = run(algorithm, eval_every=2, checkpoint=saved, resume=start)
     assert_same_run(again, whole)
     assert saved.rounds() == [4, 6]
-    finished = run(ALGORITHMS[name](), eval_every=2, checkpoint=saved, resume=saved.latest())
+    finished = run(algorithm, eval_every=2, checkpoint=saved, resume=saved.latest())
     assert_same_run(finished, whole)
     assert start.data.tobytes() == data  # a snapshot is not used up
 
