@@ -1,8 +1,6 @@
-"""What comes from outside, within limits: plain files only, and no more than memory holds.
+"""Files: read regular files only, replace a file in one step, try whether a directory is writable.
 
-A configuration, a model or a checkpoint may have been written by anybody. Opening a pipe would wait
-for ever, a device has no end, and an archive of a kilobyte may unpack to a terabyte. Our own files
-are written beside their place and moved there, so that they are whole at any time.
+Opening a pipe would block, and a device has no end.
 """
 
 from __future__ import annotations
@@ -18,45 +16,42 @@ from typing import BinaryIO
 
 from fedlp_jax.errors import FedLPError, shown, why
 
-TEXT_BYTES = 1_000_000  # the most that a text file of settings or results may have
+TEXT_BYTES = 1_000_000  # limit for a text file of settings or results
 
 
 def open_plain(path: str | Path) -> BinaryIO:
-    """Opens a plain file for reading, and waits for nothing.
+    """Opens a regular file for reading, without blocking.
 
     Raises:
-      OSError: it is not there, may not be read, or is a directory, a pipe or a device.
+      OSError: it does not exist, is not readable, or is a directory, a pipe or a device.
     """
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-    kind = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(kind):
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-        what = "it is a directory" if stat.S_ISDIR(kind) else "it is a pipe or a device, not a file"
-        raise OSError(code, what, str(path))
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
     return file
 
 
 def read_plain(path: str | Path, limit: int = TEXT_BYTES) -> bytes:
-    """The bytes of a plain file that has at most `limit` of them.
+    """The bytes of a regular file, at most `limit`.
 
     Raises:
-      OSError: as `open_plain` does, or the file is larger.
+      OSError: as from `open_plain`, or the file is larger.
     """
     with open_plain(path) as file:
-        content = file.read(limit + 1)  # some files of the system give no size
-        if len(content) > limit:
-            size = max(os.fstat(file.fileno()).st_size, len(content))
-            what = f"it has {size:,} bytes, where {limit:,} are the most that is read"
-            raise OSError(errno.EFBIG, what, str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        size = max(os.path.getsize(path), len(content))
+        text = f"it has {size:,} bytes, and at most {limit:,} are read"
+        raise OSError(errno.EFBIG, text, str(path))
     return content
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once all is written; else that stays as it was."""
+    """Opens a new file, which replaces `path` when the block succeeds; otherwise `path` stays."""
     part = path.with_name(f".{path.name}")
-    part.unlink(missing_ok=True)  # of a run that was killed; a link there would lead elsewhere
+    part.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
     try:
         with part.open("xb") as file:
             yield file
@@ -67,12 +62,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(folder: Path) -> None:
-    """Tries in a directory what a run does there later: makes, fills, renames and removes.
+    """Tries what a run does in a directory later: create, write, rename and delete.
 
-    A directory that does not exist is made for the trial only.
+    A directory that does not exist is created for the trial only.
 
     Raises:
-      FedLPError: one of it failed, or orbax cannot write below such a name.
+      FedLPError: the trial failed, or orbax cannot write below such a name.
     """
     path = str(folder.absolute())
     try:
@@ -105,5 +100,5 @@ def check_writable(folder: Path) -> None:
 
 
 def usable_memory() -> int:
-    """Bytes that one thing may take of this machine: half of its memory."""
+    """Bytes that one allocation may use: half of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -10,7 +10,7 @@ def test_a_plain_file_is_read_up_to_the_limit(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"12345")
     assert read_plain(file, 5) == b"12345"
-    with pytest.raises(OSError, match="it has 5 bytes, where 4 are the most that is read"):
+    with pytest.raises(OSError, match="it has 5 bytes, and at most 4 are read"):
         read_plain(file, 4)
 
 
