@@ -2,33 +2,55 @@
 
     python -m benchmarks.convolutions [--json FILE] [--write] [--smoke]
 
-A convolution with both its gradients, repeated in a loop on every device at once, as clients train:
-one of them on a CPU, on an accelerator as many as are vmapped there.
-`--write` puts the times of this backend into the package's own table. (`fedlp tune CONFIG
---convolutions` measures the shapes of one model, for a table of your own.)
+Times a convolution with both its gradients, in a loop on every device at once, as clients train:
+one client per device on a CPU, as many as are vmapped there on an accelerator. `--write` puts the
+times of this backend into the package's table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
 
 import fedlp_jax as fl
 from benchmarks.machine import machine
 from fedlp_jax.execution.map_clients import resolve
-from fedlp_jax.nn.conv.lowering import Convolution
-from fedlp_jax.nn.conv.measure import FORMS, measure
-from fedlp_jax.nn.conv.window import Window
+from fedlp_jax.nn.conv import conv_general_dilated
+from fedlp_jax.types import Array
 
-_LOWERINGS = FORMS
+# The unfolded form, and the Winograd forms that were the fastest somewhere.
+_LOWERINGS: tuple[str, ...] = (
+    "patches",
+    "winograd_1x2",
+    "winograd_1x4",
+    "winograd_4x1",
+    "winograd_2x2",
+    "winograd_4x4",
+)
 _CHANNELS = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
 _SIZES = (8, 16, 32)
 _BATCH = 10
-_TABLE = Path(fl.__file__).parent / "conv" / "table.json"
-_TARGET_SECONDS = 0.15
+_TABLE = Path(fl.__file__).parent / "nn" / "conv" / "table.json"
+_TARGET_SECONDS = 0.15  # of a turn
+
+
+class Convolution(NamedTuple):
+    """A 3 x 3 convolution of stride 1 with zero padding, of one client."""
+
+    size: int  # height and width
+    channels: int
+    features: int
 
 
 def main() -> None:
@@ -39,27 +61,98 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one small shape")
     options = parser.parse_args()
     fl.setup()
-    shapes = [(size, *channels) for size in _SIZES for channels in _CHANNELS]
+    shapes = [Convolution(size, *channels) for size in _SIZES for channels in _CHANNELS]
     width = resolve(None, 10**6).width or 1  # clients vmapped at once: one on a CPU
     rows = []
-    for size, channels, features in [(8, 3, 32)] if options.smoke else shapes:
-        convolution = Convolution(
-            (_BATCH, size, size, channels),
-            (3, 3, channels, features),
-            Window((1, 1), ((1, 1), (1, 1)), (1, 1)),
-        )
-        repeats = 2 if options.smoke else 5
-        times = measure(convolution, _LOWERINGS, repeats, _TARGET_SECONDS, width)
-        row = {"pixels": _BATCH * size * size, "channels": channels, "features": features}
+    for shape in [Convolution(8, 3, 32)] if options.smoke else shapes:
+        times = measure(shape, _LOWERINGS, 2 if options.smoke else 5, width)
+        pixels = _BATCH * shape.size**2
+        row = {"pixels": pixels, "channels": shape.channels, "features": shape.features}
         rows.append(row | {"milliseconds": times})
         print(json.dumps(rows[-1]), flush=True)
     result = {"backends": {jax.default_backend(): rows}} | machine()
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     if options.write:
-        if _TABLE.exists():
-            result["backends"] = json.loads(_TABLE.read_text())["backends"] | result["backends"]
+        result["backends"] = json.loads(_TABLE.read_text())["backends"] | result["backends"]
         _TABLE.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(
+    convolution: Convolution, lowerings: Sequence[str], repeats: int, width: int
+) -> dict[str, float]:
+    """Median milliseconds of a convolution with both its gradients; the lowerings take turns.
+
+    Args:
+      convolution: its shape.
+      lowerings: "patches" and Winograd forms.
+      repeats: turns of each that count.
+      width: W, clients vmapped; the time is that of all of them.
+    """
+    programs = {name: _program(name, convolution, width) for name in lowerings}
+    loops = {name: _loops(program) for name, program in programs.items()}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            times[name].append(1e3 * _seconds(program, loops[name]) / loops[name])
+    return {name: float(f"{statistics.median(t):.4g}") for name, t in times.items()}
+
+
+def _loops(program: Callable[[int], None]) -> int:
+    """Repetitions that take about a turn, three at least."""
+    loops, took = 3, _seconds(program, 3)
+    while took < _TARGET_SECONDS / 4:  # too short to extrapolate
+        loops *= 4
+        took = _seconds(program, loops)
+    return max(3, int(_TARGET_SECONDS * loops / took))
+
+
+def _seconds(program: Callable[[int], None], loops: int) -> float:
+    start = time.perf_counter()
+    program(loops)
+    return time.perf_counter() - start
+
+
+def _program(name: str, convolution: Convolution, width: int) -> Callable[[int], None]:
+    """A function of a number of repetitions, of W clients on each device."""
+    devices = len(jax.devices())
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, lowering=name
+        )
+
+    def step(_: Array, carry: Any) -> Any:
+        x, kernel = carry
+        y, transpose = jax.vjp(convolve, x, kernel)
+        dx, d_kernel = transpose(jax.nn.relu(y))
+        return x - 1e-6 * dx, kernel - 1e-6 * d_kernel
+
+    if width > 1:
+        step = jax.vmap(step, (None, 0))
+
+    def stream(x: Array, kernel: Array, loops: Array) -> tuple[Array, Array]:
+        x, kernel = jax.lax.fori_loop(0, loops[0], step, (x[0], kernel[0]))
+        return x[None], kernel[None]
+
+    specs = (Spec("d"), Spec("d"), Spec())
+    program = jax.jit(
+        jax.shard_map(stream, mesh=mesh, in_specs=specs, out_specs=Spec("d"), check_vma=False)
+    )
+    rng = np.random.default_rng(0)
+    lead = (devices, width) if width > 1 else (devices,)
+    size, channels, features = convolution
+    x = rng.normal(size=(*lead, _BATCH, size, size, channels)).astype(np.float32)
+    kernel = rng.normal(size=(*lead, 3, 3, channels, features)).astype(np.float32)
+    kernel *= np.float32(0.05)
+
+    def run(loops: int) -> None:
+        jax.block_until_ready(program(x, kernel, jnp.array([loops])))
+
+    run(1)
+    return run
 
 
 if __name__ == "__main__":

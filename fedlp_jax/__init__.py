@@ -63,8 +63,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.result import DivergedError as DivergedError
     from fedlp_jax.simulation.result import Result as Result
     from fedlp_jax.simulation.run import Simulation as Simulation
+    from fedlp_jax.tasks.classification import classification as classification
     from fedlp_jax.tasks.task import Task as Task
-    from fedlp_jax.tasks.task import classification as classification
 
 __version__ = "0.1.0"
 
@@ -102,7 +102,8 @@ _HOMES = {
     "simulation.loop": "simulate",
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",
-    "tasks.task": "Task classification",
+    "tasks.classification": "classification",
+    "tasks.task": "Task",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

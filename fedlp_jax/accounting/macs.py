@@ -10,7 +10,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from fedlp_jax.nn import conv, dense
+from fedlp_jax.nn import conv
 from fedlp_jax.prng import root_key
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Variables
@@ -35,9 +35,9 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
     """
     shapes = jax.eval_shape(lambda v: v, variables)
     # Count the convolutions as written, whatever lowering a run takes. The lambda is new in every
-    # call because jax caches traces by function. The inner recording hides these convolutions from
-    # a recording around this call.
-    with conv.using("direct"), conv.recording():
+    # call because jax caches traces by function. A recording around this call does not see
+    # these convolutions.
+    with conv.using("direct"):
         jaxpr = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
     norms = {"/".join(map(str, path[1:-1])) for path in flatten_dict(shapes) if path[0] != "params"}
     macs: dict[str, int] = {}
@@ -74,7 +74,7 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
 
         return jax.grad(loss)(variables["params"])
 
-    with conv.using("direct"), conv.recording(), dense.as_written():  # count products as written
+    with conv.using("direct"):  # count products as written
         forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
         both = jax.make_jaxpr(gradient)(shapes)
     counts = [sum(n * _macs(e) for e, _, n in _equations(p.jaxpr, "")) for p in (both, forward)]

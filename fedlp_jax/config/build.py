@@ -8,7 +8,7 @@ from fedlp_jax.config.schema import Config
 from fedlp_jax.data.dataset import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.tasks.task import classification
+from fedlp_jax.tasks.classification import classification
 
 
 def build(config: Config) -> dict[str, Any]:

@@ -18,18 +18,18 @@ class BatchNorm(nn.Module):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    A batch is normalised with its biased variance, but the running variance, with which evaluation
-    normalises, moves towards the unbiased one, n / (n - 1) times as large: the one thing in which
-    `flax.linen.BatchNorm` differs. It takes the same `mask`.
+    Training normalises with the biased variance of the batch. The running variance, which
+    evaluation uses, tracks the unbiased variance, n / (n - 1) times as large. Only in this does
+    `flax.linen.BatchNorm` differ; it takes the same `mask`.
 
-    Parameters are `scale` and `bias`, statistics `mean` and `var` in the collection `batch_stats`.
-    They are computed in float32 or wider, whatever the dtype of the input.
+    Parameters are `scale` and `bias`, statistics `mean` and `var` in the collection `batch_stats`,
+    computed in float32 or wider for any input dtype.
     """
 
     use_running_average: bool | None = None
     momentum: float = 0.9  # running = momentum * running + (1 - momentum) * batch
     epsilon: float = 1e-5
-    unbiased: bool = True  # False: the running variance is the biased one, as in flax
+    unbiased: bool = True  # False: track the biased variance, as flax does
     param_dtype: Any = jnp.float32
     dtype: Any = None  # of the result; None: the wider of the input's and the parameters'
 
@@ -37,16 +37,16 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Normalises `x`, and moves the running statistics unless they are used.
+        """Normalises `x`, and updates the running statistics unless it uses them.
 
         Args:
           x: `[..., channels]`.
-          use_running_average: normalise with the running statistics; here or as a field.
-          mask: bool, broadcastable to `x`; False leaves an element out of the statistics. All of
-            it False: they stay as they are.
+          use_running_average: normalise with the running statistics; an argument or a field.
+          mask: bool, broadcastable to `x`; False excludes an element from the statistics. If all
+            are False, the running statistics stay unchanged.
 
         Returns:
-          Like `x`, in `dtype`.
+          The shape of `x`, in `dtype`.
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -69,20 +69,20 @@ class BatchNorm(nn.Module):
         count = _count(x, mask)
         mean, centred, var = _moments(x, count, mask)
         if not self.is_initializing():
-            # One element has no unbiased variance; the biased one, 0, stands in for it.
+            # One element has no unbiased variance; use the biased one, 0.
             spread = count / jnp.maximum(count - 1, 1) if self.unbiased else jnp.ones_like(count)
             for average, batch in ((ra_mean, mean), (ra_var, var * spread)):
                 old = average.value
                 new = self.momentum * old + (1 - self.momentum) * _flat(batch, old.dtype)
                 average.value = jnp.where(_flat(count, count.dtype) > 0, new, old)
         gain = scale * lax.rsqrt(var + self.epsilon)
-        # `centred` holds the mean as a constant. Its gradient enters through a term that is zero,
-        # one channel wide, so that going backward takes two reductions over the batch and no more.
+        # `centred` treats the mean as a constant. Its gradient enters through a zero term, one
+        # channel wide, so that the backward pass takes only two reductions over the batch.
         return (centred * gain + (bias + (lax.stop_gradient(mean) - mean) * gain)).astype(dtype)
 
 
 def _count(x: Array, mask: Array | None) -> Array:
-    """Elements of a channel that enter the statistics, `[1, ..., 1 or channels]` in x's dtype."""
+    """Number of unmasked elements per channel, `[1, ..., 1 or channels]` in the dtype of `x`."""
     everything = math.prod(x.shape[:-1])
     if mask is None:
         return jnp.full((1,) * x.ndim, everything, x.dtype)
@@ -92,10 +92,10 @@ def _count(x: Array, mask: Array | None) -> Array:
 
 
 def _moments(x: Array, count: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-    """`(mean, x - mean, biased variance)`; the second holds the mean as a constant.
+    """`(mean, x - mean, biased variance)`; the second treats the mean as a constant.
 
-    Two passes: the mean of squares less the square of the mean would lose all digits of a channel
-    whose mean is large. d var / d mean is 0, so that nothing is lost by the constant either.
+    Two passes: the mean of squares minus the squared mean would cancel for channels with a large
+    mean. d var / d mean is 0, so the constant does not change the gradient of the variance.
     """
     axes, elements = tuple(range(x.ndim - 1)), jnp.maximum(count, 1)
     keep = (lambda t: t) if mask is None else lambda t: jnp.where(_aligned(mask, x), t, 0)
@@ -114,6 +114,6 @@ def _flat(x: Array, dtype: Any) -> Array:
 
 
 def _widest(*dtypes: Any) -> Any:
-    # Said so, as a process may have switched implicit promotion off.
+    # Explicit, since a process may forbid implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)

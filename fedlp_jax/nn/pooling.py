@@ -1,4 +1,4 @@
-"""Max-pooling whose gradient is fast in XLA's CPU backend, and right where elements tie."""
+"""Max pooling whose gradient is fast in XLA's CPU backend, and correct for ties."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.nn.xla import in_memory
+from fedlp_jax.nn.xla import materialize
 from fedlp_jax.types import Array
 
 
 def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
-    """The largest element of every window; windows do not overlap.
+    """The largest element of every window, without overlap.
 
-    After a ReLU a third of the windows of a CIFAR-10 image have ties. The gradient goes to the
-    first of the largest elements in row-major order, as that of `flax.linen.max_pool` does.
+    After a ReLU, a third of the windows of a CIFAR-10 image have ties. The gradient goes to the
+    first of the largest elements in row-major order, as in `flax.linen.max_pool`.
 
     Args:
-      x: `[B, height, width, channels]`. Rows and columns past the last whole window are left out.
-      window: its height and width.
+      x: `[B, height, width, channels]`. Rows and columns past the last whole window are dropped.
+      window: height and width.
 
     Returns:
       `[B, height // window height, width // window width, channels]`.
 
     Raises:
-      FedLPError: `x` has not four axes.
+      FedLPError: `x` does not have four axes.
     """
     kh, kw = window
     if x.ndim != 4:
@@ -36,8 +36,8 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
     batch, height, width, channels = x.shape
     h, w = height // kh, width // kw
     x = x[:, : h * kh, : w * kw]
-    if _fuses_anew():
-        # Its transpose makes XLA write the gradient of `x` once, not work it out in each reader.
+    if _recomputes():
+        # Its transpose makes XLA write the gradient of `x` once, instead of once per reader.
         x = lax.optimization_barrier(x)
     return _largest(x.reshape(batch, h, kh, w, kw, channels))
 
@@ -46,7 +46,7 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
 def _largest(x: Array) -> Array:
     """`[B, h, kh, w, kw, channels] -> [B, h, w, channels]`; NaN counts as the largest."""
     _, _, kh, _, kw, _ = x.shape
-    # Maxima alone, which vectorize; which element it was is worked out for the way back.
+    # Maxima only, which vectorize; the backward pass finds the winners.
     rows = [functools.reduce(jnp.maximum, [x[:, :, i, :, j] for j in range(kw)]) for i in range(kh)]
     return _once(functools.reduce(jnp.maximum, rows))
 
@@ -55,8 +55,8 @@ def _largest(x: Array) -> Array:
 def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
     index = _once(_winner(x))
-    # One element of a window is selected by its place, never by a comparison with the maximum: XLA
-    # may compute the two in separate fusions that differ in the last bit, and then none is equal.
+    # Select the winner by its place, not by comparison with the maximum: XLA may compute the two in
+    # separate fusions that differ in the last bit, and then no element is equal.
     place = jnp.arange(x.shape[2] * x.shape[4], dtype=index.dtype)
     place = place.reshape(1, 1, x.shape[2], 1, x.shape[4], 1)
     won = jnp.expand_dims(index, (2, 4)) == place
@@ -64,12 +64,11 @@ def _largest_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 
 def _winner(x: Array) -> Array:
-    """The place of the largest element of each window, row-major; NaN counts as the largest."""
+    """Row-major index of the largest element of each window; NaN counts as the largest."""
     kh, kw = x.shape[2], x.shape[4]
     short = jnp.int8 if kh * kw < 128 else jnp.int32
-    # On a CPU floats, as wide as what is usually selected by them: LLVM does not vectorize a select
-    # by integers.
-    places = jnp.float32 if _fuses_anew() else short
+    # Floats on a CPU, as wide as the usual data: LLVM does not vectorize a select by integers.
+    places = jnp.float32 if _recomputes() else short
     best = x[:, :, 0, :, 0]
     index = jnp.zeros(best.shape, places)
     for place in range(1, kh * kw):
@@ -81,17 +80,16 @@ def _winner(x: Array) -> Array:
 
 
 def _once(x: Array) -> Array:
-    """`[B, h, w, channels]`, computed but once.
+    """`[B, h, w, channels]`, computed once.
 
-    The dense layer behind a pooling would compute a maximum, and the normalisation before it, for
-    every weight: first in its product, again where its kernel's gradient is used.
+    Otherwise a dense layer after the pooling recomputes the maximum, and the normalisation before
+    it, for every weight: in its product, and again in its kernel's gradient.
     """
-    # That layer reads them in order, the batch first; the batch third is an order of our own, with
-    # channels still contiguous.
-    return in_memory(x, (1, 2, 0, 3)) if _fuses_anew() else x
+    # The dense layer reads batch first. Batch third differs from that, with channels contiguous.
+    return materialize(x, (1, 2, 0, 3)) if _recomputes() else x
 
 
-def _fuses_anew() -> bool:
-    """Whether XLA's backend here computes in every reader what could be read from memory."""
-    # On accelerators memory is what is short, and arithmetic is free.
+def _recomputes() -> bool:
+    """Whether XLA's backend recomputes a cheap result in every reader."""
+    # On accelerators arithmetic is cheap and memory bandwidth is scarce.
     return jax.default_backend() == "cpu"

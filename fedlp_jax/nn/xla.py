@@ -1,8 +1,8 @@
-"""What XLA may compute anew where it is used, what must be in memory once, and in which order.
+"""Controls what XLA keeps in memory, and in which order it computes.
 
-XLA's CPU backend fuses a cheap computation into everything that reads its result, however often
-that does. A loop that reads each number a hundred times then computes it a hundred times. And it
-copies what one computation changes in place unless all that read it are known to come before.
+XLA's CPU backend fuses a cheap computation into every reader of its result: a loop that reads a
+number a hundred times computes it a hundred times. It also copies an array that is updated in
+place, unless all its readers are known to come first.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from fedlp_jax.types import Array
 
 
-def in_memory(x: Array, order: Sequence[int] | None = None) -> Array:
-    """`x`, laid out in memory with its axes in this order, the last one contiguous.
+def materialize(x: Array, order: Sequence[int] | None = None) -> Array:
+    """Writes `x` to memory once, with its axes in this order, the last one contiguous.
 
-    In another order than XLA would choose it is written once, and whatever reads it reads that. In
-    the order that XLA would choose by itself, that is not sure: it may fuse as before.
+    If XLA would choose the same order by itself, it may still fuse.
 
     Args:
       x: any array.
-      order: a permutation of its axes, the slowest first; None = as they are.
+      order: a permutation of its axes, slowest first; None = unchanged.
 
     Returns:
       The same numbers in the same shape.
@@ -33,15 +32,15 @@ def in_memory(x: Array, order: Sequence[int] | None = None) -> Array:
     return lax.optimization_barrier(with_layout_constraint(x, layout))
 
 
-def after(first: Array, x: Array) -> Array:
-    """`x`, of which XLA believes that it depends on `first`: an order between two computations.
+def order_after(first: Array, x: Array) -> Array:
+    """`x`, which XLA computes after `first`, since the result seems to depend on it.
 
     Args:
-      first: of one float at least.
+      first: at least one float.
       x: any array.
 
     Returns:
-      `x`; zeros if the first number of `first` were less than minus infinity, which none is.
+      `x`; zeros if the first number of `first` were less than minus infinity, which never holds.
     """
     never = first.ravel()[0] < -jnp.inf
     return jnp.where(never, jnp.zeros((), x.dtype), x)

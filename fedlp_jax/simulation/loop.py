@@ -19,7 +19,6 @@ from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.execution import processes as hosts
 from fedlp_jax.execution.map_clients import Plan, open_connections
-from fedlp_jax.nn import conv
 from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
@@ -153,8 +152,7 @@ def _start(
         hosts.agree("run", checkpoints.shared_facts(run, resume) | {"code": hosts.code()})
         open_connections(run.plan)
     if compile:
-        with conv.repeating(resume.lowerings if resume is not None else {}):
-            run.compile()
+        run.compile()
     if compiled is not None:
         compiled(run.plan)
     if resume is not None:

@@ -15,7 +15,7 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.execution.map_clients import Plan, over_clients, replicated
 from fedlp_jax.execution.packing import Packed
-from fedlp_jax.nn import conv, dense
+from fedlp_jax.nn import conv
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState
 
@@ -126,7 +126,7 @@ def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...
     is, but its executable is reused if the lowered text is the same.
     """
     devices = tuple(plan.mesh.devices.flat)
-    settings = (*conv.settings(), dense.settings())
+    settings = conv.current()  # jax does not see it
     traced = _traceable(name, _Same(algorithm), dataclasses.astuple(plan), devices, settings)
     start = time.perf_counter()
     with conv.recording() as lowerings:

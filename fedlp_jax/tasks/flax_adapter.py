@@ -1,16 +1,19 @@
-"""A flax module, linen or nnx -> two pure functions on a dict of variables.
+"""A flax module, linen or nnx, as two pure functions of a dict of variables.
 
-Three things are done to a user's module without its author's help: convolutions and dense layers
-take this package's lowering, rows that pad a batch stay out of batch normalisation, and the switch
-between training and evaluation is found by its usual names.
+Any module's convolutions and dense layers take this package's lowering, its batch normalisations
+leave padding rows out, and it is switched between training and evaluation by the usual names. The
+user's module object stays as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+import operator
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -18,9 +21,13 @@ import jax
 from flax import nnx
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.nn import batch_norm as norm
-from fedlp_jax.nn import conv, dense
+from fedlp_jax.nn import flax as lowered
+from fedlp_jax.nn.batch_norm import BatchNorm
+from fedlp_jax.tasks.padding import SCOPE, mixes_rows, row_mask
 from fedlp_jax.types import Array, Variables
+
+_TRAIN = ("train", "training", "is_training")  # switches that are True while training
+_EVALUATE = ("deterministic", "use_running_average", "inference")  # and False while training
 
 
 class Apply(Protocol):
@@ -28,14 +35,14 @@ class Apply(Protocol):
 
     def __call__(
         self, variables: Variables, inputs: Array, key: Array | None, valid: Array | None
-    ) -> tuple[Array, Variables]:
+    ) -> tuple[Any, Variables]:
         """Runs the network.
 
         Args:
-          variables: as `init` made them.
+          variables: as `init` returns them.
           inputs: `f32[B, ...]`, normalised.
-          key: for dropout, and the sign to train; None = evaluate.
-          valid: `bool[B]` rows that may enter batch statistics; None = all.
+          key: trains, with dropout by this key; None = evaluates.
+          valid: `bool[B]`, rows that may enter batch statistics; None = all.
 
         Returns:
           `(outputs, statistics)`: the updated collections other than "params".
@@ -48,18 +55,27 @@ class Network(NamedTuple):
     init: Callable[[Array, Array], Variables]  # (key, inputs f32[B, ...]) -> variables
     apply: Apply
     at_depth: Callable[[int], Network] | None = None
-    depth: int = 1  # submodels it offers: depths 1 to `depth`, the last is the whole
+    depth: int = 1  # number of submodels, depths 1 to `depth`; the deepest is the whole model
+
+
+# As `Apply`, and whether the module has dropout but dropped nothing.
+_Run = Callable[[Variables, Array, "Array | None", "Array | None"], tuple[Any, Variables, bool]]
 
 
 def network(module: Any) -> Network:
     """The network of a flax linen module, an nnx module, or a function `rngs -> nnx module`.
 
+    An argument of `__call__` switches training on or off if it is called `train`, `training`,
+    `is_training`, or `deterministic`, `use_running_average`, `inference`. Without one, a linen
+    module's field of such a name does, and in nnx all attributes of those names. A model that has
+    batch statistics or dropout and uses neither in training costs a warning.
+
     A linen module with an integer field `depth` offers submodels: `module.clone(depth=c)` for c
     from 1 to `depth`. Sub-modules that depths share have the same names in all of them.
 
-    An nnx instance carries its own initial parameters; a class or function of `rngs` is called
-    with the run's key, so that its initial model follows the seed. Its `nnx.Param` are trained and
-    its `nnx.BatchStat` are statistics; other variables stay as they were made.
+    An nnx instance brings its initial parameters. A class or function of `rngs` gets the run's key,
+    so that its initial model follows the seed. `nnx.Param`s are trained, `nnx.BatchStat`s are
+    statistics, and other variables stay constant.
 
     Raises:
       FedLPError: the object is neither.
@@ -78,104 +94,135 @@ def network(module: Any) -> Network:
     )
 
 
+def _with_warnings(run: _Run) -> Apply:
+    """Adds warnings about models that ignore the training switch or padding."""
+
+    @functools.cache  # once each
+    def warn(sentence: str) -> None:
+        warnings.warn(sentence, stacklevel=2)
+
+    checked = False
+
+    def apply(
+        variables: Variables, inputs: Array, key: Array | None, valid: Array | None
+    ) -> tuple[Any, Variables]:
+        nonlocal checked
+        outputs, statistics, idle = run(variables, inputs, key, valid)
+        if key is None:
+            return outputs, statistics
+        if idle or _unchanged(variables, statistics):
+            warn(
+                "the model has batch statistics or dropout but uses neither in training; switch "
+                f"it by an argument of __call__ named {' or '.join(_TRAIN + _EVALUATE)}. "
+                "(If that is on purpose, ignore this.)"
+            )
+        if valid is not None and not checked:
+            checked = True
+            if mixes_rows(
+                lambda rest, x, v: run(rest[0], x, rest[1], v), (variables, key), inputs, valid
+            ):
+                warn(
+                    "the model may combine rows of a batch outside of BatchNorm, and some batches "
+                    "are padded, so padding rows may enter; choose a batch_size that divides the "
+                    "number of examples of every client, or compute each row by itself."
+                )
+        return outputs, statistics
+
+    return apply
+
+
+def _unchanged(variables: Variables, statistics: Variables) -> bool:
+    """Whether there are batch statistics, and a step returned the very same arrays."""
+    before = jax.tree.leaves({name: variables[name] for name in statistics})
+    after = jax.tree.leaves(statistics)
+    same = len(before) == len(after) and all(map(operator.is_, before, after))
+    return bool(before) and same
+
+
 def _any_promotion() -> contextlib.AbstractContextManager[Any]:
-    """Flax's own layers mix dtypes, which a process with strict promotion would refuse."""
+    """Allows flax's own layers to mix dtypes in a process with strict promotion."""
     return jax.numpy_dtype_promotion("standard")
 
 
-# --- rows that pad a batch ------------------------------------------------------------------
-
-_valid_rows: contextvars.ContextVar[Array | None] = contextvars.ContextVar("valid", default=None)
-
-
-@contextlib.contextmanager
-def _rows(valid: Array | None) -> Iterator[None]:
-    token = _valid_rows.set(valid)
-    try:
-        yield
-    finally:
-        _valid_rows.reset(token)
-
-
-def _row_mask(x: Array) -> Array | None:
-    """The current row mask, shaped to broadcast against `x: [B, ...]`."""
-    valid = _valid_rows.get()
-    if valid is None:
-        return None
-    if x.shape[0] != valid.shape[0]:
-        raise FedLPError(
-            f"a BatchNorm got {x.shape[0]} rows in a batch of {valid.shape[0]}: with clients whose "
-            "number of examples is no multiple of batch_size, padding rows must be kept out of its "
-            "statistics. Keep the batch axis first, or choose a batch_size that divides evenly."
-        )
-    return valid.reshape(valid.shape + (1,) * (x.ndim - 1))
-
-
-def _mask_batch_norm(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    is_norm = isinstance(context.module, nn.BatchNorm | norm.BatchNorm)
-    if is_norm and context.method_name == "__call__" and kwargs.get("mask") is None:
-        kwargs = {**kwargs, "mask": _row_mask(args[0])}
-    return next_fun(*args, **kwargs)
-
-
-class _RowMaskedBatchNorm(nnx.BatchNorm):
-    """nnx.BatchNorm that leaves out the rows that pad a batch."""
-
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        return super().__call__(x, use_running_average, mask=_row_mask(x) if mask is None else mask)
+def _switches(names: Any) -> Callable[[bool], dict[str, Any]]:
+    """`train -> {name: value}` for those of these names that are switches."""
+    return lambda train: {
+        **{name: train for name in _TRAIN if name in names},
+        **{name: not train for name in _EVALUATE if name in names},
+    }
 
 
 # --- linen ----------------------------------------------------------------------------------
 
 
 def _linen(module: nn.Module) -> Network:
-    mode = _mode_arguments(type(module).__call__)
+    arguments = _switches(inspect.signature(type(module).__call__).parameters)
+    fields = _switches(())
+    if not arguments(True):
+        values = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+        fields = _switches([n for n, v in values.items() if v is None or isinstance(v, bool)])
+
+    def switched(train: bool) -> nn.Module:
+        return module.clone(**fields(train)) if fields(train) else module
 
     def init(key: Array, inputs: Array) -> Variables:
-        with _any_promotion(), nn.intercept_methods(conv.conv_interceptor):
-            return dict(module.init({"params": key, "dropout": key}, inputs, **mode(False)))
+        with _any_promotion(), nn.intercept_methods(lowered.interceptor):
+            rngs = {"params": key, "dropout": key}
+            return dict(switched(False).init(rngs, inputs, **arguments(False)))
 
-    def apply(
+    def run(
         variables: Variables, inputs: Array, key: Array | None, valid: Array | None
-    ) -> tuple[Array, Variables]:
+    ) -> tuple[Any, Variables, bool]:
         train = key is not None
         statistics = [name for name in variables if name != "params"]
+        dropouts: list[bool] = []
         with (
             _any_promotion(),
-            _rows(valid),
-            nn.intercept_methods(conv.conv_interceptor),
-            nn.intercept_methods(dense.dense_interceptor),
-            nn.intercept_methods(_mask_batch_norm),
+            nn.intercept_methods(_layer_interceptor(valid, dropouts)),
+            nn.intercept_methods(lowered.interceptor),
         ):
-            outputs, updated = module.apply(
+            outputs, updated = switched(train).apply(
                 variables,
                 inputs,
                 rngs={} if key is None else _streams(key),
                 mutable=statistics if train else [],
-                **mode(train),
+                **arguments(train),
             )
+        idle = bool(dropouts) and not any(dropouts)
         # A collection that this call did not touch stays as it was.
-        return outputs, {name: updated.get(name, variables[name]) for name in statistics}
+        return outputs, {name: updated.get(name, variables[name]) for name in statistics}, idle
 
     depth = getattr(module, "depth", None)
     if not isinstance(depth, int) or isinstance(depth, bool):
-        return Network(init, apply)
-    return Network(init, apply, lambda d: _linen(module.clone(depth=d)), depth)
+        return Network(init, _with_warnings(run))
+    return Network(init, _with_warnings(run), lambda d: _linen(module.clone(depth=d)), depth)
 
 
 def _streams(key: Array) -> dict[str, Array]:
-    """Streams of random numbers: flax takes "params" for those of any other name."""
+    """Random streams; flax falls back on "params" for a stream of another name."""
     return {"dropout": key, "params": jax.random.fold_in(key, 1)}
 
 
-def _mode_arguments(call: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
-    """Finds how a module is told to train: `train`, `training`, or their opposites."""
-    names = inspect.signature(call).parameters
-    positive = [name for name in ("train", "training") if name in names]
-    negative = [name for name in ("deterministic", "use_running_average") if name in names]
-    return lambda train: {**dict.fromkeys(positive, train), **dict.fromkeys(negative, not train)}
+def _layer_interceptor(valid: Array | None, dropouts: list[bool]) -> Callable[..., Any]:
+    """Masks padding rows in every BatchNorm; notes for every Dropout whether it drops."""
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if isinstance(module, nn.Dropout) and module.rate > 0:
+            given = args[1] if len(args) > 1 else kwargs.get("deterministic")
+            dropouts.append(not (module.deterministic if given is None else given))
+        elif isinstance(module, nn.BatchNorm | BatchNorm) and valid is not None:
+            # A derived class may lack the argument; the inherited method has it.
+            takes_mask = "mask" in inspect.signature(context.orig_method.func).parameters
+            if takes_mask and kwargs.get("mask") is None:
+                mask = row_mask(args[0] if args else kwargs["x"], valid)
+                with jax.named_scope(SCOPE):
+                    return next_fun(*args, **{**kwargs, "mask": mask})
+        return next_fun(*args, **kwargs)
+
+    return intercept
 
 
 # --- nnx ------------------------------------------------------------------------------------
@@ -184,35 +231,38 @@ _STATISTICS = "batch_stats"
 
 
 def _nnx(module: nnx.Module) -> Network:
-    graph, params, statistics, rest = _split_nnx(module)
+    masked = nnx.recursive_map(_with_mask, lowered.inject(module))
+    parts: Any = nnx.split(masked, nnx.Param, nnx.BatchStat, ...)
+    graph, params, statistics, rest = parts
+    arguments = _switches(inspect.signature(type(module).__call__).parameters)
     variables = {"params": nnx.to_pure_dict(params)}
     if statistics:
         variables[_STATISTICS] = nnx.to_pure_dict(statistics)
 
-    def apply(
+    def run(
         variables: Variables, inputs: Array, key: Array | None, valid: Array | None
-    ) -> tuple[Array, Variables]:
+    ) -> tuple[Any, Variables, bool]:
         params_now, statistics_now = jax.tree.map(lambda x: x, (params, statistics))
         nnx.replace_by_pure_dict(params_now, variables["params"])
         if statistics:
             nnx.replace_by_pure_dict(statistics_now, variables[_STATISTICS])
         model = nnx.merge(graph, params_now, statistics_now, rest, copy=True)
-        if key is None:
-            model.eval()
-        else:
-            model.train()
-            _reseed(model, key)
-        with _any_promotion(), _rows(valid):
-            outputs = model(inputs)
+        _set_mode(model, key is not None, valid)
+        streams = [] if key is None else _reseed(model, key)
+        counts = [stream.count.get_value() for stream in streams]
+        with _any_promotion():
+            outputs = model(inputs, **arguments(key is not None))
+        used = [s.count.get_value() is not c for s, c in zip(streams, counts, strict=True)]
+        idle = bool(used) and not any(used)
         if not statistics:
-            return outputs, {}
-        return outputs, {_STATISTICS: nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}
+            return outputs, {}, idle
+        return outputs, {_STATISTICS: nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}, idle
 
-    return Network(lambda key, inputs: variables, apply)
+    return Network(lambda key, inputs: variables, _with_warnings(run))
 
 
 def _nnx_factory(make: Callable[..., nnx.Module]) -> Network:
-    # Only the structure of this instance is used; its random numbers never reach a run.
+    # Only the structure of this instance matters; no run uses its random numbers.
     abstract = _nnx(make(rngs=nnx.Rngs(0)))
 
     def init(key: Array, inputs: Array) -> Variables:
@@ -221,19 +271,52 @@ def _nnx_factory(make: Callable[..., nnx.Module]) -> Network:
     return Network(init, abstract.apply)
 
 
-def _split_nnx(module: nnx.Module) -> tuple[Any, Any, Any, Any]:
-    model = conv.inject(module)
-    dense.inject(model)
+def _with_mask(path: Any, part: Any) -> Any:
+    """The same part, of a class that masks padding rows if it is a BatchNorm."""
+    del path
+    if not isinstance(part, nnx.BatchNorm):
+        return part
+    masked = object.__new__(_masked(type(part)))
+    vars(masked).update(vars(part))
+    return masked
+
+
+@functools.cache
+def _masked(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """The class, with padding rows left out by default; unchanged if it takes no `mask`."""
+    if "mask" not in inspect.signature(kind.__call__).parameters:
+        return kind
+
+    class Masked(kind):  # type: ignore[misc, valid-type]
+        valid: Array | None = None
+
+        def __call__(self, x: Array, *args: Any, mask: Array | None = None, **kwargs: Any) -> Any:
+            if mask is not None or self.valid is None:
+                return super().__call__(x, *args, mask=mask, **kwargs)
+            with jax.named_scope(SCOPE):
+                return super().__call__(x, *args, mask=row_mask(x, self.valid), **kwargs)
+
+    Masked.__name__, Masked.__qualname__ = kind.__name__, kind.__qualname__
+    return Masked
+
+
+def _set_mode(model: nnx.Module, train: bool, valid: Array | None) -> None:
+    """Switches a model, which only this call uses, and hands it the valid rows."""
+    # Of the class, since a module may have an attribute `train`.
+    (nnx.Module.train if train else nnx.Module.eval)(model)
     for _, part in nnx.iter_modules(model):
-        if type(part) is nnx.BatchNorm:
-            object.__setattr__(part, "__class__", _RowMaskedBatchNorm)
-    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    return parts
+        for name, value in _switches(vars(part))(train).items():
+            if isinstance(getattr(part, name), bool):
+                setattr(part, name, value)
+        if valid is not None and isinstance(part, nnx.BatchNorm) and hasattr(part, "valid"):
+            part.valid = nnx.data(valid)
 
 
-def _reseed(model: nnx.Module, key: Array) -> None:
-    """Gives every random stream of the model a key of its own for this step."""
+def _reseed(model: nnx.Module, key: Array) -> list[nnx.RngStream]:
+    """Derives a key for every random stream of the model; returns the streams of its Dropouts."""
     streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
     for i, stream in enumerate(streams):
         stream.key.set_value(jax.random.fold_in(key, i))
         stream.count.set_value(jax.numpy.zeros((), jax.numpy.uint32))
+    dropouts = [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]
+    return [d.rngs for d in dropouts if d.rate > 0 and isinstance(d.rngs, nnx.RngStream)]

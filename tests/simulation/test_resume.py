@@ -224,29 +224,6 @@ def begun(tmp_path_factory):
     return saved.latest()
 
 
-def test_convolutions_keep_the_form_they_had(monkeypatch):
-    from fedlp_jax.nn import conv
-    from fedlp_jax.nn.conv import lowering as choice
-
-    shapes = (10, 32, 32, 32), (3, 3, 32, 32)
-
-    def trace():
-        with conv.recording() as found:
-            jax.eval_shape(
-                lambda x, w: conv.conv_general_dilated(
-                    x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-                ),
-                *(jnp.zeros(shape) for shape in shapes),
-            )
-        return found
-
-    before = trace()
-    monkeypatch.setattr(choice, "_fastest", lambda *_: "patches")  # another table
-    assert trace() != before
-    with conv.repeating(before):
-        assert trace() == before
-
-
 # --- run directories ------------------------------------------------------------------------------
 
 SMALL = {

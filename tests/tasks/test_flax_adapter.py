@@ -1,5 +1,7 @@
 """linen and nnx modules as pure functions, and rows that pad a batch."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,7 +67,10 @@ def test_a_padded_batch_equals_the_short_one(kind):
     assert not np.allclose(flat(statistics), flat(variables["batch_stats"]))
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k == "nnx function" else pytest.mark.slow) for k in MODULES],
+)
 def test_any_module_trains(kind):
     data = dataset(examples=240)
     clients = fl.partition.iid(data.train.labels, clients=7)
@@ -118,28 +123,250 @@ def test_dropout_follows_the_key_and_only_while_training():
         assert np.array_equal(*still)
 
 
-@pytest.mark.parametrize("name", ["train", "training", "deterministic", "use_running_average"])
-def test_the_switch_to_training_is_found_by_its_name(name):
-    if name in ("train", "training"):
+SWITCHES = {
+    **dict.fromkeys(("train", "training", "is_training"), True),
+    **dict.fromkeys(("deterministic", "use_running_average", "inference"), False),
+}
 
-        class Net(nn.Module):
-            @nn.compact
-            def __call__(self, x, train=None, training=None):
-                train = train if training is None else training
-                return nn.Dense(3)(x) + (1.0 if train else 0.0)
 
+def linen_with(place, name):
+    """A module that adds 1 while its switch, an argument or a field, says to train."""
+    if place == "argument":
+        body = f"lambda self, x, {name}=None: self.add(x, {name})"
     else:
+        body = f"lambda self, x: self.add(x, self.{name})"
+    fields = {"__annotations__": {name: "bool | None"}, name: None} if place == "field" else {}
 
-        class Net(nn.Module):
-            @nn.compact
-            def __call__(self, x, deterministic=None, use_running_average=None):
-                off = deterministic if use_running_average is None else use_running_average
-                return nn.Dense(3)(x) + (0.0 if off else 1.0)
+    def add(self, x, value):
+        return nn.Dense(3, name="fc")(x) + (1.0 if value == SWITCHES[name] else 0.0)
 
-    net = network(Net())
+    call = nn.compact(eval(body))
+    call.__name__ = "__call__"
+    return type("Net", (nn.Module,), {**fields, "add": add, "__call__": call})()
+
+
+def nnx_with(place, name):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(4, 3, rngs=rngs)
+            if place == "field":
+                setattr(self, name, not SWITCHES[name])
+
+        def add(self, x, value):
+            return self.fc(x) + (1.0 if value == SWITCHES[name] else 0.0)
+
+    if place == "argument":
+        Net.__call__ = eval(f"lambda self, x, {name}=None: self.add(x, {name})")
+    else:
+        Net.__call__ = lambda self, x: self.add(x, getattr(self, name))
+    return Net
+
+
+@pytest.mark.parametrize("place", ["argument", "field"])
+@pytest.mark.parametrize("make", [linen_with, nnx_with])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_switch_to_training_is_found_by_its_name(make, place, name):
+    net = network(make(place, name))
     variables = net.init(KEY, jnp.asarray(X))
     on, off = (net.apply(variables, jnp.asarray(X), key, None)[0] for key in (KEY, None))
     np.testing.assert_allclose(on - off, 1.0, rtol=1e-5)
+
+
+class FrozenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, learning=False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not learning)(x))
+
+
+class FrozenDropout(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=True)(x))
+
+
+class NnxFrozen(nnx.Module):
+    def __init__(self, rngs, norm):
+        self.layer = nnx.BatchNorm(4, rngs=rngs) if norm else nnx.Dropout(0.5, rngs=rngs)
+        self.norm, self.fc = norm, nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x, learning=False):
+        name = "use_running_average" if self.norm else "deterministic"
+        return self.fc(self.layer(x, **{name: not learning}))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        FrozenNorm(),
+        FrozenDropout(),
+        lambda rngs: NnxFrozen(rngs, norm=True),
+        lambda rngs: NnxFrozen(rngs, norm=False),
+    ],
+    ids=["norm", "dropout", "nnx norm", "nnx dropout"],
+)
+def test_a_model_that_is_never_switched_to_training_costs_one_warning(module):
+    task = fl.classification(module)
+    variables = task.init(KEY, batch(1))
+    with pytest.warns(UserWarning, match="uses neither in training; .* train or ") as caught:
+        task.loss(variables, batch(4), KEY)
+        task.loss(variables, batch(4), KEY)
+    assert len(caught) == 1
+    task.evaluate(variables, batch(4))
+
+
+class OwnNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        mean = self.variable("batch_stats", "m", jnp.zeros, (1, 4))
+        if train:
+            mean.value = x.mean(0, keepdims=True)
+        return nn.Dense(3)(x - mean.value)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.softmax(x @ x.T) @ x)
+
+
+class NnxOwnNorm(nnx.Module):
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(x - x.mean(0, keepdims=True))
+
+
+class NnxNormWithoutMask(nnx.BatchNorm):
+    def __call__(self, x, use_running_average=None):
+        return super().__call__(x, use_running_average)
+
+
+MIXING = {
+    "own statistic": OwnNorm(),
+    "rows attend to rows": Attention(),
+    "reversed rows": nn.Sequential([lambda x: x[::-1], nn.Dense(3)]),
+    "shifted rows": nn.Sequential([lambda x: jnp.roll(x, 1, 0), nn.Dense(3)]),
+    "one batch size": nn.Sequential([lambda x: x.reshape(7, 4), nn.Dense(3)]),
+    "nnx": NnxOwnNorm,
+    "nnx without a mask": lambda rngs: nnx.Sequential(
+        NnxNormWithoutMask(4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_rows_that_may_mix_with_padding_cost_one_warning(kind):
+    net = network(MIXING[kind])
+    x = jnp.asarray(np.concatenate([X, X[:1]]))
+    variables = net.init(KEY, x)
+    net.apply(variables, x, KEY, None)  # nothing is padded
+    with pytest.warns(UserWarning, match="choose a batch_size that divides") as caught:
+        net.apply(variables, x, KEY, jnp.arange(7) < 4)
+        net.apply(variables, x, KEY, jnp.arange(7) < 4)
+    assert len(caught) == 1
+
+
+class RowByRow(nn.Module):
+    """What may look as if it mixed rows, but does not."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.LayerNorm()(nn.GroupNorm(2)(nn.Dense(8)(x)))
+        x = nn.Dropout(0.5, deterministic=not train)(x).reshape(x.shape[0], 4, 2)
+        x = nn.RNN(nn.SimpleCell(8))(x) + nn.MultiHeadDotProductAttention(2)(nn.Dense(8)(x))
+        x = x + jax.vmap(lambda row: jnp.cumsum(row[::-1], 0))(x)
+        self.sow("intermediates", "spread", x.std((1, 2)))
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x).max(1))
+
+
+def test_layers_that_compute_row_by_row_cost_no_warning():
+    net = network(RowByRow())
+    x = jnp.asarray(X)
+    variables = jax.eval_shape(net.init, KEY, x)
+    jax.eval_shape(lambda v: net.apply(v, x, KEY, jnp.arange(6) < 4), variables)
+    jax.eval_shape(
+        lambda v: network(MODULES["linen"]()).apply(v, x, KEY, jnp.arange(6) < 4),
+        jax.eval_shape(network(MODULES["linen"]()).init, KEY, x),
+    )
+
+
+def test_a_derived_batch_norm_is_masked():
+    class Derived(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x, use_running_average=None):
+            return super().__call__(x, use_running_average)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(3)(Derived(momentum=0.0)(x, use_running_average=not train))
+
+    class NnxDerived(nnx.BatchNorm):
+        pass
+
+    def make(rngs):
+        norm = NnxDerived(4, momentum=0.0, rngs=rngs)
+        return nnx.Sequential(norm, nnx.Linear(4, 3, rngs=rngs))
+
+    for module in (Net(), make):
+        task = fl.classification(module)
+        variables = task.init(KEY, batch(1))
+        _, aux = task.loss(variables, batch(4, padding=3), KEY)
+        means = [v for v in jax.tree.leaves(aux.statistics) if not np.all(v > 0)]
+        np.testing.assert_allclose(means[0], X[:4].mean(0), rtol=1e-5)
+
+
+def test_an_augmentation_that_mixes_rows_costs_a_warning():
+    def mixup(key, x):
+        return 0.5 * (x + jax.random.permutation(key, x))
+
+    def flip(key, x):
+        return jnp.where(jax.random.bernoulli(key, 0.5, (x.shape[0], 1)), x, -x)
+
+    for augment, count in ((mixup, 1), (flip, 0)):
+        task = fl.classification(nn.Dense(3), augment=augment)
+        variables = task.init(KEY, batch(1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            task.loss(variables, batch(4, padding=3), KEY)
+        assert len(caught) == count
+
+
+def test_inputs_keep_their_digits_with_short_parameters():
+    inputs = []
+
+    class Ids(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inputs.append(x)
+            return nn.Dense(3, param_dtype=jnp.bfloat16)(x)
+
+    task = fl.classification(Ids())
+    ids = np.float32([[257.0], [999.0], [1000.0]])
+    ids_batch = Batch(jnp.asarray(ids), jnp.zeros(3, jnp.int32), None, IDENTITY)
+    variables = task.init(KEY, ids_batch)
+    task.loss(variables, ids_batch, KEY)
+    task.evaluate(variables, ids_batch)
+    for x in inputs:
+        assert x.dtype == jnp.float32
+        np.testing.assert_array_equal(x, ids)
+
+
+def test_several_outputs_are_refused():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x), x
+
+    task = fl.classification(Two())
+    variables = task.init(KEY, batch(1))
+    for f in (
+        lambda b: task.loss(variables, b, KEY),
+        lambda b: task.outputs(variables, b),
+    ):
+        with pytest.raises(fl.FedLPError, match=r"returns a tuple, .* logits \[batch, classes\]"):
+            f(batch(4))
 
 
 def test_a_norm_over_regrouped_rows_is_refused_where_rows_are_padded():

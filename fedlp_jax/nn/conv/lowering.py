@@ -1,188 +1,243 @@
-"""Which lowering a convolution takes: the one asked for, or the fastest measured at its shape."""
+"""A drop-in for `jax.lax.conv_general_dilated` that chooses a lowering for each convolution.
+
+"patches" and the Winograd forms are products of matrices, forward and backward. "auto" takes the
+form that is fastest at the nearest shape of `table.json`, which `benchmarks/convolutions.py`
+writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import json
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fedlp_jax.errors import check_choice
-from fedlp_jax.nn.conv import table
-from fedlp_jax.nn.conv.window import Window, out_shape
-from fedlp_jax.nn.conv.winograd import supported
+from fedlp_jax.nn.conv.im2col import Window, out_shape, patches, reach
+from fedlp_jax.nn.conv.winograd import supported, winograd
 from fedlp_jax.types import Array
 
 AUTO, DIRECT, PATCHES = "auto", "direct", "patches"
 WINOGRAD = {f"winograd_{h}x{w}": (h, w) for h in (1, 2, 4) for w in (1, 2, 4) if (h, w) != (1, 1)}
 LOWERINGS = (AUTO, DIRECT, PATCHES, *WINOGRAD)
-FORMS = (PATCHES, *WINOGRAD)  # what "auto" chooses from
-_WORTH = 1.1  # a form may be this much slower than the fastest if it compiles sooner
-
-_wanted: contextvars.ContextVar[str] = contextvars.ContextVar("lowering", default=AUTO)
-_record: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-    "record", default=None
-)
-_met: contextvars.ContextVar[dict[str, Convolution] | None] = contextvars.ContextVar(
-    "met", default=None
-)
-_earlier: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("earlier")
+_TOLERANCE = 1.1  # a form that compiles sooner may be this much slower than the fastest
 
 
-class Convolution(NamedTuple):
-    """One that a form can compute, as it is traced: without the axis of clients."""
+class _Tracing(NamedTuple):
+    """What applies to everything that is traced in the current context."""
 
-    lhs: tuple[int, ...]  # [B, *spatial, in]
-    rhs: tuple[int, ...]  # [*kernel, in, out]
-    window: Window
+    lowering: str = AUTO
+    record: dict[str, str] | None = None  # collects the choices
+
+
+_DEFAULT = _Tracing()
+_tracing: contextvars.ContextVar[_Tracing] = contextvars.ContextVar("tracing", default=_DEFAULT)
 
 
 @contextlib.contextmanager
 def using(lowering: str) -> Iterator[None]:
-    """Makes every convolution that is traced within take one lowering, where it covers it.
+    """Sets the lowering of all convolutions traced inside the block, where it covers them.
 
-        with conv.using("patches"), dense.as_written():
-            jax.jvp(...)  # other forms have no forward mode
+        with conv.using("patches"):
+            jax.jvp(...)  # the Winograd forms have no forward mode
 
-    What was traced before, and is cached by `jax.jit`, stays as it is.
+    `jax.jit` keeps what it traced earlier. A `recording` outside the block does not see inside.
 
     Args:
-      lowering: "auto", "direct" (lax's own), "patches" or "winograd_HxW" with tiles of 1, 2 or 4.
+      lowering: "auto", "patches", "winograd_HxW" with tiles of 1, 2 or 4, or "direct": plain
+        `lax` for convolutions, and for dense layers too (`fedlp_jax.nn.dense`).
 
     Raises:
       FedLPError: the lowering is unknown.
     """
     check_choice("lowering", lowering, LOWERINGS)
-    token = _wanted.set(lowering)
-    try:
+    with _set(_Tracing(lowering)):
         yield
-    finally:
-        _wanted.reset(token)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[str, str]]:
-    """Collects what convolutions traced within take: `{"10x32x32x3 * 3x3x3x32": "patches"}`."""
-    token = _record.set({})
-    try:
-        found = _record.get()
-        assert found is not None
-        yield found
-    finally:
-        _record.reset(token)
+    """Collects the choices made inside the block: `{"10x32x32x3 * 3x3x3x32": "patches"}`."""
+    record: dict[str, str] = {}
+    with _set(_tracing.get()._replace(record=record)):
+        yield record
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[dict[str, Convolution]]:
-    """Collects the convolutions traced within that have a choice of forms, by their shapes.
-
-    Those are of two spatial axes and of float32, in which alone times are measured.
-    """
-    token = _met.set({})
-    try:
-        found = _met.get()
-        assert found is not None
-        yield found
-    finally:
-        _met.reset(token)
-
-
-@contextlib.contextmanager
-def repeating(record: Mapping[str, str]) -> Iterator[None]:
-    """Makes "auto" take what `recording` has found before, so that a resumed run keeps its bits."""
-    token = _earlier.set(record)
+def _set(tracing: _Tracing) -> Iterator[None]:
+    token = _tracing.set(tracing)
     try:
         yield
     finally:
-        _earlier.reset(token)
+        _tracing.reset(token)
 
 
-def settings() -> tuple[Hashable, ...]:
-    """What `using` and `repeating` say here, for caches of traced programs; jax sees neither."""
-    return _wanted.get(), tuple(sorted(_earlier.get({}).items()))
+def current() -> str:
+    """The lowering that `using` set; "auto" outside any block. Caches of programs depend on it."""
+    return _tracing.get().lowering
 
 
-def wanted(lowering: str | None) -> str:
-    """What a caller asks for; None = what `using` says.
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    lowering: str | None = None,
+) -> Array:
+    """`lax.conv_general_dilated` with a choice of lowering.
+
+    The lowerings cover channels-last convolutions without groups or input dilation. All others,
+    and invalid ones, go to `lax.conv_general_dilated` unchanged.
+
+    Args:
+      lhs: the input; covered: `[B, *spatial, in]`.
+      rhs: the kernel; covered: `[*kernel, in, out]`.
+      window_strides: as in lax, like all arguments up to `out_sharding`.
+      padding: "SAME", "SAME_LOWER", "VALID" or `(low, high)` for each spatial axis.
+      lhs_dilation: of the input (transposed convolution).
+      rhs_dilation: of the kernel (atrous convolution).
+      dimension_numbers: layouts of input, kernel and output.
+      feature_group_count: groups of channels.
+      batch_group_count: groups of the batch.
+      precision: of the products.
+      preferred_element_type: dtype of the sums and the result. None: the input's dtype, with sums
+        in float32 if that is wider.
+      out_sharding: of the result.
+      lowering: one of `LOWERINGS`; None = what `using` set.
+
+    Returns:
+      The result of `lax.conv_general_dilated`, up to the order of summation.
 
     Raises:
       FedLPError: the lowering is unknown.
     """
-    if lowering is None:
-        return _wanted.get()
-    check_choice("lowering", lowering, LOWERINGS)
-    return lowering
+    if lowering is not None:
+        check_choice("lowering", lowering, LOWERINGS)
+    name = lowering or current()
+    plain = feature_group_count == batch_group_count == 1 and out_sharding is None
+    undilated = lhs_dilation is None or all(d == 1 for d in lhs_dilation)
+    window = None
+    if name != DIRECT and plain and undilated:
+        window = _window(lhs, rhs, window_strides, padding, rhs_dilation, dimension_numbers)
+    form = DIRECT if window is None else _choose(name, lhs, rhs, window)
+    record = _tracing.get().record
+    if record is not None:
+        record[_shapes(lhs, rhs, window)] = form
+    if window is None:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    if form == PATCHES:
+        return patches(lhs, rhs, window, precision, preferred_element_type)
+    tiles = WINOGRAD[form]
+    return winograd(lhs, rhs, window, precision, preferred_element_type, tiles=tiles)
 
 
-def choose(name: str, lhs: Array, rhs: Array, window: Window) -> str:
-    """The form of a convolution that `patches` covers: "patches", or one of `WINOGRAD`.
+def _window(
+    lhs: Array,
+    rhs: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    dilation: Sequence[int] | None,
+    dimension_numbers: Any,
+) -> Window | None:
+    """The geometry of a convolution, or None if no lowering covers it."""
+    rank = lhs.ndim
+    axes = tuple(range(1, rank - 1))
+    dilation = (1,) * len(axes) if dilation is None else tuple(dilation)
+    per_axis = [strides, dilation] + ([] if isinstance(padding, str) else [padding])
+    if rank < 3 or rhs.ndim != rank or any(len(entries) != len(axes) for entries in per_axis):
+        return None
+    if lhs.dtype != rhs.dtype or lhs.shape[-1] != rhs.shape[-2]:
+        return None
+    if min(*strides, *dilation, *rhs.shape) < 1:
+        return None
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    last = (0, rank - 1, *axes)
+    if numbers != (last, (rank - 1, rank - 2, *(a - 1 for a in axes)), last):
+        return None
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:-1], reach(rhs, dilation), strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    window = Window(tuple(strides), pads, dilation)
+    return window if all(n > 0 for n in out_shape(lhs, rhs, window)) else None
 
-    Args:
-      name: one of `LOWERINGS` but "direct"; a Winograd form that cannot do it becomes "patches".
-      lhs: `[B, *spatial, in]`.
-      rhs: `[*kernel, in, out]`.
-      window: geometry.
-    """
-    met = _met.get()
-    if met is not None and lhs.ndim == 4 and lhs.dtype == jnp.float32 and lhs.size:
-        met[_shapes(lhs, rhs, window)] = Convolution(lhs.shape, rhs.shape, window)
+
+def _choose(name: str, lhs: Array, rhs: Array, window: Window) -> str:
+    """The form of a covered convolution; "patches" where a Winograd form does not apply."""
     if name == AUTO:
-        name = _earlier.get({}).get(_shapes(lhs, rhs, window)) or _fastest(lhs, rhs, window)
+        name = _fastest(lhs, rhs, window)
     if name not in WINOGRAD or not supported(lhs, rhs, window, WINOGRAD[name]):
-        name = PATCHES
+        return PATCHES
     return name
 
 
-def note(name: str, lhs: Array, rhs: Array, window: Window | None = None) -> None:
-    """Tells `recording` what a convolution took; the window is that of a form of ours."""
-    record = _record.get()
-    if record is not None:
-        record[_shapes(lhs, rhs, window)] = name
-
-
-def _shapes(lhs: Array, rhs: Array, window: Window | None) -> str:
-    """`"10x32x32x3 * 3x3x3x32"`, and `" > 16x16"` where the output has fewer pixels than that."""
-    shapes = " * ".join("x".join(map(str, x.shape)) for x in (lhs, rhs))
-    out = lhs.shape[1:-1] if window is None else tuple(out_shape(lhs, rhs, window))
-    return shapes if out == lhs.shape[1:-1] else f"{shapes} > {'x'.join(map(str, out))}"
-
-
 def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
-    """The quickest form at this shape by the user's table, else at the nearest by the package's."""
-    if lhs.dtype != jnp.float32:
-        return PATCHES  # who computes in float64 wants all its digits
-    if lhs.ndim != 4 or not lhs.size:
-        return PATCHES  # others were not measured
-    times = table.own(FORMS).get(_shapes(lhs, rhs, window)) or _nearest(lhs, rhs, window)
-    return PATCHES if times is None else quickest(times)
+    """The fastest form at the nearest pixels, channels and features of the table.
 
-
-def quickest(times: table.Times) -> str:
-    """The quickest form, or the one that compiles soonest among those nearly as quick."""
-    enough = _WORTH * min(times.values())
-    quick = (name for name, time in times.items() if time <= enough)
-    return min(quick, key=lambda name: (_products(name), times[name]))
-
-
-def _nearest(lhs: Array, rhs: Array, window: Window) -> table.Times | None:
-    """The package's times at the nearest pixels, channels and features; only of 3 x 3 kernels."""
-    rows = table.committed().get(jax.default_backend(), [])
-    if rhs.shape[:2] != (3, 3) or not rows:
-        return None
+    Among those nearly as fast it takes the one that compiles soonest. The table holds 3 x 3 kernels
+    in float32; in float64 "patches" keeps more digits.
+    """
+    rows = _table().get(jax.default_backend(), [])
+    if lhs.dtype != jnp.float32 or lhs.ndim != 4 or not lhs.size or rhs.shape[:2] != (3, 3):
+        return PATCHES
+    if not rows:
+        return PATCHES
     here = (lhs.shape[0] * math.prod(out_shape(lhs, rhs, window)), *rhs.shape[2:])
 
     def distance(row: dict[str, Any]) -> float:
         there = (row["pixels"], row["channels"], row["features"])
         return sum(math.log2(a / b) ** 2 for a, b in zip(here, there, strict=True))
 
-    times: table.Times = min(rows, key=distance)["milliseconds"]
-    return times
+    times: dict[str, float] = min(rows, key=distance)["milliseconds"]
+    enough = _TOLERANCE * min(times.values())
+    quick = (name for name, time in times.items() if time <= enough)
+    return min(quick, key=lambda name: (_products(name), times[name]))
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    """Measured times: `{backend: rows}`."""
+    text = resources.files("fedlp_jax.nn.conv").joinpath("table.json").read_text()
+    rows: dict[str, list[dict[str, Any]]] = json.loads(text)["backends"]
+    return rows
 
 
 def _products(name: str) -> int:
-    """Dots of a form for a 3 x 3 kernel, by which the time to compile it grows."""
+    """Matrix products of a form for a 3 x 3 kernel; compile time grows with them."""
     return math.prod(m + 2 if m > 1 else 1 for m in WINOGRAD.get(name, (1, 1)))
+
+
+def _shapes(lhs: Array, rhs: Array, window: Window | None) -> str:
+    """`"10x32x32x3 * 3x3x3x32"`, plus `" > 16x16"` where the output has another size."""
+    shapes = " * ".join("x".join(map(str, x.shape)) for x in (lhs, rhs))
+    out = lhs.shape[1:-1] if window is None else tuple(out_shape(lhs, rhs, window))
+    return shapes if out == lhs.shape[1:-1] else f"{shapes} > {'x'.join(map(str, out))}"

@@ -1,31 +1,31 @@
-"""Convolutions with fewer multiplications: Winograd's filters, one axis at a time.
+"""Winograd convolutions: fewer multiplications, one axis at a time.
 
-Each spatial axis is either cut into tiles of m results, which n = m + r - 1 products compute
-instead of m r, or, at m = 1, unfolded into the channels as `patches` does. With m = 4 and r = 3
-tiles on both axes take a quarter of the multiplications of `patches` and write a quarter of its
-unfolded inputs; tiles on one axis, with the other unfolded, half of both, in 6 products and not 36,
-which may win where images are small.
+Each spatial axis is cut into tiles of m results, computed by n = m + r - 1 products instead of m r,
+or, at m = 1, unfolded into the channels as in `patches`. With m = 4 and r = 3, tiles on both axes
+take a quarter of the multiplications of `patches` and write a quarter of its unfolded inputs. Tiles
+on one axis take half of both, in 6 products instead of 36, which may win for small images.
 
-Every product is a dot of its own, `[pixels, channels] @ [channels, features]`, and stays one under
-`vmap`: stacked into one batched dot they would be written twice. Reverse mode is written by hand,
-so that it reads and writes tiles as the forward pass does; there is no forward mode.
+Every product is a separate dot, `[pixels, channels] @ [channels, features]`, also under `vmap`: one
+batched dot would write its operands twice. Reverse mode is written by hand, so that it reads and
+writes tiles as the forward pass does. There is no forward mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedlp_jax.nn.conv.toom import Toom, toom
-from fedlp_jax.nn.conv.window import Window, out_shape
-from fedlp_jax.nn.xla import in_memory
+from fedlp_jax.nn.conv.im2col import Window, out_shape
+from fedlp_jax.nn.xla import materialize
 from fedlp_jax.types import Array
 
 Grid = list[list[Array]]  # one array for each product of the outer and the inner axis
@@ -44,16 +44,16 @@ class Axis:
 
     @property
     def tiles(self) -> int:
-        """Tiles that cover the results."""
+        """Number of tiles that cover the results."""
         return -(-self.out // self.tile)
 
     @property
     def matrices(self) -> Toom:
-        """Of F(m, r)."""
+        """The matrices of F(m, r)."""
         return toom(self.tile, self.kernel)
 
     def split(self, x: Array) -> list[Array]:
-        """Inputs -> what enters each product, `tiles` long on this axis."""
+        """Inputs -> one operand per product, `tiles` long on this axis."""
         x = _pad(x, self.axis, self.low, self.tiles * self.tile + self.kernel - 1)
         reach = self.tile + self.kernel - 1
         parts = [_every(x, self.axis, i, self.tiles, self.tile) for i in range(reach)]
@@ -62,11 +62,11 @@ class Axis:
         return _mix(self.matrices.data, parts)
 
     def split_transposed(self, products: Sequence[Array]) -> Array:
-        """The transpose of `split`; where `tile` is 1, of what `widened` results went into."""
+        """The transpose of `split`; at `tile` 1 it takes gradients of `widened` results."""
         if self.tile == 1:
             (unfolded,) = products
             channels = unfolded.shape[-1] // self.kernel
-            # Shifted slices alone, which XLA reads in place; `widened` has put the zeros there.
+            # Shifted slices only, which XLA reads in place; `widened` added the zeros.
             parts = [
                 lax.slice_in_dim(
                     lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1),
@@ -81,14 +81,14 @@ class Axis:
         weights = self.matrices.data.T
         for i in range(self.tile):
             phase = _pad(_combine(weights[i], products), self.axis, 0, self.tiles + 1)
-            if i < self.kernel - 1:  # the last r - 1 inputs of a tile are the next one's first
+            if i < self.kernel - 1:  # a tile's last r - 1 inputs are the first of the next tile
                 tail = _combine(weights[i + self.tile], products)
                 phase = phase + _pad(tail, self.axis, 1, self.tiles + 1)
             phases.append(phase)
         return _pad(_interleave(phases, self.axis), self.axis, -self.low, self.size)
 
     def widened(self, y: Array) -> Array:
-        """Zeros around results, one for each further input that a kernel at the edge reaches."""
+        """Pads results with a zero for each further input that a kernel at the edge reaches."""
         if self.tile > 1:
             return y
         return _pad(y, self.axis, self.kernel - 1 - self.low, self.size + self.kernel - 1)
@@ -109,17 +109,17 @@ class Axis:
         return self.join_phases(phases)
 
     def join_phases(self, phases: list[Array]) -> list[Array]:
-        """`join_transposed` of results that are apart already: the i-th of every tile is one."""
+        """`join_transposed` of results split into phases: phase i holds the i-th of every tile."""
         return phases if self.tile == 1 else _mix(self.matrices.inverse.T, phases)
 
 
 def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
-    """Whether tiles of that size can compute a convolution that `patches` can."""
+    """Whether tiles of this size can compute a convolution that `patches` covers."""
     if lhs.ndim != 4 or lhs.dtype not in (jnp.float32, jnp.float64):
         return False  # short floats would lose most of their digits in the transforms
     if window.strides != (1, 1) or window.dilation != (1, 1):
         return False
-    # Overlaps reach into the next tile only, and there are points for n up to 8.
+    # Overlaps reach the next tile only, and there are points for n up to 8.
     return all(
         m == 1 or (2 <= r <= m + 1 and m + r - 1 <= 8)
         for m, r in zip(tiles, rhs.shape[:2], strict=True)
@@ -144,8 +144,8 @@ def winograd(
     # Unfolding makes the most data, so it comes last on the way in and first on the way back.
     outer, inner = (vertical, horizontal) if vertical.tile > 1 else (horizontal, vertical)
     if precision is None and jax.default_backend() != "cpu":
-        # A TPU multiplies float32 in bfloat16, a recent GPU in TF32: the transforms would lose more
-        # than a convolution may.
+        # A TPU multiplies float32 in bfloat16, a recent GPU in TF32: the transforms would lose too
+        # many digits.
         precision = lax.Precision.HIGHEST
     y = _convolution(outer, inner, precision)(lhs, rhs)
     return y if preferred is None else y.astype(preferred)
@@ -153,14 +153,14 @@ def winograd(
 
 @functools.cache
 def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Array]:
-    """The convolution of these axes, with its transpose."""
+    """The convolution over these axes, with its gradients."""
     dot = functools.partial(lax.dot_general, precision=precision)
     depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
     pixels = (((1,), (0,)), ((), ()))
 
     def kept(row: Array) -> Array:
-        # What two axes of tiles combine in turn would be combined anew for each product.
-        return in_memory(row) if inner.tile > 1 else row
+        # With tiles on both axes, XLA would repeat the outer sums for each product.
+        return materialize(row) if inner.tile > 1 else row
 
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
         tiles = [inner.split(kept(row)) for row in outer.split(x)]
@@ -171,8 +171,8 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
 
     def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
         tiles, filters = saved
-        # The gradient of a filter as [out, depth], which XLA's CPU backend computes twice as fast
-        # as its transpose, if it need not turn every product: so dy is turned, once.
+        # XLA's CPU backend computes a filter's gradient as [out, depth] twice as fast as its
+        # transpose, unless it transposes every product: so dy is transposed once.
         turned = _turned(outer, inner, dy)
         grid = [inner.join_phases(list(kept(row))) for row in outer.join_phases(list(turned))]
         d_filters = _each(lambda d, i, j: dot(d, tiles[i][j].reshape(d.shape[1], -1), pixels), grid)
@@ -194,20 +194,20 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
 def _turned(outer: Axis, inner: Axis, y: Array) -> Array:
     """`[B, H, W, out] -> [m of outer, m of inner, out, B * tiles of H * tiles of W]`.
 
-    In this order of memory a phase is one piece, and whatever combines phases runs straight through
-    them; slices of tiles turned would be read number by number.
+    In this memory order a phase is contiguous, so that sums of phases stream through memory.
+    Transposed slices of tiles would be read number by number.
     """
     low, high = (outer, inner) if outer.axis < inner.axis else (inner, outer)
     for axis in (low, high):
         y = _pad(y, axis.axis, 0, axis.tiles * axis.tile)
     y = y.reshape(y.shape[0], low.tiles, low.tile, high.tiles, high.tile, y.shape[-1])
     phases = (2, 4) if outer is low else (4, 2)
-    y = in_memory(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
+    y = materialize(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
     return y.reshape(*y.shape[:3], -1)
 
 
 def _filters(outer: Axis, inner: Axis, kernel: Array) -> Grid:
-    """`[kh, kw, in, out]` -> one `[depth, out]` a product; an unfolded axis is in the depth."""
+    """`[kh, kw, in, out]` -> `[depth, out]` per product; the depth includes an unfolded axis."""
     if outer.axis > inner.axis:
         kernel = jnp.swapaxes(kernel, 0, 1)
     rows = _mix(outer.matrices.kernel, list(kernel))
@@ -236,7 +236,7 @@ def _mix(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
 
 
 def _combine(weights: np.ndarray, parts: Sequence[Array]) -> Array:
-    """The weighted sum of some arrays; zeros cost nothing, and ones and minus ones no product."""
+    """A weighted sum of arrays, with no operation for weight 0 and no product for 1 and -1."""
     total = None
     for weight, part in zip(weights.tolist(), parts, strict=True):
         if weight == 0:
@@ -271,3 +271,63 @@ def _interleave(phases: Sequence[Array], axis: int) -> Array:
     shape = list(phases[0].shape)
     shape[axis] *= len(phases)
     return stacked.reshape(shape)
+
+
+# --- Cook-Toom matrices ----------------------------------------------------------------------
+
+# Evaluation points besides infinity. Small numbers and their inverses keep the matrices well
+# conditioned.
+_POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
+
+
+class Toom(NamedTuple):
+    """F(m, r): `y = inverse @ ((kernel @ g) * (data @ d))` is `y_i = sum_k g_k d_{i+k}`.
+
+    m results of a kernel of r elements take n = m + r - 1 products instead of m r.
+    """
+
+    data: np.ndarray  # f64[n, n]
+    kernel: np.ndarray  # f64[n, r]
+    inverse: np.ndarray  # f64[m, n]
+
+
+@functools.cache
+def toom(tile: int, kernel: int) -> Toom:
+    """The matrices of F(m, r) (Winograd 1980; as filters in arXiv:1509.09308, section 4).
+
+    Kernel and data are polynomials. The values at n - 1 points and at infinity determine their
+    product; the transpose of that algorithm is the filter. Computed in exact fractions.
+
+    Args:
+      tile: m, results per tile.
+      kernel: r.
+
+    Raises:
+      ValueError: the tile needs more points than there are.
+    """
+    products = tile + kernel - 1
+    if products - 1 > len(_POINTS):
+        raise ValueError(f"F({tile}, {kernel}) needs {products - 1} points, of {len(_POINTS)}.")
+    points = [Fraction(p) for p in _POINTS[: products - 1]]
+    data = np.zeros((products, products))
+    evaluate = np.zeros((products, kernel))
+    inverse = np.zeros((tile, products))
+    for i, point in enumerate(points):
+        others = points[:i] + points[i + 1 :]
+        scale = math.prod((point - other for other in others), start=Fraction(1))
+        evaluate[i] = [float(point**k / scale) for k in range(kernel)]
+        inverse[:, i] = [float(point**k) for k in range(tile)]
+        data[i, : products - 1] = _with_roots(others)
+    evaluate[-1, -1] = inverse[-1, -1] = 1.0
+    data[-1] = _with_roots(points)
+    return Toom(data, evaluate, inverse)
+
+
+def _with_roots(roots: list[Fraction]) -> list[float]:
+    """Coefficients of the product of (x - root), lowest power first."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        scaled = [-root * c for c in coefficients] + [Fraction(0)]
+        coefficients = [a + b for a, b in zip(shifted, scaled, strict=True)]
+    return [float(c) for c in coefficients]

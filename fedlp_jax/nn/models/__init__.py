@@ -1,4 +1,4 @@
-"""Networks as flax linen modules, called as `(x f32[B, ...], train: bool) -> f32[B, classes]`."""
+"""Networks as flax linen modules: `(x f32[B, ...], train: bool) -> logits f32[B, classes]`."""
 
 from fedlp_jax.nn.batch_norm import BatchNorm as BatchNorm
 from fedlp_jax.nn.models.cnn import MNISTCNN as MNISTCNN

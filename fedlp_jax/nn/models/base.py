@@ -1,25 +1,21 @@
-"""Networks and layers with a choice of initial values."""
+"""The base class of the models, and their layers with a choice of initial values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from fedlp_jax.errors import FedLPError, nearest
+from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.nn.conv import conv_general_dilated
-from fedlp_jax.types import Array
-
-Init = str  # "flax" or "pytorch"
-_KNOWN = ("flax", "pytorch")
+from fedlp_jax.nn.initializers import INITS, Init, initializers
 
 
 class _InitKeyword(type):
-    """Lets a constructor take `init=`, which as a field would hide linen's method of that name."""
+    """Accepts `init=` in the constructor: a field of that name would hide the method `init`."""
 
     def __call__(cls, *args: Any, init: Init | None = None, **kwargs: Any) -> Any:
         if init is not None:
@@ -28,39 +24,34 @@ class _InitKeyword(type):
 
 
 class Model(nn.Module, kw_only=True, metaclass=_InitKeyword):
-    """A network that is made with `init="flax"` or `init="pytorch"`, and computes in `dtype`.
+    """A network with a choice of initial values, `init=`, and of its activations' dtype, `dtype=`.
 
-    Flax: kernels are truncated normal of variance 1 / fan_in, biases 0. PyTorch: kernels and biases
-    are uniform in ±1 / sqrt(fan_in).
+    `init` is "flax" or "pytorch", see `fedlp_jax.nn.initializers`.
 
-    With `dtype="bfloat16"` layers put out half the bytes, and accelerators multiply faster.
-    Parameters, what optimizers keep, averages, the statistics of normalisation and the loss stay
-    float32. None = the dtype of the parameters.
+    `dtype="bfloat16"` halves the bytes of activations and speeds up products on accelerators.
+    Parameters, optimizer states, averages, batch statistics and the loss stay float32. None = the
+    dtype of the parameters.
 
     Raises:
-      FedLPError: another `init`, or a `dtype` that is no float.
+      FedLPError: `init` is unknown, or `dtype` is not a floating-point type.
     """
 
     initial: Init = "flax"  # what `init=` sets
     dtype: Any = None  # of activations and products
 
     def __post_init__(self) -> None:
-        if self.initial not in _KNOWN:
-            hint = nearest(self.initial, _KNOWN) or "."
-            raise FedLPError(
-                f"init={self.initial!r} is not known{hint} There are: {', '.join(_KNOWN)}."
-            )
+        check_choice("init", self.initial, INITS)
         if self.dtype is not None and not _is_float(self.dtype):
             raise FedLPError(
-                f"dtype={self.dtype!r} is no floating-point type; give 'bfloat16', 'float32' or "
+                f"dtype={self.dtype!r} is not a floating-point type; use 'bfloat16', 'float32' or "
                 "None, the dtype of the parameters."
             )
         super().__post_init__()
 
 
 def dense(features: int, fan_in: int, init: Init, name: str, dtype: Any = None) -> nn.Dense:
-    """`nn.Dense` from `fan_in` inputs to `features` outputs."""
-    return nn.Dense(features, dtype=dtype, name=name, **_initializers(init, fan_in))
+    """`nn.Dense`, `[..., fan_in] -> [..., features]`."""
+    return nn.Dense(features, dtype=dtype, name=name, **initializers(init, fan_in))
 
 
 def conv(
@@ -75,7 +66,7 @@ def conv(
     use_bias: bool = True,
     dtype: Any = None,
 ) -> nn.Conv:
-    """`nn.Conv` from `channels` to `features`, in this package's lowering."""
+    """`nn.Conv`, `[B, *spatial, channels] -> [B, *spatial, features]`, lowered to products."""
     return nn.Conv(
         features,
         tuple(kernel_size),
@@ -85,27 +76,12 @@ def conv(
         dtype=dtype,
         conv_general_dilated=conv_general_dilated,
         name=name,
-        **_initializers(init, channels * math.prod(kernel_size)),
+        **initializers(init, channels * math.prod(kernel_size)),
     )
 
 
 def _is_float(dtype: Any) -> bool:
     try:
         return bool(jnp.issubdtype(dtype, jnp.floating))
-    except TypeError:  # a word that names no type
+    except TypeError:  # not the name of a type
         return False
-
-
-def _initializers(init: Init, fan_in: int) -> dict[str, Any]:
-    """Arguments of a flax layer; flax's own are its defaults. See `Model`."""
-    if init == "flax":
-        return {}
-    uniform = _uniform(1 / math.sqrt(fan_in))
-    return {"kernel_init": uniform, "bias_init": uniform}
-
-
-def _uniform(bound: float) -> Callable[..., Array]:
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
-
-    return init

@@ -1,4 +1,4 @@
-"""Convolutional networks: the reference CNN of FedLP in all its depths, and the MNIST one."""
+"""Convolutional networks: the reference CNN of FedLP at five depths, and its MNIST CNN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import flax.linen as nn
 
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
-from fedlp_jax.nn.models.base import Init, Model, conv, dense
+from fedlp_jax.nn.initializers import Init
+from fedlp_jax.nn.models.base import Model, conv, dense
 from fedlp_jax.nn.pooling import max_pool
 from fedlp_jax.types import Array
 
@@ -35,14 +36,14 @@ class ConvLayer(nn.Module):
 class FedLPCNN(Model):
     """The CNN of FedLP (arXiv:2303.06360) for 32 x 32 images, at one of five depths.
 
-    Depth 5 is the global model: six `ConvLayer`s of 32, 32, 64, 64, 128, 128 channels with a
-    max-pooling after every second, and two linear layers with no activation between them. Depth
-    c < 5 has its first c + 1 convolutions, one more pooling if they end between two, and an exit
-    head of its own. Layers that depths share have the same names in all: `conv1` to `conv6`; those
-    of the heads, `fc1` and `fc2` at depth 5 and `exit{c}_fc1`, `exit{c}_fc2` below, are private.
+    Depth 5 is the global model: six `ConvLayer`s of 32, 32, 64, 64, 128, 128 channels with max
+    pooling after every second one, then two linear layers with no activation between them. Depth
+    c < 5 has the first c + 1 convolutions, another pooling if c + 1 is odd, and its own exit head.
+    All depths share the names `conv1` to `conv6`. The heads are private: `fc1` and `fc2` at depth
+    5, `exit{c}_fc1` and `exit{c}_fc2` at depth c < 5.
 
     For 32 x 32 x 3 inputs and 10 classes, depths 1 to 5 have 1,060,266, 554,602, 591,658, 403,626
-    and 551,466 parameters, of which 10,272, 28,896, 65,952, 140,064 and all are shared.
+    and 551,466 parameters; they share 10,272, 28,896, 65,952, 140,064 and all of them.
     """
 
     num_classes: int = 10
@@ -50,7 +51,7 @@ class FedLPCNN(Model):
 
     def __post_init__(self) -> None:
         if type(self.depth) is not int or not 1 <= self.depth <= _DEEPEST:
-            raise FedLPError(f"depth={self.depth!r} must be a whole number from 1 to {_DEEPEST}.")
+            raise FedLPError(f"depth={self.depth!r} must be an integer from 1 to {_DEEPEST}.")
         super().__post_init__()
 
     @nn.compact
@@ -79,16 +80,15 @@ class FedLPCNN(Model):
 class MNISTCNN(Model):
     """The MNIST CNN of the FedLP authors' code for 28 x 28 images; 21,840 parameters, 10 classes.
 
-    Two 5 x 5 convolutions without padding, each followed by max-pooling and ReLU, and two linear
-    layers. While training, half of the second convolution's channels and half of the hidden units
-    are dropped.
+    Two 5 x 5 convolutions without padding, each followed by max pooling and ReLU, then two linear
+    layers. Training drops half of the second convolution's channels and half of the hidden units.
     """
 
     num_classes: int = 10
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`f32[B, H, W, channels] -> logits f32[B, classes]`; needs the rng stream "dropout".
+        """`f32[B, H, W, channels] -> logits f32[B, classes]`; trains with the stream "dropout".
 
         Raises:
           FedLPError: the images are too small for two convolutions and two poolings.
@@ -98,11 +98,10 @@ class MNISTCNN(Model):
                 "MNISTCNN needs images [B, H, W, channels] of height and width 16 or more, not "
                 f"{list(x.shape)}."
             )
-        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", padding="VALID", dtype=self.dtype)(
-            x
-        )
+        valid = {"padding": "VALID", "dtype": self.dtype}
+        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", **valid)(x)
         x = nn.relu(max_pool(x))
-        x = conv(20, (5, 5), 10, self.initial, "conv2", padding="VALID", dtype=self.dtype)(x)
+        x = conv(20, (5, 5), 10, self.initial, "conv2", **valid)(x)
         x = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = nn.relu(max_pool(x))
         x = x.reshape(x.shape[0], -1)

@@ -9,9 +9,9 @@ from fedlp_jax.types import Array
 
 
 class MLP(Model):
-    """Linear layers with ReLU between them, `fc1` to the last; flattens its inputs.
+    """Linear layers `fc1`, `fc2`, ... with ReLU between them; flattens its inputs.
 
-    The default is FedLP's for MNIST: 494,762 parameters for 784 inputs and 10 classes.
+    The default is FedLP's MLP for MNIST: 494,762 parameters for 784 inputs and 10 classes.
     """
 
     hidden: tuple[int, ...] = (512, 128, 128, 64, 32)

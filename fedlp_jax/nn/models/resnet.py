@@ -8,7 +8,8 @@ import flax.linen as nn
 
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
-from fedlp_jax.nn.models.base import Init, Model, conv, dense
+from fedlp_jax.nn.initializers import Init
+from fedlp_jax.nn.models.base import Model, conv, dense
 from fedlp_jax.types import Array
 
 _STAGES = (16, 32, 64)
@@ -16,9 +17,9 @@ _BLOCKS = 2
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch normalisation, added to their input.
+    """Two 3 x 3 convolutions with batch normalisation, plus a shortcut.
 
-    Where a block changes the shape, its shortcut is a 3 x 3 convolution with normalisation.
+    The shortcut is the input, or a 3 x 3 convolution with normalisation if the shape changes.
     """
 
     features: int
@@ -51,11 +52,11 @@ class Stem(nn.Module):
 
 
 class ResNet(Model):
-    """Three stages of two residual blocks with 16, 32 and 64 channels, as FedLP uses.
+    """Three stages of two residual blocks with 16, 32 and 64 channels, as in FedLP.
 
     195,738 parameters for 3 channels and 10 classes. Its modules, and so its layers, are `stem`,
-    `stage{s}_block{b}` and `fc`. Stages 2 and 3 halve the image; what remains, 8 x 8 of 32 x 32,
-    is averaged. Convolutions have no bias.
+    `stage{s}_block{b}` and `fc`. Stages 2 and 3 halve the image, and the head averages the rest:
+    8 x 8 pixels of 32 x 32. Convolutions have no bias.
     """
 
     num_classes: int = 10
@@ -65,7 +66,7 @@ class ResNet(Model):
         """`f32[B, H, W, channels] -> logits f32[B, classes]`.
 
         Raises:
-          FedLPError: the inputs are no images.
+          FedLPError: the inputs are not images.
         """
         if x.ndim != 4:
             raise FedLPError(f"ResNet needs images [B, H, W, channels], not {list(x.shape)}.")
@@ -81,7 +82,7 @@ class ResNet(Model):
 def _conv_norm(
     module: Stem | ResidualBlock, x: Array, stride: int, train: bool, suffix: str
 ) -> Array:
-    """Convolution and normalisation, named `conv{suffix}` and `norm{suffix}`, of a module."""
+    """Applies a convolution `conv{suffix}` and a normalisation `norm{suffix}` of a module."""
     layer = conv(
         module.features,
         (3, 3),

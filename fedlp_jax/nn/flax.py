@@ -1,0 +1,63 @@
+"""Puts this package's convolutions and dense layers into flax modules, linen and nnx.
+
+A layer that has a function of its own (`conv_general_dilated=`, `dot_general=`) keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import flax.linen as nn
+from flax import nnx
+from jax import lax
+
+from fedlp_jax.nn import dense
+from fedlp_jax.nn.conv.lowering import conv_general_dilated
+
+NnxModule = TypeVar("NnxModule", bound=nnx.Module)
+
+_LINEN = (
+    (nn.Conv, "conv_general_dilated", conv_general_dilated),
+    (nn.Dense, "dot_general", dense.dot_general),
+)
+
+
+def interceptor(
+    next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Lowers every `linen.Conv` and `linen.Dense` inside the block.
+
+        with nn.intercept_methods(interceptor):
+            module.apply(variables, inputs)
+
+    Calls the layer's method on a shallow copy of the bound layer whose field is set; the layer
+    itself stays as it is. A layer that an inner interceptor also handles is left alone.
+    """
+    module = context.module
+    # A call of `module.clone()` would run the interceptors and capture the outputs twice.
+    if context.method_name == "__call__" and next_fun is context.orig_method:
+        for kind, field, function in _LINEN:
+            chosen = isinstance(module, kind) and (
+                getattr(module, field) is None and getattr(module, f"{field}_cls") is None
+            )
+            if chosen:
+                lowered = copy.copy(module)
+                vars(lowered)[field] = function
+                return context.orig_method.func(lowered, *args, **kwargs)
+    return next_fun(*args, **kwargs)
+
+
+def inject(module: NnxModule) -> NnxModule:
+    """A copy of an nnx module that uses this package's convolutions and dense layers.
+
+    Args:
+      module: any nnx module; stays as it is. The copy shares its arrays.
+    """
+    clone = nnx.clone(module)
+    for _, part in nnx.iter_modules(clone):
+        if isinstance(part, nnx.Conv) and part.conv_general_dilated is lax.conv_general_dilated:
+            part.conv_general_dilated = conv_general_dilated
+        if isinstance(part, nnx.Linear) and part.dot_general is lax.dot_general:
+            part.dot_general = dense.dot_general
+    return clone
