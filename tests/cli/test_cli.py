@@ -144,7 +144,7 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(words, sentence):
 
 @pytest.mark.parametrize("normalize", ["0.5", "[1, 2, 3]"])
 def test_a_bad_normalisation_is_bad_input(normalize):
-    arrays = {"inputs": np.zeros((40, 4), np.uint8), "labels": np.arange(40) % 2}
+    arrays = {"inputs": np.full((40, 4), 255, np.uint8), "labels": np.arange(40) % 2}
     np.savez(
         "own.npz", **{f"{part}_{k}": v for part in ("train", "test") for k, v in arrays.items()}
     )

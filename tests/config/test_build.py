@@ -77,7 +77,7 @@ def test_the_partition_follows_the_seed_of_the_run_unless_it_has_its_own():
 def test_the_natural_partition_needs_client_ids(tmp_path):
     with pytest.raises(fl.FedLPError, match="'digits' has no client ids; choose iid"):
         build(parse_config(RAW | {"partition": {"name": "natural"}}))
-    arrays = {"inputs": np.zeros((40, 4), np.uint8), "labels": np.arange(40) % 2}
+    arrays = {"inputs": np.full((40, 4), 255, np.uint8), "labels": np.arange(40) % 2}
     own = {f"{part}_{k}": v for part in ("train", "test") for k, v in arrays.items()}
     np.savez(tmp_path / "own.npz", **own, client=np.arange(40) % 5)
     data = {"name": str(tmp_path / "own.npz"), "options": {"num_classes": 2}}
@@ -123,8 +123,8 @@ def test_privacy_and_faults_reach_their_dataclasses():
         ({"epochs": 1, "steps": 3}, "epochs or steps"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"privacy": {"clip": 1, "noise_multiplier": 2}}, "privacy needs aggregator"),
-        ({"partition": {"clients": 0}}, "clients must be a positive integer"),
-        ({"partition": {"clients": 10_000}}, "10,000 clients"),
+        ({"partition": {"clients": 0}}, "clients=0 must be a whole number"),
+        ({"partition": {"clients": 10_000}}, "clients cannot share"),
     ],
 )
 def test_what_a_function_refuses_is_refused(settings, sentence):

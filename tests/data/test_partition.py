@@ -441,7 +441,7 @@ def test_raised_keeps_the_sum_and_reaches_the_minimum(current, data):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_moved_changes_no_more_owners_than_needed(seed):
+def test_reassign_changes_no_more_owners_than_needed(seed):
     owner = np.repeat(np.arange(4), [0, 1, 12, 7])
     target = np.array([4, 4, 6, 6])
     moved = partition._reassign(_rng(seed), owner, target)
@@ -450,7 +450,7 @@ def test_moved_changes_no_more_owners_than_needed(seed):
     assert owner.tolist() == np.repeat(np.arange(4), [0, 1, 12, 7]).tolist()
 
 
-def test_moved_picks_at_random_from_the_givers():
+def test_reassign_picks_at_random_from_the_givers():
     owner = np.repeat([0, 1], [100, 0])
     target = np.array([50, 50])
     first = [np.flatnonzero(partition._reassign(_rng(seed), owner, target)) for seed in range(2)]
@@ -458,7 +458,7 @@ def test_moved_picks_at_random_from_the_givers():
     assert first[0].min() < 25 and first[0].max() > 75
 
 
-def test_moved_draws_nothing_if_nothing_is_lacking():
+def test_reassign_draws_nothing_if_nothing_is_lacking():
     rng, owner = _rng(), np.repeat([0, 1], 5)
     assert partition._reassign(rng, owner, np.array([5, 5])) is owner
     assert rng.random() == _rng().random()
