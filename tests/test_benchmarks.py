@@ -34,6 +34,8 @@ from benchmarks import (
 )
 from benchmarks.workloads import WORKLOADS, made_up, smoke
 
+pytestmark = pytest.mark.slow  # each test starts a whole command
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):

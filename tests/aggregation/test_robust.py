@@ -217,6 +217,7 @@ def run(aggregator, plan=ONE, **settings):
     return fl.simulate(algorithm, DATA, PARTS, **settings)
 
 
+@pytest.mark.slow
 def test_a_run_with_depths_and_statistics_is_the_same_on_every_plan():
     """Krum, whose best of three is always a draw of two."""
     with jax.enable_x64(True):
@@ -265,6 +266,7 @@ def test_the_mean_collapses_under_flipped_signs(clean):
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "multi_krum"])
+@pytest.mark.slow
 def test_robust_rules_stay_within_five_points(clean, rule):
     settings = {
         "median": {},
@@ -276,6 +278,7 @@ def test_robust_rules_stay_within_five_points(clean, rule):
     assert attacked.history["test_accuracy"][-1] > clean - 0.05
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_stack_is_predicted_told_and_refused(monkeypatch):
     data = fl.load("synthetic", examples=256, shape=(64,), num_classes=10, seed=0)
     clients = fl.partition.iid(data.train.labels, clients=64, seed=0)

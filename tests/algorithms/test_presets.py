@@ -98,6 +98,7 @@ def run(make, **arguments):
     ("make", "arguments"),
     [(fl.fedlp_homo, {"keep": 0.5}), (fl.fedlp_hetero, {"depths": "uniform"})],
 )
+@pytest.mark.slow
 def test_the_word_is_the_settings_to_the_bit(make, arguments):
     preset = BEHAVIOURS["reference"]._asdict()
     names = ("weighting", "layers", "train_loss") + (("heads",) if "depths" in arguments else ())

@@ -149,6 +149,7 @@ def test_a_plan_changes_no_fate(everything, plan):
     )
 
 
+@pytest.mark.slow
 def test_faults_that_do_not_happen_change_no_bit():
     plain, exposed = run(), run(faults=fl.Faults(profile=MACHINES))
     assert np.array_equal(flat(plain.variables), flat(exposed.variables))
@@ -215,6 +216,7 @@ def step(corruption, clients=PARTS, **settings):
 
 
 @pytest.mark.parametrize(("kind", "strength", "factor"), [("sign_flip", None, -1), ("scale", 3, 3)])
+@pytest.mark.slow
 def test_a_corrupt_update_is_a_multiple(kind, strength, factor):
     clean, _ = step(None)
     corrupt, result = step(fl.Corruption(kind, 1.0, strength))

@@ -51,6 +51,7 @@ def run(folder, out):
     return json.loads(done.stdout.splitlines()[-1]), (folder / out / "variables.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_trains_the_same_model(tmp_path):
     first, model = run(tmp_path, "first")
     stored = sorted((tmp_path / "cache" / "xla").iterdir())

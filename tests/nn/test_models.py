@@ -532,6 +532,7 @@ def test_activations_of_a_short_dtype_leave_variables_in_float32(module):
     assert updated.get("batch_stats", {}) == variables.get("batch_stats", {})
 
 
+@pytest.mark.slow
 def test_a_short_dtype_computes_the_same_to_its_digits():
     module, image = functools.partial(FedLPCNN, depth=1), (8, 8, 3)
     variables = some_variables(module(), *image)

@@ -110,6 +110,7 @@ def test_refusals(depths, message):
 
 
 @pytest.mark.parametrize("heads", ["persist", "shared"])
+@pytest.mark.slow
 def test_submodels_with_activations_in_bfloat16_train_and_keep_their_variables(heads):
     data = fl.load("synthetic", examples=64, shape=(8, 8, 3), num_classes=10, seed=0)
     run = fl.simulate(

@@ -79,6 +79,7 @@ def test_every_plan_gives_the_same_model(reference, devices, width):
     assert np.array_equal(result.history["test_accuracy"], reference.history["test_accuracy"])
 
 
+@pytest.mark.slow
 def test_levels_share_their_devices_as_if_alone():
     data = dataset()
     clients = fl.partition.quantity(data.train.labels, clients=12, alpha=2.0, seed=1)
@@ -98,6 +99,7 @@ def test_levels_share_their_devices_as_if_alone():
     assert max(apart(one, other) for other in others) < 1e-8
 
 
+@pytest.mark.slow
 def test_in_float32_a_round_differs_by_less_than_a_hundredth_of_its_update():
     assert -(-CLIENTS.sizes.max() // 8) <= 5  # steps
     start = initial()

@@ -70,6 +70,7 @@ def table():
 
 
 @pytest.mark.parametrize(("case", "devices", "width"), list(table()))
+@pytest.mark.slow
 def test_the_bits_are_those_of_rounds_one_by_one(case, devices, width, monkeypatch):
     monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)  # on a busy machine too
     calls = calls_of(monkeypatch)
@@ -137,6 +138,7 @@ def test_the_seconds_of_a_call_are_shared_by_its_rounds(monkeypatch):
 @pytest.mark.parametrize(
     ("algorithm", "data"), [(KEPT, None), (HOMO, "host")], ids=["kept heads", "data on the host"]
 )
+@pytest.mark.slow
 def test_rounds_that_need_the_host_are_called_one_by_one(algorithm, data):
     case = (algorithm, UNEVEN, None)
     several = run(case, Plan(2, 1, data, rounds_at_once=4), rounds=3)

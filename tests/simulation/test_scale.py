@@ -84,6 +84,7 @@ def shallow_networks():
 
 @pytest.mark.real_data
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
+@pytest.mark.slow
 def test_fedavg_and_half_of_its_layers_learn_mnist():
     """FedAvg passes 90% within 20 rounds, and FedLP-Homo(0.5) is within 2 points of it."""
     data = fl.load("mnist")

@@ -524,6 +524,7 @@ def test_rounds_of_a_simulation_start_at_one_and_after_compiling():
     assert simulation.read(simulation.dispatch(1))["round"] == 1
 
 
+@pytest.mark.slow
 def test_variables_in_numpys_float64_become_what_jax_computes_in():
     hetero = fl.fedlp_hetero(TASK, depths="uniform", **COMMON)
     given = run(hetero, rounds=0).variables

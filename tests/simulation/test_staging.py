@@ -47,6 +47,7 @@ def table():
 
 
 @pytest.mark.parametrize(("case", "devices", "width"), list(table()))
+@pytest.mark.slow
 def test_the_bits_are_those_of_data_on_the_device(case, devices, width):
     if case is not CASES["uneven clients"] and devices != 2:
         width = 3 - width
