@@ -48,11 +48,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-def pytest_runtest_setup(item):
-    # XLA's expensive passes take longer than a small test runs. Slow tests compute more than they
-    # compile, and `optimized` ones look at what users run.
-    as_users_do = item.get_closest_marker("slow") or item.get_closest_marker("optimized")
-    jax.config.update("jax_disable_most_optimizations", not as_users_do)
+def pytest_configure(config):
+    # XLA's expensive passes take longer than the fast tests run. All programs of one process are
+    # compiled alike, or equal programs would differ in their last bits.
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
 
 
 @pytest.hookimpl(wrapper=True)

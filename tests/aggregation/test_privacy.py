@@ -54,6 +54,7 @@ def mask(client, layers):
 
 
 @pytest.mark.parametrize("aggregator", ["cohort_mean", "inverse_probability"])
+@pytest.mark.slow
 def test_a_round_is_clip_sum_and_a_fixed_divisor(aggregator):
     """With hardly any noise; the cohort of six is heard but for those who drop out."""
     privacy = fl.Privacy(clip=0.1, noise_multiplier=1e-9)
@@ -158,6 +159,7 @@ def private():
     return fl.Privacy(clip=1.0, noise_multiplier=3.0, delta=1e-3)
 
 
+@pytest.mark.slow
 def test_epsilon_is_that_of_dp_accounting(private):
     """Its own accountant, given the whole run as one event, with the sensitivity 2 S."""
     result = run(algorithm(private), rounds=3, faults=fl.Faults(

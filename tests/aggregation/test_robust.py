@@ -258,6 +258,7 @@ def clean():
     return digits("masked_mean", 0.0).history["test_accuracy"][-1]
 
 
+@pytest.mark.slow
 def test_the_mean_collapses_under_flipped_signs(clean):
     assert clean > 0.9
     attacked = digits("masked_mean", 0.2)

@@ -169,19 +169,15 @@ def test_plots_that_cannot_be_written_cost_a_warning_only(monkeypatch):
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_built(monkeypatch):
-    real = Path.open
-
-    def forbidden(self, mode="r", *rest, **options):
-        if mode == "x":
-            raise PermissionError(13, "Permission denied", str(self))
-        return real(self, mode, *rest, **options)
+    def forbidden(self, content):
+        raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(experiment, "build", None)
-    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(Path, "write_bytes", forbidden)
     said = fedlp("run", "small.yaml", "--out", "out")
     assert said.exit_code == 2
-    assert "the run directory out cannot be written (Permission denied)" in said.stderr
-    assert not Path("out").exists()
+    assert "nothing can be written to" in said.stderr and "Permission denied" in said.stderr
+    assert not list(Path("out").glob("*.jsonl"))
 
 
 def test_a_second_run_in_the_same_directory_is_refused():

@@ -169,8 +169,8 @@ def test_bounds_cover_every_client_and_are_exact_for_one():
 @pytest.mark.parametrize(
     ("work", "message"),
     [
-        (LocalWork(4, None, None), "give epochs or steps"),
-        (LocalWork(4, 1, 1), "give epochs or steps"),
+        (LocalWork(4, None, None), "give either epochs or steps"),
+        (LocalWork(4, 1, 1), "give either epochs or steps"),
         (LocalWork(0, 1), "batch_size=0"),
         (LocalWork(4, 1.5), "epochs=1.5"),
         (LocalWork(4, None, True), "steps=True"),

@@ -129,7 +129,7 @@ def test_float32_stays_float32():
     compare(jnp.float32, 1e-5, *TABLE[6])
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lowering", "tolerance"),
     # Five seeds gave 3.0e-6 and 4.5e-6 at most, where lax is 4.6e-7 from float64.

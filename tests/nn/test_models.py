@@ -131,6 +131,7 @@ def training_step(module):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_float64_parameters_compute_in_float64(name):
     module, shape = MODELS[name]
     with jax.enable_x64(True):

@@ -429,7 +429,7 @@ def test_refusals(settings, message):
     ("make", "message"),
     [
         (lambda: fl.fedavg(TASK, **COMMON | {"epochs": 0}), "epochs=0 must be a whole number"),
-        (lambda: fl.fedavg(TASK, steps=3, **COMMON), "give epochs or steps, one of the two"),
+        (lambda: fl.fedavg(TASK, steps=3, **COMMON), "give either epochs or steps"),
         (lambda: fl.fedavg(TASK, weighting="size", **COMMON), "weighting 'size' is unknown"),
         (
             lambda: fl.fedavg(TASK, aggregator="masked_means", **COMMON),
@@ -463,8 +463,14 @@ def test_refusals(settings, message):
         ),
         (lambda: fl.classification("resnet"), "a model must be a flax linen module"),
         (lambda: fl.fedavg(Steps(), **COMMON), r"task is a Steps; wrap a model as fl.classif"),
-        (lambda: fl.fedavg(TASK, client_optimizer="adam"), "client_optimizer='adam' is no optax"),
-        (lambda: fl.fedavg(TASK, server_optimizer=1, **COMMON), "server_optimizer=1 is no optax"),
+        (
+            lambda: fl.fedavg(TASK, client_optimizer="adam"),
+            "client_optimizer='adam' is not an optax",
+        ),
+        (
+            lambda: fl.fedavg(TASK, server_optimizer=1, **COMMON),
+            "server_optimizer=1 is not an optax",
+        ),
         (lambda: fl.fedavg(TASK, **COMMON | {"epochs": 2.0}), "epochs=2.0 must be a whole"),
         (lambda: run(fl.fedavg(TASK, layers=["a"], **COMMON)), r"unknown layer rule \['a'\]"),
         (

@@ -263,7 +263,7 @@ def test_bad_input_is_a_sentence(command):
     for words, said in (
         (("--seconds", "-3"), "seconds=-3.0 must be a positive number"),
         (("--rounds_", "3"), "rounds_"),
-        (("--cohort", "1000"), "only 100 clients"),
+        (("--cohort", "1000"), "exceeds the 100 clients"),
     ):
         done = invoke(*words)
         assert done.exit_code == 2 and said in done.output, done.output
