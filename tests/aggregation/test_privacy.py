@@ -97,6 +97,7 @@ def test_a_round_is_clip_sum_and_a_fixed_divisor(aggregator):
     ("aggregator", "stretch"), [("cohort_mean", 0), ("inverse_probability", 1)]
 )
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
+@pytest.mark.slow
 def test_noise_has_the_deviation_of_the_sensitivity(aggregator, stretch, dropout):
     """Nobody learns, so that only noise moves the model; it does so too if nobody arrives."""
     privacy = fl.Privacy(clip=0.5, noise_multiplier=1.2, delta=1e-3)
@@ -140,6 +141,7 @@ def test_what_is_sent_never_exceeds_the_bound():
             assert norm == pytest.approx(min(whole, 0.3), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_norm_clipping_alone_is_the_mean_of_clipped_updates():
     with jax.enable_x64(True):
         start = in_float64(run(algorithm(None), rounds=0).variables)

@@ -144,6 +144,7 @@ def test_a_whole_round_in_float64_is_that_of_pytorch():
     assert off < 1e-6
 
 
+@pytest.mark.slow
 def test_five_steps_in_float32_are_those_of_pytorch():
     """No more steps: Adam's first are signs, and one ulp in the weights grows tenfold in five."""
     off, _ = difference(SHORT, jnp.float32, keep=1.0)

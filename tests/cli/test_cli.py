@@ -317,7 +317,7 @@ def test_tune_writes_the_plan_it_chose_and_keeps_the_comments(monkeypatch):
     assert Path("small.yaml").read_text() == text.replace("width: 1", "width: 2")
     monkeypatch.setattr(os, "access", lambda *_: False)
     said = fedlp("tune", "small.yaml")
-    assert said.exit_code == 2 and "cannot be written" in said.stderr
+    assert said.exit_code == 2 and "is read-only" in said.stderr
 
 
 def test_reproduce_counts_costs():

@@ -147,6 +147,7 @@ def test_a_head_that_persists_goes_on_from_where_it_was():
     assert not np.allclose(seen[1], seen[2])
 
 
+@pytest.mark.slow
 def test_heads_stand_still_with_a_run_that_halts():
     """The clients' updates are finite, the server's step is not."""
     data = dataset()

@@ -184,6 +184,7 @@ def test_setup_after_the_first_operation_says_so():
     assert os.environ.get("XLA_FLAGS", "") == before
 
 
+@pytest.mark.slow
 def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=12)

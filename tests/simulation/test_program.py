@@ -146,6 +146,7 @@ def test_rounds_that_need_the_host_are_called_one_by_one(algorithm, data):
     assert_equal(several, run(case, Plan(2, 1, data), rounds=3))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_in_a_call_stands_where_it_did(monkeypatch):
     monkeypatch.setattr("fedlp_jax.simulation.run._DISPATCH_SECONDS", 1e6)
     # The rate is traced: it becomes infinite in round 5, in the middle of a call.
@@ -164,6 +165,7 @@ def test_a_run_that_diverges_in_a_call_stands_where_it_did(monkeypatch):
     assert_equal(ends[0].result, ends[1].result)
 
 
+@pytest.mark.slow
 def test_a_call_has_one_reduction_a_round_and_gathers_nothing():
     prepared = fl.Simulation(
         SHARED, DATA, UNEVEN, rounds=1, cohort=8, plan=Plan(4, 2, rounds_at_once=4)

@@ -118,6 +118,7 @@ def test_the_order_of_a_cohort_does_not_matter():
     assert np.array_equal(flat(a.variables), flat(b.variables))
 
 
+@pytest.mark.slow
 def test_many_rounds_and_cohorts_are_one_compilation():
     algorithm = fl.fedlp_hetero(TASK, depths="uniform", **COMMON)
     clients = fl.partition.dirichlet(DATA.train.labels, clients=12, alpha=0.5, seed=0, min_size=1)
@@ -167,6 +168,7 @@ def test_a_row_has_what_users_rely_on():
         result.history["acuracy"]
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_for_any_split_size_and_plan():
     """37 test rows: no multiple of any batch."""
     for plan in (ONE, fl.Plan(3, 1)):

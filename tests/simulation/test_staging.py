@@ -114,6 +114,7 @@ def test_clients_that_are_alike_get_their_even_share():
             assert most_clients(cohort, devices, 0.0) == slots_per_device(cohort, devices)
 
 
+@pytest.mark.slow
 def test_a_round_is_still_one_reduction_and_nothing_is_gathered():
     run = fl.Simulation(HETERO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(4, 2, "host"))
     run.compile()
@@ -177,6 +178,7 @@ def test_an_unknown_place_is_refused():
         run(CASES["even clients"], Plan(data="hosts"), rounds=0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_data_elsewhere(tmp_path):
     case = CASES["uneven clients"]
     whole = run(case, Plan(2, 1, "device"), rounds=4)
