@@ -74,6 +74,7 @@ def _call(folder, port, number, index, function, arguments):
         fl.connect(f"127.0.0.1:{port}", number, index, seconds=60)
         fl.setup(cpu_devices=4 // number)
         function(*arguments)
+        jax.distributed.shutdown()
     except BaseException:
         with open("said.txt", "a") as said:
             traceback.print_exc(file=said)

@@ -50,8 +50,10 @@ def _end(code: int) -> None:
         import jax
 
         connected = jax.distributed.is_initialized()
-        if connected and code == INTERRUPTED:
-            jax.distributed.shutdown()  # waits for the others, which are interrupted too
+        if connected and code != FAILED:
+            # Wait for the others, which end alike: one that still reads the last exchange would
+            # otherwise lose this process in the middle of it.
+            jax.distributed.shutdown()
     if code == INTERRUPTED or (connected and code == FAILED):
         # Skip Python's clean-up, in which a compilation that still runs would crash, and jax's,
         # in which a process that failed would wait for the others, and they for it.

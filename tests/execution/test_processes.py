@@ -189,8 +189,9 @@ def test_what_is_not_the_same_everywhere_is_refused_everywhere(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     words = ("run", "c.yaml", "--out", "out")
     keep = ((), ("--algorithm.keep", "0.7"))
-    assert crowd.ended(crowd.fedlp(tmp_path, 2, *words, each=keep)) == [2, 2]
+    codes = crowd.ended(crowd.fedlp(tmp_path, 2, *words, each=keep))
     said = (tmp_path / "said.txt").read_text()
+    assert codes == [2, 2], said
     sentence = (
         "process 1 of 2 has another configuration than process 0: algorithm.keep is 0.7, not 0.5."
     )
@@ -203,8 +204,9 @@ def test_what_the_first_process_of_a_cluster_refuses_all_refuse(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
     children = crowd.slurm(tmp_path, 2, "run", "c.yaml", "--out", "out")
-    assert crowd.ended(children) == [2, 2]
+    codes = crowd.ended(children)
     said = (tmp_path / "said.txt").read_text()
+    assert codes == [2, 2], said
     assert said.count("out already holds a run") == 2, said
     assert "fedlp: process 0: out already holds a run" in said
 
