@@ -1,4 +1,4 @@
-"""Errors that are sentences: what is wrong, with the numbers, and the way out."""
+"""Errors as sentences: what is wrong, with the numbers, and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FedLPError(ValueError):
 
 
 class _Short(reprlib.Repr):
-    """`repr` of what may be huge, nested without end, or have more digits than are allowed."""
+    """`repr` of values that may be huge, deeply nested, or too long an integer to print."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
-_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object in memory: another in every process
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of an object in memory: differs between processes
 
 
 def shown(value: object) -> str:
-    """A value as a sentence shows it: as `repr` does, on one line, and never long."""
+    """`repr` of a value for a sentence: on one line and short."""
     words = _SHORT.repr(value).replace("\n", " ")
     return words if len(words) <= 200 else f"{words[:200]}..."
 
@@ -171,7 +171,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuses a value that is not among `choices`, naming the nearest that is.
+    """Refuses a value that is not among `choices`, and suggests the nearest one.
 
     Raises:
       FedLPError: with the choices.
@@ -183,26 +183,26 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def nearest(word: object, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
-    """A hint at the known word that is closest.
+    """A suggestion of the closest known word.
 
     Args:
-      word: what was given.
-      known: what it may have meant.
-      shown: how a known word is written in the hint.
+      word: the unknown word.
+      known: the known words.
+      shown: formats a known word for the hint.
 
     Returns:
       `"; did you mean 'keep'?"`, or `""` if no word is close.
     """
-    # Words that differ only in how they are joined are the commonest slips: fedlp-homo.
+    # The most common slip is another way to join words: fedlp-homo.
     plain = {k.lower().replace("-", "_"): k for k in known}
     close = difflib.get_close_matches(str(word).lower().replace("-", "_"), plain, n=1)
     return f"; did you mean '{shown(plain[close[0]])}'?" if close else ""
 
 
 def why(error: BaseException) -> str:
-    """What an error says, as a part of a sentence: short, in one line, and without its path."""
+    """The message of an error as part of a sentence: short, on one line, without its path."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, KeyError) and error.args:  # as which a mapping says that it lacks a name
+    if isinstance(error, KeyError) and error.args:  # a mapping that lacks a name
         said = str(error.args[0]) if " " in str(error.args[0]) else f"it has no {error}"
     words = _ADDRESS.sub("", " ".join(said.split())) or type(error).__name__
     return (words if len(words) <= 200 else f"{words[:200]}...").rstrip(".")

@@ -1,4 +1,4 @@
-"""The words and shapes every other module uses.
+"""Words and shapes of the whole package.
 
 Letters, everywhere in the package:
 
@@ -10,8 +10,9 @@ Letters, everywhere in the package:
     G  submodel levels (1 unless a scheme has several, as FedLP-Hetero)
 
 A *layer* is a named group of variables that is kept or pruned as one. *keep* is the
-layer-preserving rate of FedLP (arXiv:2303.06360): a probability of being kept, never of being
-dropped. *variables* are all that is exchanged: parameters and batch statistics.
+layer-preserving rate of FedLP (arXiv:2303.06360): the probability of being kept, never a drop rate.
+*variables* are everything exchanged: parameters and batch statistics. *weight* is a_k, what a
+client counts for, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Variables = Any  # {"params": tree, "batch_stats": tree, ...}
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype in which numbers of one are summed: float32 or wider."""
+    """The dtype in which numbers of `dtype` are summed: float32 or wider."""
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
@@ -46,11 +47,11 @@ class Batch(NamedTuple):
     inputs: Array  # uint8|f32[B, ...], as stored: not normalised
     labels: Array  # i32[B]
     valid: Array | None  # bool[B], False = padding; None = every row counts (known statically)
-    normalize: Normalize  # the data set's own; a task may carry another
+    normalize: Normalize  # of the data set; a task may carry another
 
 
 class Examples(NamedTuple):
-    """A whole split on the device; or what each device is sent for its own clients, end to end."""
+    """A whole split on the device, or the rows that each device needs, one device after another."""
 
     inputs: Array  # uint8|f32[N, ...]
     labels: Array  # i32[N]
@@ -68,16 +69,16 @@ class Cohort:
     client: Array  # i32[D * P], client id; -1 = empty slot
     size: Array  # i32[D * P], examples; 0 = empty slot
     level: Array  # i32[D * P], submodel level, 0 to G - 1
-    rows: Array  # i32[D * P, M], rows of the examples that a round is given, padded with 0
+    rows: Array  # i32[D * P, M], rows of `Examples`, padded with 0
     segment: Array  # i32[D, G + 1]
     conditions: PyTree = None  # a `fedlp_jax.clients.outcomes.Conditions`, where a run has faults
-    # The size of every client of the population, if it is the same for all: it lets a round drop
-    # the masks that only uneven clients need.
+    # The size of every client of the population, if all are equal: the round then omits the masks
+    # that uneven clients need.
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class ClientMetrics(NamedTuple):
-    """What one client reports beside its update. Sums, so that any mean can be taken later."""
+    """What one client reports besides its update. Sums, so that any mean can be taken later."""
 
     loss_sum: Array  # f32[], sum of the loss over examples seen
     correct: Array  # f32[], correct predictions on examples seen, while training
@@ -88,25 +89,25 @@ class ClientMetrics(NamedTuple):
 
 
 class ServerState(NamedTuple):
-    """Everything a run carries from round to round, beside the clients' own states.
+    """Everything a run carries from round to round, besides the clients' private variables.
 
-    With the configuration and the seed it is all that a resumed run needs.
+    A resumed run needs only this, those variables, the configuration and the seed.
     """
 
     variables: Variables  # what the server holds: the deepest model (and shared heads)
     policy: PyTree  # of the MaskPolicy: keep probabilities and the like
-    aggregator: PyTree
+    aggregator: PyTree  # of the UpdatePipeline: numbers of the aggregator, clip and noise
     optimizer: PyTree  # of the server optimizer (optax)
     client_scale: Array  # f32[], factor on the client optimizer's updates
     round: Array  # i32[], rounds done
-    halted: Array  # bool[], a round left nothing finite to go on with; later ones change nothing
+    halted: Array  # bool[], a round left no finite model; later rounds change nothing
 
 
 class RoundMetrics(NamedTuple):
-    """What a round reports and nobody carries. Slots as in `Cohort`."""
+    """What a round reports but does not carry. Slots as in `Cohort`."""
 
     client: ClientMetrics  # arrays [D * P]
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
-    halted: Array  # bool[], the state was left as it was: nothing finite to go on with
+    halted: Array  # bool[], the state is unchanged: the round left no finite model
     outcomes: PyTree = ()  # a `fedlp_jax.clients.outcomes.Outcomes`, where a run has faults

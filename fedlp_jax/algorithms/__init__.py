@@ -1,4 +1,10 @@
-"""Algorithms: short compositions of the same parts, or two functions written by hand."""
+"""Algorithms: short compositions of the same parts, one file per family.
+
+Every file has the same skeleton: the paper in the docstring; for each algorithm one function
+`name(task, *, <numbers of the method>, client_optimizer, **settings) -> Algorithm`, with the update
+rule in its docstring and one call of `compose` as its body. New parts (a mask policy, a scheme of
+submodels, a reducer) belong to their own rooms.
+"""
 
 from fedlp_jax.algorithms.base import Algorithm as Algorithm
 from fedlp_jax.algorithms.compose import compose as compose

@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al., arXiv:1602.05629)."""
+"""FedAvg: federated averaging (McMahan et al., AISTATS 2017, arXiv:1602.05629)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fedlp_jax.tasks.task import Task
 def fedavg(
     task: Task, *, client_optimizer: optax.GradientTransformation, **settings: Any
 ) -> Algorithm:
-    """Federated averaging: `x' = x + sum n_k (x_k - x) / sum n_k`.
+    """FedAvg: every client trains and sends the whole model.
 
-    The same compiled program as `fedlp_homo`, with every layer kept.
+    `x' = x + sum n_k (x_k - x) / sum n_k`, n_k the examples of client k. The compiled program is
+    that of `fedlp_homo` with every layer kept.
 
     Args:
       task: what is learnt.

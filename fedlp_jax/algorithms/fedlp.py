@@ -24,12 +24,12 @@ def fedlp_homo(
     """FedLP-Homo: every client trains the whole model and sends each layer with probability keep.
 
     `x'_l = x_l + sum_{k in U_l} a_k (x_{k,l} - x_l) / sum_{k in U_l} a_k`, U_l the clients that
-    sent layer l; a layer nobody sent keeps its value. It saves upload, not computation.
+    sent layer l. A layer nobody sent keeps its value. Uploads shrink; computation does not.
 
     Args:
       task: what is learnt.
-      keep: the layer-preserving rate: a number, one per client or per layer, a mapping from layer
-        name, or a function of the round; see `masks.bernoulli`.
+      keep: the layer-preserving rate p: a number, one per client or per layer, a mapping from layer
+        name to p, or a function of the round; see `masks.bernoulli`.
       client_optimizer: any optax transform.
       **settings: as in `compose` (epochs, batch_size, behaviour, aggregator, layers, ...).
     """
@@ -50,18 +50,18 @@ def fedlp_hetero(
 ) -> Algorithm:
     """FedLP-Hetero: each client holds a prefix of the network's layers and an exit head.
 
-    A client of depth c downloads, trains and sends its prefix only, and really runs the shallow
-    network. Each layer is averaged over the clients that hold it.
+    A client of depth c downloads, trains and sends only its prefix, and runs the shallow network.
+    Each layer is averaged over the clients that hold it, by the equation of `fedlp_homo`.
 
     Args:
-      task: what is learnt; its module offers depths (`fedlp_jax.tasks.flax_adapter.network`).
+      task: what is learnt; its module has depths (`fedlp_jax.tasks.flax_adapter.network`).
       depths: "uniform", a flag 1 to G, G probabilities, or K depths; see
         `submodel.assign_depths`.
       client_optimizer: any optax transform.
-      behaviour: as in `compose`; it also says what `heads` are where they are None.
+      behaviour: as in `compose`; it also sets `heads` where that is None.
       heads: "persist" (layerwise), "reset_to_init" (reference: as in the authors' code) or
         "shared"; see `submodel.by_depth`.
-      keep: layers of the prefix are sent with this probability, as in FedLP-Homo.
+      keep: the probability with which a layer of the prefix is sent, as in FedLP-Homo.
       **settings: as in `compose`.
     """
     if heads is None:

@@ -1,7 +1,7 @@
-"""FedLP as its authors' code runs it, and as we read the method: two presets of the same settings.
+"""Presets: FedLP as its authors' code runs it ("reference"), and as we read it ("layerwise").
 
-A behaviour is what a setting is where it is not given. `docs/behaviours.md` says of each setting
-where the two differ, where in the authors' code that is, and what it is worth.
+A behaviour sets the defaults of six settings. `docs/behaviours.md` explains each: how the two
+differ, where the authors' code does so, and what the difference is worth.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from fedlp_jax.errors import check_choice
 
 
 class Behaviour(NamedTuple):
-    """The settings in which the two differ, under the names of the arguments they are."""
+    """The settings in which the two differ; fields are named as the arguments they set."""
 
-    # of `fedavg`, `fedlp_homo`, `fedlp_hetero`
-    weighting: Literal["examples", "uniform"]
-    layers: Literal["by_module", "by_tensor"]
-    heads: Literal["persist", "reset_to_init", "shared"]
-    train_loss: Literal["examples", "batches"]
-    # of a model
-    init: Literal["flax", "pytorch"]
-    # of a dirichlet or mixed partition
-    reference: bool
+    # Of `fedavg`, `fedlp_homo` and `fedlp_hetero`:
+    weighting: Literal["examples", "uniform"]  # a_k: the client's examples, or 1
+    layers: Literal["by_module", "by_tensor"]  # what is kept or pruned as one
+    heads: Literal["persist", "reset_to_init", "shared"]  # where a shallow client's head lives
+    train_loss: Literal["examples", "batches"]  # mean over examples, or over steps and clients
+    # Of a model:
+    init: Literal["flax", "pytorch"]  # initialisation of weights
+    # Of a dirichlet or mixed partition:
+    reference: bool  # drawn as in the authors' code
 
 
 BEHAVIOURS = {
@@ -33,10 +33,10 @@ DEFAULT = "layerwise"
 
 
 def named(name: str) -> Behaviour:
-    """The behaviour of a name.
+    """Looks up a behaviour.
 
     Raises:
-      FedLPError: there is none of that name.
+      FedLPError: an unknown name.
     """
     check_choice("behaviour", name, tuple(BEHAVIOURS))
     return BEHAVIOURS[name]

@@ -180,7 +180,7 @@ def run_round(
         contributions, uploads, metrics.finite, cohort, state.aggregator, table, plan
     )
     aggregate = pipeline.privatize(aggregate, uploads, cohort, state.aggregator, key, number, table)
-    state = _step_server(parts, state, policy, aggregate, outcomes, table)
+    state = _step_server(parts, state, number, policy, aggregate, outcomes, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted)
     return state, private, reported if outcomes is None else with_outcomes(reported, outcomes)
 
@@ -324,6 +324,7 @@ def _client_inputs(
 def _step_server(
     parts: Parts,
     old: ServerState,
+    number: Array,
     policy: PyTree,
     aggregate: Aggregate,
     outcomes: Outcomes | None,
@@ -342,7 +343,7 @@ def _step_server(
         aggregate.gate,
         table,
     )
-    unchanged = old._replace(policy=policy, round=old.round + 1)
+    unchanged = old._replace(policy=policy, round=number)
     new = unchanged._replace(variables=variables, optimizer=optimizer)
     nobody = aggregate.cohort_weight <= 0
     if outcomes is not None:

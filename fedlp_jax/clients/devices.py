@@ -1,7 +1,7 @@
-"""What the clients' machines are: how fast each computes, downloads and uploads.
+"""Client devices: how fast each computes, downloads and uploads.
 
-Times made of these are modelled: a client's training costs its multiply-accumulates, those of a
-forward pass and twice as many of the backward pass, its exchange the bytes that the ledger books.
+Times are modelled. Training takes a client's multiply-accumulates, counting a backward pass as two
+forward passes; an exchange takes the bytes that the ledger books.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, shown
+from fedlp_jax.errors import FedLPError, check_array, check_number
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
 from fedlp_jax.types import Array
 
-PASSES = 3  # a step's MACs, in those of a forward pass
+PASSES = 3  # MACs of a step, in forward passes
 
 
 class Machines(NamedTuple):
-    """Speeds of some clients."""
+    """Speeds of clients."""
 
     compute: Array | np.ndarray  # f32[C], MACs a second
     download: Array | np.ndarray  # f32[C], bytes a second
@@ -31,15 +31,15 @@ class Machines(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The machines of a population.
+    """The devices of a population.
 
     Attributes:
       compute: MACs a second: one number, or K.
       download: bytes a second from the server: one number, or K.
       upload: bytes a second to it: one number, or K.
-      spread: standard deviation of the natural logarithm by which each client's three speeds differ
-        from these, drawn from (seed, client), independently; 0 = not at all. At 1, one client in
-        six is slower than the median by a factor of e.
+      spread: standard deviation of the natural logarithm of each client's speeds around these,
+        drawn independently from (seed, client); 0 = none. At 1, one client in six is slower than
+        the median by a factor of e.
     """
 
     compute: float | Sequence[float] | np.ndarray
@@ -51,42 +51,33 @@ class Profile:
         """The speeds of all K clients, `f32[K]` each.
 
         Raises:
-          FedLPError: a speed or a spread that is no positive number, or neither one nor K of them.
+          FedLPError: a speed that is not positive, a spread that is negative, or a number of speeds
+            that is neither 1 nor K.
         """
-        number = isinstance(self.spread, int | float) and not isinstance(self.spread, bool)
-        if not number or not 0 <= self.spread < 100:
-            raise FedLPError(f"profile.spread={self.spread!r} must be a number in [0, 100).")
+        spread = check_number("profile.spread", self.spread, ge=0, lt=100)
 
         def draw(client: Array) -> Array:
             key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.PROFILE)
             return jax.random.normal(key, (3,), jnp.float32)
 
         normal = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
-        factor = np.exp(self.spread * normal.astype(np.float64))
-        speeds = (_positive(f"profile.{n}", getattr(self, n), clients) for n in Machines._fields)
+        factor = np.exp(spread * normal.astype(np.float64))
+        speeds = (_speeds(f"profile.{n}", getattr(self, n), clients) for n in Machines._fields)
         return Machines(
             *((s * f).astype(np.float32) for s, f in zip(speeds, factor.T, strict=True))
         )
 
 
-def _positive(name: str, value: object, clients: int) -> np.ndarray:
-    """One number, or K, as `f64[K]`, each above 0.
+def _speeds(name: str, value: object, clients: int) -> np.ndarray:
+    """One number, or K, as `f64[K]`.
 
     Raises:
       FedLPError: with the name.
     """
-    try:
-        values = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise FedLPError(
-            f"{name}={shown(value)} is not a number or an array of numbers."
-        ) from error
+    values = check_array(name, value, gt=0)
     if values.shape not in ((), (clients,)):
         raise FedLPError(
             f"{name} has shape {list(values.shape)}; give one number, or one for each of the "
             f"{clients} clients."
         )
-    good = np.isfinite(values) & (values > 0)
-    if not good.all():
-        raise FedLPError(f"{name}={values[~good].flat[0]:g} must be a number above 0.")
     return np.broadcast_to(values, (clients,))

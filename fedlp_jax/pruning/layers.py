@@ -1,9 +1,9 @@
-"""variables -> LayerTable: which leaf belongs to which layer, and how large each layer is.
+"""LayerTable: which leaf of the variables belongs to which layer, and how large each layer is.
 
-A layer is what FedLP keeps or prunes as one. `by_module` takes the first component of a leaf's
-path, with its number where that is a list of modules (`layers/0` of an `nnx.Sequential`), joined
-across collections, so that a layer's weight, bias, normalisation and batch statistics go together;
-`by_tensor` makes every tensor its own layer, as the authors' code does.
+FedLP keeps or prunes a layer as one. `by_module` names a leaf's layer by the first component of its
+path, with the index if that is a list of modules (`layers/0` of an `nnx.Sequential`), joined across
+collections: a layer's weight, bias, normalisation and batch statistics stay together. `by_tensor`
+makes every tensor a layer, as the authors' code does.
 """
 
 from __future__ import annotations
@@ -58,28 +58,30 @@ def layer_table(
     Args:
       variables: `{"params": tree, ...}`; only shapes are read, so it works while tracing.
       rule: "by_module", "by_tensor", or a mapping from regular expression to layer name. The
-        expression is searched in the leaf's path ("conv1/norm/scale"), the first that matches
-        wins, and a leaf without a match keeps its module's name.
-      names: layer names of a larger model this one is part of; None = the names found here.
+        expression is searched in the leaf's path ("conv1/norm/scale"). The first match wins; a
+        leaf without a match keeps its module's name.
+      names: layer names of the larger model that this one is part of; None = those of this model.
 
     Raises:
-      FedLPError: an unknown rule, a broken expression, or a leaf whose layer is not in `names`.
+      FedLPError: an unknown rule, an invalid expression, or a leaf with a layer not in `names`.
     """
     name_of = _rule_function(rule)
     leaves, treedef = tree_flatten_with_path(variables)
     if names is None and isinstance(rule, Mapping):
         _check_patterns(rule, ["/".join(path_names(path)[1:]) for path, _ in leaves])
-    found = [name_of(path_names(path)[1:]) for path, _ in leaves]
+    layer_of_leaf = [name_of(path_names(path)[1:]) for path, _ in leaves]
     if names is None:
-        names = sorted(set(found), key=_natural)
+        names = sorted(set(layer_of_leaf), key=_natural)
     position = {name: i for i, name in enumerate(names)}
-    unknown = sorted(set(found) - set(position))
+    unknown = sorted(set(layer_of_leaf) - set(position))
     if unknown:
-        raise FedLPError(f"layers {unknown} are not among the {len(names)} of the whole model.")
+        raise FedLPError(
+            f"layers {unknown} are not among the {len(names)} layers of the whole model."
+        )
     sizes = {True: np.zeros(len(names), np.int64), False: np.zeros(len(names), np.int64)}
-    for name, (path, leaf) in zip(found, leaves, strict=True):
+    for name, (path, leaf) in zip(layer_of_leaf, leaves, strict=True):
         sizes[path_names(path)[0] == "params"][position[name]] += int(np.prod(leaf.shape))
-    index = jax.tree.unflatten(treedef, [position[name] for name in found])
+    index = jax.tree.unflatten(treedef, [position[name] for name in layer_of_leaf])
     return LayerTable(tuple(names), index, params=sizes[True], statistics=sizes[False])
 
 
@@ -119,7 +121,7 @@ def _check_patterns(rule: Mapping[str, str], paths: list[str]) -> None:
     for pattern in rule:
         if not any(re.search(pattern, path) for path in paths):
             raise FedLPError(
-                f"the layer rule {pattern!r} matches none of the {len(paths)} tensors, such as "
+                f"the layer rule {pattern!r} matches none of the {len(paths)} tensors, for example "
                 f"{', '.join(paths[:3])}."
             )
 

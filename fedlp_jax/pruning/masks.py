@@ -6,6 +6,7 @@ an argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, check_array
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, Cohort, PyTree
@@ -60,14 +61,17 @@ def bernoulli(keep: Keep) -> MaskPolicy:
     Args:
       keep: one of
         * a number: p for every client and layer;
-        * a mapping from layer name to p_l, other layers are always kept;
+        * a mapping from layer name to p_l; other layers are always kept;
         * K numbers, p_k per client, or L numbers, p_l per layer (if K = L, give `[K, 1]` or
           `[1, L]`), or a matrix `[K, L]`;
-        * a function of the round (`i32[]`, from 1) to a number or `f32[L]`, a schedule; it is
-          traced, so it is written with jax.numpy, and checked in round 1 only.
+        * a schedule: a function of the round (`i32[]`, from 1) to a number or `f32[L]`. It is
+          traced, so write it with jax.numpy; only its values in round 1 are checked.
+
+    A layer with keep 0 is never sent: the server's copy, from which every client starts, keeps its
+    first values. `init` warns of such a layer.
 
     Raises:
-      FedLPError: (from `init`) a probability outside [0, 1], or a shape that fits nothing.
+      FedLPError: (from `init`) a probability outside [0, 1], or a shape that does not fit.
     """
     schedule = keep if callable(keep) else None
 
@@ -75,7 +79,9 @@ def bernoulli(keep: Keep) -> MaskPolicy:
         if schedule is not None:
             _check_schedule(schedule, layers)
             return ()
-        return jnp.asarray(keep_matrix(keep, layers, clients))
+        matrix = keep_matrix(keep, layers, clients)
+        _warn_of_unsent(matrix, layers)
+        return jnp.asarray(matrix)
 
     def sample(
         key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
@@ -94,7 +100,7 @@ def bernoulli(keep: Keep) -> MaskPolicy:
                 client_key(key, round, client, Purpose.MASK), (layers,), jnp.float32
             )
 
-        # A uniform draw lies in [0, 1): keep 1 always keeps and keep 0 never does.
+        # Uniform draws lie in [0, 1), so keep 1 always keeps and keep 0 never does.
         kept = jax.vmap(draw)(cohort.client) < probability
         upload = kept.astype(jnp.float32) * coverage
         return Masks(download=coverage, upload=upload, keep=probability), state
@@ -109,7 +115,7 @@ def bernoulli(keep: Keep) -> MaskPolicy:
 
 
 def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:
-    """A schedule is traced, so what can be seen is its shape, and its values in round 1."""
+    """Checks what can be known of a traced function: its shape, and its values in round 1."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
     try:
         shape = jax.eval_shape(lambda n: jnp.asarray(schedule(n), jnp.float32), number).shape
@@ -123,13 +129,22 @@ def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> Non
         ) from error
     if shape not in ((), (1,), (len(layers),)):
         raise FedLPError(
-            f"the keep schedule gives an array of shape {list(shape)}; give one number, or one per "
-            f"layer (L={len(layers)})."
+            f"the keep schedule returns an array of shape {list(shape)}; return one number, or one "
+            f"per layer (L={len(layers)})."
         )
-    inside = (values >= 0) & (values <= 1)
-    if not inside.all():
-        raise FedLPError(
-            f"the keep schedule gives {values[~inside].flat[0]:g} in round 1, outside [0, 1]."
+    check_array("the keep schedule in round 1", values, ge=0, le=1)
+
+
+def _warn_of_unsent(matrix: np.ndarray, layers: LayerTable) -> None:
+    """Warns of layers that nobody ever sends, unless that is so for all layers."""
+    unsent = np.broadcast_to((matrix == 0).all(axis=0), (len(layers),))
+    if unsent.any() and not unsent.all():
+        names = [name for name, never in zip(layers.names, unsent, strict=True) if never]
+        warnings.warn(
+            f"keep=0 for {', '.join(names)}: no client ever sends it, so the server's copy, from "
+            "which every client starts, keeps its first values. Give a keep above 0 to train it.",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 
@@ -139,7 +154,7 @@ def keep_matrix(
     """`keep` as `[1 or K, 1 or L]` of a dtype, checked.
 
     Raises:
-      FedLPError: a probability outside [0, 1], an unknown layer, or a shape that fits nothing.
+      FedLPError: a probability outside [0, 1], an unknown layer, or a shape that does not fit.
     """
     if isinstance(keep, Mapping):
         unknown = sorted(set(keep) - set(layers.names))
@@ -148,16 +163,8 @@ def keep_matrix(
                 f"keep names unknown layers {unknown}; the layers are {', '.join(layers.names)}."
             )
         keep = np.array([[keep.get(name, 1.0) for name in layers.names]])
-    try:
-        matrix = np.asarray(keep, dtype)
-    except (TypeError, ValueError) as error:
-        raise FedLPError(f"keep={keep!r} is not a number or an array of numbers.") from error
-    inside = (matrix >= 0) & (matrix <= 1)  # False for NaN too
-    if not inside.all():
-        raise FedLPError(
-            f"keep={matrix[~inside].flat[0]:g} is outside [0, 1]; it is the probability that a "
-            "client keeps a layer."
-        )
+    meaning = "it is the probability that a client keeps a layer"
+    matrix = check_array("keep", keep, ge=0, le=1, dtype=dtype, hint=meaning)
     count = len(layers)
     if matrix.ndim == 0:
         return matrix.reshape(1, 1)

@@ -1,8 +1,8 @@
-"""Submodels: what one client really holds and computes.
+"""Submodels: what one client holds and computes.
 
-A client of a shallow level runs a shallow network, not the whole one with layers masked. Its
-variables are part shared with the server's, by name, and part private: those that no deeper model
-has, as the exit head of a FedLP-Hetero client.
+A client of a shallow level runs a shallow network, not the whole one with masked layers. Some of
+its variables are shared with the server's variables of the same name. The others are private, such
+as the exit head of a FedLP-Hetero client, which no deeper model has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key, root_key
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, PyTree, Variables
@@ -27,7 +27,7 @@ _FLAG_SHARE = 0.6  # share of clients at the flagged depth in the authors' code
 
 
 class Submodel(NamedTuple):
-    """One level: its task, and how its variables sit in the server's."""
+    """One level: its task, and how its variables map to the server's."""
 
     task: Task
     extract: Callable[[Variables], Variables]  # server's variables -> the part this level shares
@@ -35,11 +35,11 @@ class Submodel(NamedTuple):
     split: Callable[[Variables], tuple[Variables, PyTree]]  # the inverse of `merge`
     embed: Callable[[Variables, Variables], Variables]  # (shared tree, like) -> zeros elsewhere
     private: Callable[[Array, Batch], PyTree]  # (key, example) -> initial private variables
-    private_shapes: PyTree  # of what `private` gives
+    private_shapes: PyTree  # of what `private` returns
 
 
 class Submodels(NamedTuple):
-    """The levels of a scheme, and who is at which."""
+    """The levels of a scheme, and the level of each client."""
 
     init: Callable[[Task, Array, Batch], Variables]  # (task, key, example) -> server's variables
     # (task, server's variables or their shapes, example) -> G levels, the last the whole model
@@ -62,17 +62,16 @@ def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
     """A fixed depth for each client: FedLP-Hetero (arXiv:2303.06360).
 
     Args:
-      depths: how depths 1 to G are given to clients, see `assign_depths`.
-      heads: what becomes of the exit head of a shallow client, which no deeper model has.
-        "persist": it is the client's own and kept from round to round. "reset_to_init": it starts
-        from the client's own first draw at every participation, as in the authors' code. "shared":
-        the server holds one head per depth and averages it like any other layer.
+      depths: how depths 1 to G are assigned to clients, see `assign_depths`.
+      heads: where the exit head of a shallow client lives. "persist": with the client, from round
+        to round. "reset_to_init": nowhere; it starts from the client's first draw in every round,
+        as in the authors' code. "shared": on the server, which holds one head per depth and
+        averages it like any other layer.
 
     Raises:
-      FedLPError: an unknown policy for heads.
+      FedLPError: an unknown value of heads.
     """
-    if heads not in ("persist", "reset_to_init", "shared"):
-        raise FedLPError(f"heads='{heads}' must be 'persist', 'reset_to_init' or 'shared'.")
+    check_choice("heads", heads, ("persist", "reset_to_init", "shared"))
 
     def init(task: Task, key: Array, example: Batch) -> Variables:
         return union_of_depths(task, key, example) if heads == "shared" else task.init(key, example)
@@ -102,17 +101,17 @@ def full(task: Task) -> Submodel:
 
 
 def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Submodel:
-    """The submodel of one depth of a task that offers depths.
+    """The submodel of one depth.
 
     Args:
       task: the whole task, with `at_depth`.
       depth: 1 to `task.depth`.
       whole: the server's variables or their shapes; a submodel's variable of the same path is
         shared, any other is private.
-      example: a batch to find shapes with.
+      example: a batch, for shapes.
 
     Raises:
-      FedLPError: the model has no depths, a shared variable has another shape in the submodel, or
+      FedLPError: the model has no depths, a shared variable has different shapes in both, or
         nothing is shared.
     """
     part = _at_depth(task, depth)
@@ -129,9 +128,11 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
                 "private ones a name of their own."
             )
 
-    # Private variables compute in what the server's do.
+    # Private variables have the dtype of the server's.
     dtype = next(x.dtype for path, x in server.items() if path[0] == "params")
-    own = {p: jax.ShapeDtypeStruct(x.shape, dtype) for p, x in shapes.items() if p not in shared}
+    private_shapes = {
+        p: jax.ShapeDtypeStruct(x.shape, dtype) for p, x in shapes.items() if p not in shared
+    }
 
     def private(key: Array, batch: Batch) -> PyTree:
         return jax.tree.map(lambda x: x.astype(dtype), split(part.init(key, batch))[1])
@@ -140,7 +141,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         return unflatten_dict(flatten_dict(shared_part) | flatten_dict(private_part))
 
     def split(variables: Variables) -> tuple[Variables, PyTree]:
-        return _select(variables, shared), _select(variables, set(own))
+        return _select(variables, shared), _select(variables, set(private_shapes))
 
     def embed(shared_part: Variables, like: Variables) -> Variables:
         have = flatten_dict(shared_part)
@@ -156,12 +157,12 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         split=split,
         embed=embed,
         private=private,
-        private_shapes=unflatten_dict(own),
+        private_shapes=unflatten_dict(private_shapes),
     )
 
 
 def union_of_depths(task: Task, key: Array, example: Batch) -> Variables:
-    """Variables of the deepest model and, beside them, every shallower depth's exit head."""
+    """Variables of the deepest model and the exit heads of all shallower depths."""
     variables = flatten_dict(task.init(key, example))
     for depth in range(1, task.depth):
         for path, value in flatten_dict(_at_depth(task, depth).init(key, example)).items():
@@ -174,7 +175,7 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
 
     Args:
       depths: "uniform": each of 1..G with probability 1 / G; a flag f in 1..G: f with probability
-        .6, the others evenly, as in the authors' code; G probabilities; or K depths.
+        .6 and the others evenly, as in the authors' code; G probabilities; or K depths.
       root: typed key of the run's seed.
       clients: K.
       deepest: G.
@@ -183,7 +184,7 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
       `i32[K]` in 1..G.
 
     Raises:
-      FedLPError: a value that is none of these.
+      FedLPError: any other value.
     """
     allowed = (
         f"give 'uniform', a flag 1 to {deepest}, {deepest} probabilities that sum to 1, or "
@@ -191,7 +192,7 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
     )
     if isinstance(depths, str):
         if depths != "uniform":
-            raise FedLPError(f"depths='{depths}' is not known; {allowed}.")
+            raise FedLPError(f"depths='{depths}' is unknown; {allowed}.")
         depths = depth_probabilities("uniform", deepest)
     if isinstance(depths, int | np.integer) and not isinstance(depths, bool):
         if not 1 <= depths <= deepest:
@@ -210,12 +211,12 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
 
 
 def depth_probabilities(depths: str | int, deepest: int) -> list[float]:
-    """The probabilities of depths 1 to G that "uniform" or a flag stands for."""
+    """The probabilities of depths 1 to G that "uniform" or a flag means."""
     if depths == "uniform":
         return [1.0 / deepest] * deepest
-    own = _FLAG_SHARE if deepest > 1 else 1.0
+    flagged = _FLAG_SHARE if deepest > 1 else 1.0
     others = (1.0 - _FLAG_SHARE) / max(deepest - 1, 1)
-    return [own if depth == depths else others for depth in range(1, deepest + 1)]
+    return [flagged if depth == depths else others for depth in range(1, deepest + 1)]
 
 
 def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarray:
@@ -224,7 +225,7 @@ def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarr
         return jax.random.uniform(key, (), jnp.float32)
 
     uniforms = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
-    # The last bound is left out, so that rounding in the sum can give no depth past the last.
+    # Without the last edge, a rounding error in the sum cannot give a depth past the last.
     edges = np.cumsum(probability)[:-1]
     return (1 + np.searchsorted(edges, uniforms, side="right")).astype(np.int32)
 
@@ -232,8 +233,8 @@ def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarr
 def _at_depth(task: Task, depth: int) -> Task:
     if task.at_depth is None:
         raise FedLPError(
-            "this model offers no depths; give its module an integer field `depth`, or use a "
-            "scheme in which every client holds the whole model."
+            "this model has no depths; give its module an integer field `depth`, or use a scheme "
+            "in which every client holds the whole model."
         )
     return task.at_depth(depth)
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from fedlp_jax.accounting.ledger import modelled_traffic
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, check_array
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Keep, keep_matrix
 
@@ -118,15 +118,12 @@ def probabilities(keep: ArrayLike) -> np.ndarray:
     Raises:
       FedLPError: another shape, no client, or a number outside [0, 1].
     """
-    p = np.asarray(keep, np.float64)
+    p = check_array("keep", keep, ge=0, le=1)
     if p.ndim != 1 or p.size == 0:
         raise FedLPError(
             f"keep has shape {list(p.shape)}; give one probability per client of the cohort, as "
             "in numpy.full(10, 0.5)."
         )
-    inside = (p >= 0) & (p <= 1)  # False for NaN too
-    if not inside.all():
-        raise FedLPError(f"keep={p[~inside][0]:g} is outside [0, 1]; it is a probability.")
     return p
 
 

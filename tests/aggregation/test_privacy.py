@@ -22,6 +22,8 @@ KEEP = {"hidden1": 0.8, "hidden2": 0.5, "hidden3": 0.0}  # the head is always se
 PRIVATE = {"aggregator": "cohort_mean", "weighting": "uniform"}
 COHORT, ROUNDS = 6, 3
 
+pytestmark = pytest.mark.filterwarnings("ignore:keep=0 for hidden3")
+
 
 def algorithm(privacy, rate=0.1, width=8, module=Steps, **settings):
     return fl.fedlp_homo(

@@ -148,8 +148,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_rounds_equal_a_plain_loop(case):
+@pytest.fixture(scope="module")
+def compared(request):
+    """Settings of a case, its clients, first variables and result: a fixture, for its compiling."""
+    case = request.param
     settings = {"keep": 1.0, "by_tensor": False, "weigh": "examples", "server_momentum": 0.0}
     settings |= {"heads": None} | CASES[case]
     probability = settings.pop("depth_probability", None)
@@ -183,7 +185,20 @@ def test_rounds_equal_a_plain_loop(case):
         result = fl.simulate(
             algorithm, data, clients, rounds=ROUNDS, variables=start, plan=fl.Plan(2, 2), **run
         )
-    server, sent_by, losses = oracle(data, clients, as_pairs(start), depths=depths, **settings)
+    return settings | {"depths": depths}, data, clients, start, result
+
+
+SLOW = ("hetero-reset", "hetero-shared-keep")
+
+
+@pytest.mark.parametrize(
+    "compared",
+    [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
+    indirect=True,
+)
+def test_rounds_equal_a_plain_loop(compared):
+    settings, data, clients, start, result = compared
+    server, sent_by, losses = oracle(data, clients, as_pairs(start), **settings)
     got = as_pairs(result.state.variables)
     assert got.keys() == server.keys()
     for name, pair in server.items():

@@ -14,6 +14,7 @@ from small import Steps, dataset, flat
 import fedlp_jax as fl
 from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
 from fedlp_jax.config.loading import dump_config, load_config, parse_config
+from fedlp_jax.simulation.evaluation import train_metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/behaviours.md").read_text()
@@ -89,16 +90,36 @@ def test_an_unknown_behaviour_is_refused():
         fl.fedlp_hetero(TASK, depths=1, behaviour="paper", **LOCAL)
 
 
+def parts(make, **arguments):
+    """What `compose` has made of arguments, as far as a behaviour decides it."""
+    algorithm = make(TASK, **arguments, **LOCAL)
+    (composed,) = algorithm.round.args
+    heads = (composed.submodels.persist, composed.submodels.shared_heads)
+    return composed.by_examples, composed.layers, algorithm.layers, algorithm.train_loss, heads
+
+
 def run(make, **arguments):
     algorithm = make(TASK, **arguments, **LOCAL)
     return fl.simulate(algorithm, DATA, CLIENTS, rounds=2, cohort=4, seed=3)
 
 
-@pytest.mark.parametrize(
+NAMED = pytest.mark.parametrize(
     ("make", "arguments"),
     [(fl.fedlp_homo, {"keep": 0.5}), (fl.fedlp_hetero, {"depths": "uniform"})],
 )
+
+
+@NAMED
+def test_the_word_makes_the_parts_of_the_settings(make, arguments):
+    preset = BEHAVIOURS["reference"]._asdict()
+    names = ("weighting", "layers", "train_loss") + (("heads",) if "depths" in arguments else ())
+    word = parts(make, behaviour="reference", **arguments)
+    assert word == parts(make, **arguments, **{name: preset[name] for name in names})
+    assert word != parts(make, **arguments)
+
+
 @pytest.mark.slow
+@NAMED
 def test_the_word_is_the_settings_to_the_bit(make, arguments):
     preset = BEHAVIOURS["reference"]._asdict()
     names = ("weighting", "layers", "train_loss") + (("heads",) if "depths" in arguments else ())
@@ -111,6 +132,22 @@ def test_the_word_is_the_settings_to_the_bit(make, arguments):
     assert not np.array_equal(flat(word.variables), flat(other.variables))
 
 
+@pytest.mark.parametrize(("kind", "loss"), [("examples", 7 / 5), ("batches", (6 / 2 + 1) / 2)])
+def test_a_loss_is_the_mean_over_examples_or_over_steps_and_clients(kind, loss):
+    """Two clients: four examples in two batches, and one example in one."""
+    f32 = np.float32
+    client = fl.types.ClientMetrics(
+        loss_sum=f32([6, 1]),
+        correct=f32([2, 1]),
+        examples=f32([4, 1]),
+        batch_loss_sum=f32([6, 1]),
+        steps=np.array([2, 1]),
+        finite=np.array([True, True]),
+    )
+    assert train_metrics(client, np.zeros(2, int), 1, kind)["train_loss"] == pytest.approx(loss)
+
+
+@pytest.mark.slow
 def test_losses_are_means_of_what_they_say():
     """One step a batch of a model that does not learn: every batch's loss is known."""
     frozen = LOCAL | {"client_optimizer": optax.sgd(0.0)}
@@ -158,6 +195,7 @@ def test_the_page_shows_the_measured_table():
     assert behaviours.with_table(PAGE, json.loads(RESULTS.read_text())) == PAGE
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs():
     (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     names = {}

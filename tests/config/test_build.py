@@ -135,7 +135,7 @@ def test_what_a_function_refuses_is_refused(settings, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"keep": 1.5}, r"keep=1.5 is outside \[0, 1\]"),
+        ({"keep": 1.5}, r"keep=1.5 must be a number in \[0, 1\]"),
         ({"keep": [0.5, 0.5, 0.5]}, "keep has shape"),
         ({"keep": {"nobody": 0.5}}, "unknown layers"),
         ({"layers": "by_modul"}, "by_module"),

@@ -62,6 +62,7 @@ def test_nobody_sends_a_layer_with_probability_one_minus_keep_to_the_cohort():
     assert abs(unsent - 0.9**10) < 4 * np.sqrt(0.349 * 0.651 / 400)
 
 
+@pytest.mark.filterwarnings("ignore:keep=0 for")
 def test_per_layer_per_client_and_by_name():
     per_layer = np.asarray(draw(bernoulli([0.0, 1.0, 0.0, 1.0]), range(30)).upload)
     assert (per_layer == [0, 1, 0, 1]).all()
@@ -73,6 +74,29 @@ def test_per_layer_per_client_and_by_name():
     matrix = np.zeros((30, 4))
     matrix[5, 2] = 1
     assert (np.asarray(draw(bernoulli(matrix), range(30), clients=30).upload) == matrix).all()
+
+
+def test_a_layer_that_nobody_ever_sends_is_warned_of():
+    with pytest.warns(RuntimeWarning, match=r"keep=0 for b: .* keeps its first values"):
+        bernoulli({"b": 0}).init(LAYERS, 9)
+    for keep in (0, {"b": 0.1}, np.array([[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])):
+        bernoulli(keep).init(LAYERS, 2)  # nothing at all is sent, or each layer by somebody
+
+
+@pytest.mark.parametrize(
+    ("keep", "rates"),
+    [
+        (0.3, [[0.3]]),
+        ({"c": 0.5}, [[1, 1, 0.5, 1]]),
+        ([0.1, 0.2, 0.3], [[0.1], [0.2], [0.3]]),
+        (lambda round: jnp.where(round < 2, 0.9, 0.5), [[0.9]]),
+    ],
+)
+def test_expected_rates_are_those_of_the_draws(keep, rates):
+    expected = bernoulli(keep).expected(LAYERS, 3)
+    np.testing.assert_allclose(expected, rates, rtol=1e-6)
+    probability = draw(bernoulli(keep), range(3), clients=3).keep
+    np.testing.assert_allclose(np.broadcast_to(expected, (3, 4)), probability, rtol=1e-6)
 
 
 def test_schedule_follows_the_round():
@@ -91,10 +115,10 @@ def test_only_what_a_client_holds_is_sent_or_received():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (1.5, r"keep=1.5 is outside \[0, 1\]"),
-        (-0.1, "outside"),
-        (float("nan"), "outside"),
-        ([0.5, 2.0, 0.5, 0.5], "keep=2 is outside"),
+        (1.5, r"keep=1.5 must be a number in \[0, 1\]"),
+        (-0.1, "keep=-0.1 must be"),
+        (float("nan"), "keep=nan must be"),
+        ([0.5, 2.0, 0.5, 0.5], "keep=2 must be"),
         ([0.5] * 7, r"shape \[7\]; give one number, one per client \(K=1000\)"),
         ({"nope": 0.5}, "unknown layers .'nope'.; the layers are a, b, c, d"),
         ("half", "not a number"),

@@ -64,7 +64,7 @@ def test_shared_names_of_different_shape_are_refused():
 
 def test_a_model_without_depths_says_so():
     task = fl.classification(nn.Dense(3))
-    with pytest.raises(fl.FedLPError, match="offers no depths; give its module an integer field"):
+    with pytest.raises(fl.FedLPError, match="has no depths; give its module an integer field"):
         depth_prefix(task, 1, task.init(KEY, EXAMPLE), EXAMPLE)
 
 
@@ -96,7 +96,7 @@ def test_the_flag_of_a_model_of_one_depth_is_for_all():
     [
         (6, "depths=6 is outside 1 to 5"),
         (0, "depths=0 is outside"),
-        ("deep", "depths='deep' is not known; give 'uniform'"),
+        ("deep", "depths='deep' is unknown; give 'uniform'"),
         ([0.5, 0.5, 0.5, 0, 0], r"shape \[5\] and sum 1.5"),
         ([1, 2, 9], r"shape \[3\]"),
         ([float("nan")] * 5, "sum nan"),
@@ -109,6 +109,17 @@ def test_refusals(depths, message):
         assign_depths(depths, KEY, 3, 5)
 
 
+def test_private_variables_have_the_dtype_of_the_server():
+    """Activations in bfloat16 leave parameters in float32."""
+    task = fl.classification(fl.models.FedLPCNN(dtype="bfloat16"))
+    image = Batch(jnp.zeros((1, 8, 8, 3)), jnp.zeros(1, jnp.int32), None, EXAMPLE.normalize)
+    level = depth_prefix(task, 2, jax.eval_shape(task.init, KEY, image), image)
+    head = jax.eval_shape(level.private, KEY, image)
+    assert head == level.private_shapes
+    assert {leaf.dtype for leaf in jax.tree.leaves(head)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["persist", "shared"])
 @pytest.mark.slow
 def test_submodels_with_activations_in_bfloat16_train_and_keep_their_variables(heads):

@@ -437,13 +437,16 @@ def test_refusals(settings, message):
             lambda: fl.fedavg(TASK, aggregator="masked_means", **COMMON),
             "did you mean 'masked_mean'",
         ),
-        (lambda: fl.fedlp_hetero(TASK, depths=1, heads="keep", **COMMON), "heads='keep' must be"),
+        (
+            lambda: fl.fedlp_hetero(TASK, depths=1, heads="keep", **COMMON),
+            "heads 'keep' is unknown",
+        ),
         (lambda: run(fl.fedlp_hetero(TASK, depths=4, **COMMON)), "depths=4 is outside 1 to 3"),
         (
             lambda: run(fl.fedlp_hetero(TASK, depths=[0.5, 0.4], **COMMON)),
             r"depths has shape \[2\]",
         ),
-        (lambda: run(fl.fedlp_homo(TASK, keep=2.0, **COMMON)), "keep=2 is outside"),
+        (lambda: run(fl.fedlp_homo(TASK, keep=2.0, **COMMON)), "keep=2 must be"),
         (
             lambda: run(fl.fedlp_hetero(TASK, depths=1, layers={"hidden": "body"}, **COMMON)),
             "layer 'body' is only partly in the submodel of depth 1",
@@ -481,11 +484,11 @@ def test_refusals(settings, message):
         ),
         (
             lambda: run(fl.fedlp_homo(TASK, keep=lambda r: jnp.ones(3), **COMMON)),
-            r"the keep schedule gives an array of shape \[3\]",
+            r"the keep schedule returns an array of shape \[3\]",
         ),
         (
             lambda: run(fl.fedlp_homo(TASK, keep=lambda r: 2 * r, **COMMON)),
-            "the keep schedule gives 2 in round 1, outside",
+            "the keep schedule in round 1=2 must be",
         ),
         (
             lambda: run(fl.fedlp_homo(TASK, keep=lambda r: 1.0 if r < 3 else 0.5, **COMMON)),
