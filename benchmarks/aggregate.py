@@ -33,7 +33,8 @@ from benchmarks import command
 from benchmarks.timing import alternate, spread
 from fedlp_jax.aggregation.means import masked_mean
 from fedlp_jax.aggregation.reducer import UploadInfo
-from fedlp_jax.execution.map_clients import Level, Plan, map_sum, over_clients, resolve
+from fedlp_jax.execution.map_clients import Level, map_sum
+from fedlp_jax.execution.plan import Plan, over_clients, resolve
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.types import Array, Batch, Normalize, Variables
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import fedlp_jax as fl
 from benchmarks.machine import machine
-from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.execution.plan import resolve
 from fedlp_jax.nn.conv import conv_general_dilated
 from fedlp_jax.types import Array
 

@@ -32,7 +32,7 @@ import optax
 import fedlp_jax as fl
 from benchmarks import command, peaks, step
 from benchmarks.timing import Rounds, alternate, spread
-from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.execution.plan import resolve
 from fedlp_jax.types import Array
 
 _BATCH = 10

@@ -31,8 +31,8 @@ import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.memory import peak_of
 from benchmarks.timing import Rounds, alternate, spread
+from fedlp_jax.execution.plan import needed_bytes
 from fedlp_jax.simulation.cohorts import CohortBuilder, sample
-from fedlp_jax.simulation.memory import needed_bytes
 
 Rows = list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ import fedlp_jax as fl
 from benchmarks import command, parts
 from benchmarks.timing import Rounds, alternate, spread
 from benchmarks.workloads import WORKLOADS, Workload, smoke
-from fedlp_jax.execution.map_clients import DEVICE, HOST, resolve
+from fedlp_jax.execution.plan import DEVICE, HOST, resolve
 from fedlp_jax.simulation.tuning import tune, words
 
 _DROPPED = 2.0  # times as slow as the quickest

@@ -47,8 +47,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.data.loading import load as load
     from fedlp_jax.data.partition import Partition as Partition
     from fedlp_jax.errors import FedLPError as FedLPError
-    from fedlp_jax.execution.map_clients import Plan as Plan
-    from fedlp_jax.execution.map_clients import setup as setup
+    from fedlp_jax.execution.plan import Plan as Plan
+    from fedlp_jax.execution.plan import setup as setup
     from fedlp_jax.execution.processes import connect as connect
     from fedlp_jax.nn import conv as conv
     from fedlp_jax.nn import models as models
@@ -96,7 +96,7 @@ _HOMES = {
     "data.partition": "Partition",
     "execution.processes": "connect",
     "errors": "FedLPError",
-    "execution.map_clients": "Plan setup",
+    "execution.plan": "Plan setup",
     "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
     "simulation.loop": "simulate",

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import Array, PyTree, Variables, wide

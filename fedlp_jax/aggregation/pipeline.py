@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fedlp_jax.aggregation import privacy as private
 from fedlp_jax.aggregation.privacy import Privacy
 from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, Cohort, PyTree, Variables
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import Array, PyTree, Variables

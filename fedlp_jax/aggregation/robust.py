@@ -20,7 +20,8 @@ import numpy as np
 
 from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
 from fedlp_jax.errors import check_number
-from fedlp_jax.execution.map_clients import Plan, over_columns
+from fedlp_jax.execution.map_clients import over_columns
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import slots_per_device
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.submodels import Submodel

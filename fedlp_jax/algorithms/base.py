@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedlp_jax.aggregation.privacy import Privacy
-from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import Packed
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerRule, LayerTable
 from fedlp_jax.pruning.masks import always
 from fedlp_jax.pruning.submodels import Submodel

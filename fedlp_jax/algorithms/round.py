@@ -33,8 +33,9 @@ from fedlp_jax.clients.outcomes import (
 )
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.execution.map_clients import HOST, Level, Plan, map_sum
+from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.packing import Packed, pack, unpack
+from fedlp_jax.execution.plan import HOST, Plan
 from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import MaskPolicy
@@ -169,8 +170,8 @@ def run_round(
         _client_inputs(cohort, uploads, outcomes, plan, examples),
         cohort.segment,
         plan,
-        dealt=_dealt(plan),
-        own=private,
+        sharded=_sharded(plan),
+        client_state=private,
     )
 
     # Reduce the cohort, and step the server.
@@ -291,7 +292,7 @@ def _level(
     )
 
 
-def _dealt(plan: Plan) -> Broadcast:
+def _sharded(plan: Plan) -> Broadcast:
     """A prefix of `Broadcast`, True where each device gets its own share of an array.
 
     With data on the host, a device gets the examples of its own clients only.

@@ -26,7 +26,7 @@ def info(
 
     words = [config, *context.args] if config else context.args
     if not words:
-        from fedlp_jax.execution.map_clients import setup
+        from fedlp_jax.execution.plan import setup
 
         setup()
         tables.show(tables.environment_table())

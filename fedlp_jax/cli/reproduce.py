@@ -71,7 +71,7 @@ def paper(
         raise FedLPError(
             "--out DIR is needed; the same command with the same DIR resumes where it stopped."
         )
-    from fedlp_jax.execution.map_clients import setup
+    from fedlp_jax.execution.plan import setup
     from fedlp_jax.paper.cells import Study
     from fedlp_jax.paper.published import choose
 

@@ -134,7 +134,7 @@ def run(
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
     """The checked configuration; then the settings of jax, before it is first used."""
     from fedlp_jax.config.loading import load_config
-    from fedlp_jax.execution.map_clients import setup
+    from fedlp_jax.execution.plan import setup
 
     config = load_config(path, overrides)
     setup(cpu_devices=None if every_device else config.plan.devices)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fedlp_jax.execution.map_clients import Plan
+    from fedlp_jax.execution.plan import Plan
     from fedlp_jax.simulation.tuning import Trial
 
 EXAMPLES = """
@@ -35,7 +35,7 @@ def tune(
     from fedlp_jax.config.build import build
     from fedlp_jax.config.loading import split_words, write_plan
     from fedlp_jax.errors import FedLPError
-    from fedlp_jax.execution.map_clients import Plan
+    from fedlp_jax.execution.plan import Plan
     from fedlp_jax.simulation.tuning import describe
     from fedlp_jax.simulation.tuning import tune as measure
 

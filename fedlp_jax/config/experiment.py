@@ -18,7 +18,7 @@ from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run
 from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory

@@ -20,7 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from fedlp_jax.config.schema import KINDS, Config
 from fedlp_jax.data.files import read_plain, replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, why
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 
 Raw = dict[str, Any]  # a file's content: nested, not yet checked
 _WORDS = {

@@ -17,7 +17,7 @@ from fedlp_jax.aggregation.robust import stacked_bytes
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.execution.plan import resolve
 from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.simulation import validation as checks

@@ -37,7 +37,7 @@ from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.loading import Dataset, load
 from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.nn import models
 from fedlp_jax.simulation.checkpoint import Checkpoint
 

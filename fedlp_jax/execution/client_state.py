@@ -1,9 +1,9 @@
 """What clients keep between rounds: private variables, one stack per level.
 
 The store lies outside the round, whole on every device. A round takes its cohort's rows and changes
-them in place, so what is copied follows the cohort, not the population. Any device may have a
-client the next time, so after each round all devices are given the cohort's rows, some at a time.
-One buffer for rows is used again and again: fresh memory is what heads of megabytes would wait for.
+them in place, so the cost of copying depends on the cohort, not on the population. The next time a
+client may run on any device, so after each round all devices receive the cohort's rows, block by
+block. The row buffer is reused, because allocating megabytes per round dominates the gather.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.execution.map_clients import (
-    Plan,
-    of_all_devices,
-    on_each_device,
-    over_clients,
-    replicated,
-)
-from fedlp_jax.execution.packing import Packed, entry, pack, room, room_bytes, unpack, with_entry
+from fedlp_jax.execution import processes
+from fedlp_jax.execution.map_clients import entry, of_all_devices, on_each_device, with_entry
+from fedlp_jax.execution.packing import Packed, pack, room, room_bytes, size_bytes, unpack
+from fedlp_jax.execution.plan import Plan, free_bytes, over_clients, replicated, size
+from fedlp_jax.execution.scheduling import slots_per_device
 from fedlp_jax.prng import head_key
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import Array, Batch, PyTree
 
-# Of rows that each device hands round at once: every device has room for the blocks of all, and a
-# block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).
+# Bytes of the rows that each device sends at once: every device has room for the blocks of all, and
+# a block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).
 _BLOCK_BYTES = 4 * 2**20
 
 
@@ -37,9 +34,9 @@ class PrivateStore:
     """Private variables of all clients, on the device.
 
     Attributes:
-      stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level; one row that is
-        nobody's for a level without clients, since loops over no slots still need an array.
-      row_bytes: of the private variables of one slot, which has room for those of any level.
+      stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level. A level without
+        clients has one unused row, because loops over no slots still need an array.
+      row_bytes: bytes of one slot, which has room for the private variables of any level.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class PrivateStore:
           plan: resolved.
 
         Raises:
-          FedLPError: a level's private variables are not of the shapes that it names.
+          FedLPError: a level's private variables differ from its `private_shapes`.
         """
         shapes = [level.private_shapes for level in levels]
         _check_shapes(levels, shapes, root, example)
@@ -77,14 +74,14 @@ class PrivateStore:
                 lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
             )(np.asarray(members if len(members) else [0], np.int32))  # a level may be empty
             self.stacks += (stack,)
-        wanted = room(shapes)
-        self.row_bytes = room_bytes(wanted)
+        sizes = room(shapes)
+        self.row_bytes = room_bytes(sizes)
         self._empty = jax.jit(
-            lambda slots: {dtype: jnp.zeros((slots, n), dtype) for dtype, n in wanted.items()},
+            lambda slots: {dtype: jnp.zeros((slots, n), dtype) for dtype, n in sizes.items()},
             static_argnums=0,
             out_shardings=over_clients(plan),
         )
-        self._spare: Packed | None = None  # rows that were put back
+        self._spare: Packed | None = None  # the buffer, while no round has it
         self._gather = jax.jit(partial(_gather, plan=plan), donate_argnums=3)
         self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=(0, 3))
 
@@ -96,8 +93,8 @@ class PrivateStore:
           segment: `i32[D, G + 1]`, the slots of each level.
 
         Returns:
-          `[D * P, n]` for each dtype. A slot that is empty, or of a level without private
-          variables, has what an earlier cohort has left there, and must not be read.
+          `[D * P, n]` for each dtype. An empty slot, and a slot of a level without private
+          variables, hold stale data of an earlier cohort; do not read them.
         """
         rows, self._spare = self._spare, None
         if rows is None or any(len(x) != len(client) for x in rows.values()):
@@ -105,16 +102,16 @@ class PrivateStore:
         return self._gather(self.stacks, self._row_of(client), segment, rows)
 
     def put(self, client: np.ndarray, segment: np.ndarray, rows: Packed, halted: Array) -> None:
-        """Stores the rows of a cohort; once `halted`, everything stays as it is.
+        """Stores the rows of a cohort, unless the run has halted.
 
         Args:
           client: `i32[D * P]`, of each slot.
           segment: `i32[D, G + 1]`, the slots of each level.
-          rows: `[D * P, n]` for each dtype; used up, since the next cohort's will be put there.
-          halted: `bool[]` or `bool[1]`.
+          rows: `[D * P, n]` for each dtype; donated, because the next cohort's rows go there.
+          halted: `bool[]` or `bool[1]`; once true, everything stays as it is.
         """
-        # The rows are a result, too. Were they given to the next `_gather` as they are, the host
-        # would wait until this has read them.
+        # The rows are a result too. If the next `_gather` took them directly, the host would wait
+        # until this has read them.
         self.stacks, self._spare = self._scatter(
             self.stacks, self._row_of(client), segment, rows, halted
         )
@@ -123,12 +120,50 @@ class PrivateStore:
         return self._row[np.maximum(client, 0)]
 
 
+def check_memory(
+    levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan, other_bytes: int
+) -> int:
+    """Refuses client state that does not fit the devices, each of which holds that of all clients.
+
+    Args:
+      levels: G levels.
+      assigned: `i32[K]`, level of each client.
+      cohort: C.
+      plan: resolved.
+      other_bytes: what else each device will hold: the data and the model.
+
+    Returns:
+      Modelled bytes on each device: the store, the rows of its slots, which a round changes, and
+      the block of rows that devices exchange at once, its own and those of all.
+
+    Raises:
+      FedLPError: with both sizes.
+    """
+    shapes = [level.private_shapes for level in levels]
+    row = room_bytes(room(shapes))
+    per_client = [size_bytes(heads) for heads in shapes]
+    store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
+    devices = plan.devices or 1
+    slots = slots_per_device(cohort, devices)
+    exchanged = (devices + 1) * rows_at_once(slots, row)
+    need = store + (slots + exchanged) * row
+    free = processes.least(free_bytes(plan))
+    if free is not None and need + other_bytes > free:
+        raise FedLPError(
+            f"heads='persist' keeps {size(store)} for {len(assigned)} clients, and takes "
+            f"{size(need)} on each of {devices} device(s), where {size(free)} are free and data "
+            f"and model take {size(other_bytes)}; use heads='shared' or 'reset_to_init', or fewer "
+            "clients."
+        )
+    return need
+
+
 def rows_at_once(slots: int, row_bytes: int) -> int:
-    """How many of a device's slots are handed round at once, to every other device.
+    """How many of a device's slots it sends at once, to every other device.
 
     Args:
       slots: P, slots of a device.
-      row_bytes: of the private variables of one slot.
+      row_bytes: bytes of one slot.
     """
     return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))
 
@@ -136,15 +171,15 @@ def rows_at_once(slots: int, row_bytes: int) -> int:
 def _check_shapes(
     levels: Sequence[Submodel], shapes: Sequence[PyTree], root: Array, example: Batch
 ) -> None:
-    for depth, (level, named) in enumerate(zip(levels, shapes, strict=True), 1):
+    for depth, (level, expected) in enumerate(zip(levels, shapes, strict=True), 1):
         made = jax.eval_shape(level.private, root, example)
         words = [
-            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)) for tree in (made, named)
+            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)) for tree in (made, expected)
         ]
         if words[0] != words[1]:
             raise FedLPError(
                 f"level {depth} makes private variables {words[0]}, but its private_shapes are "
-                f"{words[1]}; let both be of one structure."
+                f"{words[1]}; give both the same structure."
             )
 
 
@@ -152,13 +187,13 @@ def _gather(
     stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, plan: Plan
 ) -> Packed:
     """Copies each slot's head once, level by level; a `gather` would read one of every level."""
-    wanted = {dtype: x.shape[1] for dtype, x in rows.items()}
+    sizes = {dtype: x.shape[1] for dtype, x in rows.items()}
 
     def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed) -> Packed:
         for g, stack in enumerate(stacks):
 
             def copy(slot: Array, rows: Packed, stack: PyTree = stack) -> Packed:
-                return with_entry(rows, slot, pack(entry(stack, row[slot]), wanted))
+                return with_entry(rows, slot, pack(entry(stack, row[slot]), sizes))
 
             if jax.tree.leaves(stack):
                 rows = jax.lax.fori_loop(segment[0, g], segment[0, g + 1], copy, rows)
@@ -178,7 +213,7 @@ def _scatter(
     shapes: Sequence[PyTree],
     plan: Plan,
 ) -> tuple[tuple[PyTree, ...], Packed]:
-    """Every device copies the heads of all slots into its own store, a block of slots at a time."""
+    """Every device copies the heads of all slots into its own store, block by block."""
     devices = plan.devices or 1
     slots = len(row) // devices
     block = rows_at_once(slots, room_bytes({dtype: x.shape[1] for dtype, x in rows.items()}))
@@ -186,18 +221,18 @@ def _scatter(
     def on_device(
         stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, halted: Array
     ) -> tuple[PyTree, ...]:
-        def hand_round(i: Array, stacks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            # The last block starts earlier, so as to end with the slots; what the one before had
-            # is not stored again.
+        def exchange(i: Array, stacks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            # The last block starts early, to end with the slots; the rows that it shares with the
+            # block before are not stored again.
             first = jnp.minimum(i * block, slots - block)
-            mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block), rows)
-            given = of_all_devices(mine)
+            local = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block), rows)
+            gathered = of_all_devices(local)
             stored = []
             for g, (stack, like) in enumerate(zip(stacks, shapes, strict=True)):
 
                 def of_device(d: Array, stack: PyTree, g: int = g, like: PyTree = like) -> PyTree:
                     def copy(slot: Array, stack: PyTree) -> PyTree:
-                        head = unpack(entry(given, d * block + slot - first), like)
+                        head = unpack(entry(gathered, d * block + slot - first), like)
                         return with_entry(stack, row[d * slots + slot], head)
 
                     start = jnp.maximum(segment[d, g], i * block)
@@ -210,7 +245,7 @@ def _scatter(
             return tuple(stored)
 
         blocks = -(-segment[:, -1].max() // block)  # as many on every device
-        return jax.lax.fori_loop(0, jnp.where(halted.any(), 0, blocks), hand_round, stacks)
+        return jax.lax.fori_loop(0, jnp.where(halted.any(), 0, blocks), exchange, stacks)
 
     mapped = on_each_device(on_device, plan, (False, False, False, True, False), False)
     stored: tuple[PyTree, ...] = mapped(stacks, row, segment, rows, halted)

@@ -1,10 +1,10 @@
 """Compiled programs, kept on disk and in the process, so that none is compiled twice.
 
-On disk jax does the work: it stores what it compiles under a digest of the program, the versions of
-jaxlib and the backend, the flags of XLA, and the devices, to which on CPU the instruction set
-belongs. So hosts of different kinds may share a home directory. Any file may be deleted. (On some
-Intel CPUs jaxlib 0.10 logs an error about `prefer-no-gather` for each program it loads: a hint to
-the compiler that it takes for an instruction. The program is right.)
+On disk, jax does the work: it stores each program under a digest of the program, the versions of
+jaxlib and the backend, the flags of XLA, and the devices, which on CPU include the instruction set.
+So hosts of different kinds may share a home directory, and any file may be deleted. (On some
+Intel CPUs jaxlib 0.10 logs an error about `prefer-no-gather` for each program it loads: it takes a
+hint to the compiler for an instruction. The program is right.)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax
 
 from fedlp_jax.data.cache import cache_dir
 
-_WORTH_SECONDS = 0.1  # what compiles faster is not worth a file
-_DAYS = 30  # programs of earlier versions are never asked for again
+_WORTH_SECONDS = 0.1  # a program that compiles faster is not worth a file
+_DAYS = 30  # no later version loads the programs of an earlier one
 _EXECUTABLES = 64  # kept in the process
 # Settings of jax that change the compiler's output but not the program's text.
 _COMPILER_SETTINGS = ("jax_disable_most_optimizations", "jax_optimization_level")
@@ -36,12 +36,12 @@ def keep_programs() -> Path | None:
     """Tells jax to store compiled programs in `xla` of the package's cache directory.
 
     The directory is `$FEDLP_CACHE_DIR`, else `fedlp_jax` under `$XDG_CACHE_HOME` or `~/.cache`. A
-    place that was chosen for jax itself (`JAX_COMPILATION_CACHE_DIR`) is left as it is, and
+    directory chosen for jax itself (`JAX_COMPILATION_CACHE_DIR`) is left as it is, and
     `JAX_ENABLE_COMPILATION_CACHE=false` stores nothing. `fl.setup` calls this; importing does not.
 
     Returns:
-      Where programs are stored; None = nowhere, since jax is told not to or the directory cannot be
-      written, which costs nothing but the time to compile.
+      Where programs are stored; None = nowhere, because jax is told not to or the directory is not
+      writable. That costs only the time to compile.
     """
     settings = jax.config.values
     if not settings["jax_enable_compilation_cache"]:
@@ -50,7 +50,7 @@ def keep_programs() -> Path | None:
         return Path(settings["jax_compilation_cache_dir"])
     try:
         folder = cache_dir() / "xla"
-        # Its files are run: nobody else may put one there.
+        # Its files are executed, so nobody else may write there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no permission; no home directory
         return None
@@ -67,7 +67,7 @@ def _forget_old(folder: Path) -> None:
     """Deletes programs compiled long ago; one still in use is compiled again once a month."""
     oldest = time.time() - _DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process deleted it
             if file.stat().st_mtime < oldest:
                 file.unlink()
 

@@ -1,4 +1,4 @@
-"""Which client runs in which slot of which device, laid out on the host."""
+"""Scheduling: which client runs in which slot of which device, decided on the host."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 
 
 class Layout(NamedTuple):
-    """Slots of a round, on the host."""
+    """The slots of a round, in NumPy."""
 
     member: np.ndarray  # i32[D * P], position in the cohort; -1 = empty slot
     segment: np.ndarray  # i32[D, G + 1], bounds of each level within a device's slots
-    padded_share: float  # steps computed for nobody / all steps computed
+    padded_share: float  # steps of idle lanes / all steps computed
     imbalance: float  # steps of the busiest device / mean over devices, by modelled work
 
 
 def slots_per_device(cohort: int, devices: int) -> int:
-    """P: room for twice the even share, so that heavy clients can have a device of their own."""
+    """P: twice the even share, so that a heavy client can have a device for itself."""
     return min(cohort, 2 * -(-cohort // devices)) if devices > 1 else cohort
 
 
 def most_clients(cohort: int, devices: int, evenness: float) -> int:
-    """The most clients that `lay_out` gives one device, whatever the cohort.
+    """The most clients that `lay_out` puts on one device, for any cohort.
 
-    A device gets its last client, after n others, as the least busy one that has room. So every
-    other has at least as much to do, hence at least `n evenness` clients, or is full; and all of
-    them together are at most the cohort without that last client.
+    A device gets its last client, after n others, because it is the least busy one with room. So
+    every other device has at least as much work, hence at least `n evenness` clients, or is full;
+    and all devices together have at most the cohort without that last client.
 
     Args:
       cohort: C.
       devices: D.
-      evenness: the least work of a client over the largest, over the whole population.
+      evenness: least / largest work of a client in the population.
     """
     for most in range(slots_per_device(cohort, devices), 1, -1):
-        elsewhere = (devices - 1) * math.ceil((most - 1) * evenness - 1e-9)
-        if most + elsewhere <= cohort:
+        others = (devices - 1) * math.ceil((most - 1) * evenness - 1e-9)
+        if most + others <= cohort:
             return most
     return 1
 
 
 def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
-    """A resolved plan whose width was chosen, narrowed to leave few lanes idle.
+    """Narrows the width that `resolve` chose, to leave few lanes idle.
 
-    A chunk is of clients of one level, so a cohort of many levels wants narrower ones.
+    The clients of a chunk have one level, so a cohort of many levels needs narrower chunks.
 
     Args:
       plan: resolved.
@@ -57,7 +57,7 @@ def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
       assigned: `i32[K]`, submodel level of each client.
     """
     share = np.bincount(assigned).max() / len(assigned)
-    most = max(math.ceil(cohort * share / (plan.devices or 1) - 1e-9), 1)  # of a level, expected
+    most = max(math.ceil(cohort * share / (plan.devices or 1) - 1e-9), 1)  # expected, of one level
     width = min(plan.width or 1, most)
     return dataclasses.replace(plan, width=-(-most // -(-most // width)))
 
@@ -69,17 +69,17 @@ def lay_out(
     plan: Plan,
     largest: int | None = None,
 ) -> Layout:
-    """Gives clients to devices by modelled work, longest first, each to the least busy one.
+    """Assigns clients to devices by modelled work, longest first, each to the least busy device.
 
     Args:
-      steps: `i64[C]`, local steps of each client of the cohort, which is sorted by id.
+      steps: `i64[C]`, local steps of each client; the cohort is sorted by id.
       level: `i32[C]`, submodel level.
       cost: G numbers, modelled cost of one step of each level.
       plan: resolved.
       largest: clients of the largest cohort, which fixes the slots; None = of this one.
 
     Returns:
-      The layout. Within a device clients stand by level, then longest first, then by id, so that
+      The layout. Within a device, clients are ordered by level, then longest first, then by id, so
       the clients of a chunk are alike.
     """
     devices, width = plan.devices or 1, plan.width or 1
@@ -92,13 +92,13 @@ def lay_out(
     segment = np.zeros((devices, levels + 1), np.int32)
     computed = 0
     for d in range(devices):
-        mine = np.flatnonzero(device == d)
-        mine = mine[np.lexsort((mine, -steps[mine], level[mine]))]
-        member[d, : len(mine)] = mine
-        segment[d, 1:] = np.cumsum(np.bincount(level[mine], minlength=levels))
+        local = np.flatnonzero(device == d)
+        local = local[np.lexsort((local, -steps[local], level[local]))]
+        member[d, : len(local)] = local
+        segment[d, 1:] = np.cumsum(np.bincount(level[local], minlength=levels))
         for a, b in zip(segment[d, :-1], segment[d, 1:], strict=True):
             # Longest first: the first client of a chunk sets its trip count.
-            computed += width * int(steps[mine[a:b]][::width].sum())
+            computed += width * int(steps[local[a:b]][::width].sum())
     padded = 1.0 - steps.sum() / computed if computed else 0.0
     return Layout(member.ravel(), segment, float(padded), float(load.max() * devices / load.sum()))
 
@@ -111,7 +111,7 @@ def _to_the_least_busy(
     if devices == 1:
         return device, load + work.sum()
     room = [capacity] * devices
-    idlest = [(0.0, d) for d in range(devices)]  # a heap, of those that have room
+    idlest = [(0.0, d) for d in range(devices)]  # a heap of the devices with room
     for i in np.argsort(-work, kind="stable").tolist():
         busy, d = idlest[0]
         device[i], load[d], room[d] = d, busy + work[i], room[d] - 1

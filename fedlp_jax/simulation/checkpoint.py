@@ -31,8 +31,8 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 import fedlp_jax
 from fedlp_jax.data.files import check_writable
 from fedlp_jax.errors import FedLPError, is_number, shown, whole_number, why
-from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution import processes
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.types import Array, PyTree, ServerState
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def _manager(folder: Path, keep: int | None = None) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    this = hosts.index()
+    this = processes.index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     options = ocp.CheckpointManagerOptions(
         create=False,
@@ -391,9 +391,16 @@ def check(run: Run, snapshot: Snapshot) -> None:
     refuse_other(snapshot.settings, settings, _OTHER)
 
 
+def _sizes(plan: Plan) -> tuple[int | None, int | None]:
+    """The part of a plan that determines the order of sums."""
+    return plan.devices, plan.width
+
+
 def restore(run: Run, snapshot: Snapshot) -> None:
     """Continues a compiled run from a snapshot; warns if sums change their order."""
-    if snapshot.plan != run.plan or (run.lowerings and snapshot.lowerings != run.lowerings):
+    if _sizes(snapshot.plan) != _sizes(run.plan) or (
+        run.lowerings and snapshot.lowerings != run.lowerings
+    ):
         warnings.warn(
             f"the run resumes with {_words(run.plan)}, but started with {_words(snapshot.plan)}; "
             "where plans or convolution algorithms differ, sums are taken in another order.",
@@ -409,7 +416,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
             new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
         sharding = old.sharding
         old.delete()  # first: client state may fill over half of the memory
-        return hosts.put(new, sharding)
+        return processes.put(new, sharding)
 
     trees = tree_map_with_path(filled, _trees(run))
     run.state = trees["state"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, whole_number
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients
 from fedlp_jax.types import Cohort
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.data.batching import example_of, slice_batch
-from fedlp_jax.execution.map_clients import Level, Plan, map_sum
+from fedlp_jax.execution.map_clients import Level, map_sum
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Sums
 from fedlp_jax.types import Array, ClientMetrics, Examples, PyTree, Variables

@@ -17,8 +17,9 @@ from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import Plan, open_connections
+from fedlp_jax.execution import processes
+from fedlp_jax.execution.map_clients import open_connections
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
@@ -105,7 +106,7 @@ def simulate(
     if resume is not None:
         plan = resume.plan if plan is None else plan
         first_round, rounds = resume.round + 1, rounds - resume.round
-    with hosts.together():
+    with processes.together():
         run = Simulation(
             algorithm,
             data,
@@ -121,18 +122,18 @@ def simulate(
             faults=faults,
         )
         # Each process has the whole snapshot, so the first alone saves it.
-        saver = Saver(checkpoint if hosts.is_first() else None, resume)
+        saver = Saver(checkpoint if processes.is_first() else None, resume)
         if resume is not None:
             checkpoints.check(run, resume)
-    asked = stop is not None and hosts.count() == 1 and stop()
+    asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
-    name, show = data.name if progress is True else str(progress), hosts.is_first() and progress
+    name, show = data.name if progress is True else str(progress), processes.is_first() and progress
     shown = Progress(run.last_round, name, show=bool(show), done=resume.rows if resume else ())
-    with shown, hosts.losses_explained():
-        listeners = [shown.update] + ([log] if log is not None and hosts.is_first() else [])
+    with shown, processes.losses_explained():
+        listeners = [shown.update] + ([log] if log is not None and processes.is_first() else [])
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed):
-            ends = hosts.stop_together(ask, run.plan.mesh)
+            ends = processes.stop_together(ask, run.plan.mesh)
             _run_rounds(run, left, listeners, callbacks, saver, ends)
     if pressed() and run.reached < run.last_round:
         after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
@@ -148,8 +149,8 @@ def _start(
     Raises:
       FedLPError: another process has another run, or other code.
     """
-    if hosts.count() > 1:
-        hosts.agree("run", checkpoints.shared_facts(run, resume) | {"code": hosts.code()})
+    if processes.count() > 1:
+        processes.agree("run", checkpoints.shared_facts(run, resume) | {"code": processes.code()})
         open_connections(run.plan)
     if compile:
         run.compile()

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
-from fedlp_jax.execution.map_clients import Plan, over_clients, replicated
 from fedlp_jax.execution.packing import Packed
+from fedlp_jax.execution.plan import Plan, over_clients, replicated
 from fedlp_jax.nn import conv
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.types import Array, Cohort, Examples, RoundMetrics, ServerState

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.accounting.ledger import Ledger
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting import plots
 from fedlp_jax.types import ServerState, Variables

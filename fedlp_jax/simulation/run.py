@@ -17,13 +17,12 @@ from fedlp_jax.clients.outcomes import ClientStatus, Outcomes, outcome_metrics
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import Plan, replicated
+from fedlp_jax.execution import processes
+from fedlp_jax.execution.plan import Plan, compile_to_fit, replicated
 from fedlp_jax.simulation import evaluation
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.cohorts import CohortRule
-from fedlp_jax.simulation.memory import compile_to_fit
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
 from fedlp_jax.simulation.spec import Spec, specify
@@ -106,7 +105,9 @@ class Run:
         state = state._replace(round=jnp.asarray(first_round - 1, jnp.int32))
         self.stage = Stage(spec)
         # A copy: rounds donate the state, and the caller's own arrays must survive.
-        self.state: ServerState = hosts.put(jax.tree.map(jnp.copy, state), replicated(self.plan))
+        self.state: ServerState = processes.put(
+            jax.tree.map(jnp.copy, state), replicated(self.plan)
+        )
         self.ledger, self.history = Ledger(spec.layers, self.population), History()
         self.program: Program | None = None
         self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes

@@ -15,16 +15,16 @@ from fedlp_jax.clients.failures import Exposure, Faults
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import HOST, Plan, resolve
+from fedlp_jax.execution import processes
+from fedlp_jax.execution.client_state import check_memory
 from fedlp_jax.execution.packing import size_bytes
+from fedlp_jax.execution.plan import HOST, Plan, resolve, with_place
 from fedlp_jax.execution.scheduling import with_even_chunks
 from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.cohorts import CohortRule, Cohorts
-from fedlp_jax.simulation.memory import check_private, with_place
 from fedlp_jax.simulation.staging import on_host
 from fedlp_jax.types import Array, Batch, Variables
 
@@ -154,7 +154,7 @@ def _predicted(
     if algorithm.persist:
         train = 0 if plan.data == HOST else data.train.nbytes
         beside = size_bytes(shapes) + train + data.test.nbytes
-        private = check_private(levels, assigned, cohorts.size, plan, beside)
+        private = check_memory(levels, assigned, cohorts.size, plan, beside)
         predicted["private_bytes"] = private
     return predicted
 
@@ -162,6 +162,6 @@ def _predicted(
 def _resolve(plan: Plan | None, cohort: int, algorithm: Algorithm, data: Dataset) -> Plan:
     """The plan with its open fields filled: devices, width, place of the data, rounds at once."""
     plan = with_place(resolve(plan, cohort), data.train.nbytes, data.test.nbytes)
-    if algorithm.persist or plan.data == HOST or hosts.count() > 1:
+    if algorithm.persist or plan.data == HOST or processes.count() > 1:
         return dataclasses.replace(plan, rounds_at_once=1)  # the host has work between rounds
     return plan

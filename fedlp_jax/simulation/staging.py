@@ -10,10 +10,10 @@ import numpy as np
 
 from fedlp_jax.accounting.macs import relative_work
 from fedlp_jax.data.dataset import Split
-from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.client_state import PrivateStore
-from fedlp_jax.execution.map_clients import HOST, Plan, over_clients, replicated
 from fedlp_jax.execution.packing import Packed, room
+from fedlp_jax.execution.plan import HOST, Plan, over_clients, replicated
 from fedlp_jax.execution.scheduling import Layout, slots_per_device
 from fedlp_jax.simulation.cohorts import CohortBuilder
 from fedlp_jax.types import Array, Cohort, Examples, Normalize
@@ -52,11 +52,11 @@ class Stage:
         plan, data = spec.plan, spec.data
         self._spec = spec
         everywhere = replicated(plan)
-        self.key = hosts.put(spec.root, everywhere)
+        self.key = processes.put(spec.root, everywhere)
         self.train = on_host(data.train, data.normalize)
         if plan.data != HOST:
-            self.train = hosts.put(self.train, everywhere)
-        self.test = hosts.put(on_host(data.test, data.normalize), everywhere)
+            self.train = processes.put(self.train, everywhere)
+        self.test = processes.put(on_host(data.test, data.normalize), everywhere)
         self.store: PrivateStore | None = None
         if spec.algorithm.persist:
             self.store = PrivateStore(spec.levels, spec.assigned, spec.root, spec.example, plan)
@@ -99,7 +99,7 @@ class Stage:
             (cohort,) = cohorts
             examples, cohort = self._sent(cohort)
             cohorts = [cohort]
-        stack = hosts.put(self._stacked(cohorts), over_clients(self._plan))
+        stack = processes.put(self._stacked(cohorts), over_clients(self._plan))
         return Staged(examples, stack, private, cohorts, layouts)
 
     def shapes(self) -> tuple[Packed, Examples, Cohort]:
@@ -178,9 +178,9 @@ class Stage:
             np.take(train.labels, of_device, axis=0, out=labels[here], mode="clip")
         split, everywhere = over_clients(self._plan), replicated(self._plan)
         sent = Examples(
-            hosts.put(cast(Any, inputs), split),
-            hosts.put(cast(Any, labels), split),
-            hosts.put(train.normalize, everywhere),
+            processes.put(cast(Any, inputs), split),
+            processes.put(cast(Any, labels), split),
+            processes.put(train.normalize, everywhere),
         )
         return sent, dataclasses.replace(cohort, rows=cast(Any, rows))
 

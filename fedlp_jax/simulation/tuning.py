@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.errors import FedLPError, is_number, shown
-from fedlp_jax.execution.map_clients import DEVICE, Plan
+from fedlp_jax.execution.plan import DEVICE, Plan
 from fedlp_jax.simulation.run import Pending, Simulation
 
 _TURNS = 3  # of a plan, alternating with the fastest so far; more where turns are short
@@ -160,7 +160,7 @@ def check_seconds(seconds: float) -> float:
 def describe(tuning: Tuning) -> str:
     """The fastest plan, in a sentence."""
     first = tuning.trials[0].plan
-    if _same(tuning.best, first):
+    if tuning.best == first:
         return f"The default plan is the fastest: {words(first)}."
     return f"The fastest plan: {words(tuning.best)}, where the default is {words(first)}."
 
@@ -205,9 +205,9 @@ class _Bench:
         A plan is timed once, and later calls return the same; infinite if it was not timed.
         """
         for trial in self.trials:
-            if _same(plan, trial.plan):
+            if plan == trial.plan:
                 return trial.ratio
-        if any(_same(plan, other) for other in self.left_out):
+        if plan in self.left_out:
             return math.inf
         if time.monotonic() > self._end and len(self.trials) > 1:
             self.left_out.append(plan)
@@ -275,7 +275,3 @@ def _halved(width: int) -> list[int]:
         width //= 2
         widths.append(width)
     return widths
-
-
-def _same(one: Plan, other: Plan) -> bool:
-    return dataclasses.astuple(one) == dataclasses.astuple(other)

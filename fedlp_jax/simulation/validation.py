@@ -17,9 +17,9 @@ from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, shown, whole_number
-from fedlp_jax.execution import processes as hosts
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.simulation.checkpoint import describe
 from fedlp_jax.tasks.task import Task
@@ -277,7 +277,7 @@ def _usable_memory(devices: int) -> int:
         return usable_memory()
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
-    least = hosts.least(min(limits, default=None))
+    least = processes.least(min(limits, default=None))
     return 2**63 if least is None else devices * least
 
 

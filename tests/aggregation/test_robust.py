@@ -11,7 +11,7 @@ from small import Steps, dataset, flat, in_float64
 import fedlp_jax as fl
 from fedlp_jax.aggregation import robust
 from fedlp_jax.aggregation.reducer import UploadInfo
-from fedlp_jax.execution.map_clients import Plan, over_clients
+from fedlp_jax.execution.plan import Plan, over_clients
 from fedlp_jax.pruning.layers import layer_table
 
 RNG = np.random.default_rng(0)

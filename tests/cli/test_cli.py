@@ -14,8 +14,8 @@ import yaml
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
 from fedlp_jax.config.loading import split_words
-from fedlp_jax.execution import map_clients as placement
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.run_directory import read_metrics
 from fedlp_jax.simulation import tuning
@@ -38,7 +38,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(placement, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
     Path("small.yaml").write_text(yaml.safe_dump(SMALL))
 
 

@@ -12,8 +12,8 @@ from small import Steps, dataset, flat
 import fedlp_jax as fl
 from fedlp_jax.execution import client_state as store_module
 from fedlp_jax.execution.client_state import PrivateStore
-from fedlp_jax.execution.map_clients import Plan
 from fedlp_jax.execution.packing import unpack
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import lay_out
 from fedlp_jax.prng import head_key
 from fedlp_jax.types import Batch, Normalize

@@ -13,7 +13,8 @@ import pytest
 from small import Steps, dataset, round_arguments
 
 import fedlp_jax as fl
-from fedlp_jax.execution.map_clients import Level, Plan, map_sum, resolve
+from fedlp_jax.execution.map_clients import Level, map_sum
+from fedlp_jax.execution.plan import Plan, resolve
 from fedlp_jax.execution.scheduling import lay_out, slots_per_device, with_even_chunks
 
 
@@ -70,7 +71,7 @@ def test_map_sum_runs_each_client_at_its_level(plan):
 
     before = np.arange(len(value), dtype=np.int32)
     total, outputs, own = jax.jit(
-        lambda v, s, k: map_sum([make(1), make(10)], jnp.int32(7), v, s, plan, own=k)
+        lambda v, s, k: map_sum([make(1), make(10)], jnp.int32(7), v, s, plan, client_state=k)
     )(jnp.asarray(value), jnp.asarray(layout.segment), jnp.asarray(before))
     assert int(total) == (clients * np.where(level, 10, 1)).sum() + 7 * len(clients)
     ran = layout.member >= 0
@@ -96,9 +97,10 @@ def test_a_level_is_traced_once_for_its_shapes_and_its_loop(width):
 
 
 def test_plans_are_completed_for_the_machine():
-    assert resolve(None, 10) == Plan(4, 1)  # a device a stream of clients, one client at a time
-    assert resolve(Plan(width=99), 10) == Plan(4, 3)
-    assert resolve(Plan(devices=4), 2) == Plan(2, 1)
+    # One stream of clients per device, one client at a time.
+    assert resolve(None, 10) == Plan(4, 1, None, 1)
+    assert resolve(Plan(width=99), 10) == Plan(4, 3, None, 1)
+    assert resolve(Plan(devices=4), 2) == Plan(2, 1, None, 1)
 
 
 def test_a_width_that_is_chosen_leaves_few_lanes_idle(monkeypatch):

@@ -21,7 +21,7 @@ import fedlp_jax as fl
 from fedlp_jax import FedLPError, cli
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.map_clients import resolve
+from fedlp_jax.execution.plan import resolve
 from fedlp_jax.reporting.run_directory import read_metrics
 from fedlp_jax.simulation.staging import on_host
 
@@ -240,8 +240,8 @@ def test_impossible_places_are_refused_at_once(words, sentence):
 def test_a_plans_devices_are_those_of_all_processes(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "devices", lambda number=None: jax.devices()[:number])
-    assert resolve(None, 9) == fl.Plan(4, 1)
-    assert resolve(None, 3) == fl.Plan(2, 1)  # no process has more devices than another
+    assert resolve(None, 9) == fl.Plan(4, 1, None, 1)
+    assert resolve(None, 3) == fl.Plan(2, 1, None, 1)  # no process has more devices than another
     with pytest.raises(FedLPError, match=r"plan.devices=3 counts .* make it a multiple of 2"):
         resolve(fl.Plan(devices=3), 9)
     with pytest.raises(FedLPError, match="a cohort of 1 has no client for each of 2 processes"):

@@ -16,7 +16,7 @@ import typer.testing
 
 from fedlp_jax import FedLPError, cli
 from fedlp_jax.config.loading import dump_config, load_config
-from fedlp_jax.execution import map_clients as placement
+from fedlp_jax.execution import plan as plans
 from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results
 from fedlp_jax.paper.cells import Study, estimate, read_cells, run_cells, unfinished
@@ -34,7 +34,7 @@ IID = [Cell("fedavg", "iid"), Cell("homo-0.5", "iid")]
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(placement, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
 
 
 def fedlp(*words, columns=80):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedlp_jax import FedLPError
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation import checkpoint
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fedlp_jax as fl
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation.cohorts import CohortBuilder, cohort_size, sample
 
 

@@ -10,7 +10,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution.plan import Plan
 
 DATA = dataset(120)
 EVEN = fl.partition.iid(DATA.train.labels, clients=12, seed=0)

@@ -25,8 +25,8 @@ import fedlp_jax as fl
 from fedlp_jax import cli
 from fedlp_jax.cli.run import stop_signals
 from fedlp_jax.config import experiment, resume
-from fedlp_jax.execution import map_clients as placement
-from fedlp_jax.execution import processes as hosts
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.pruning import masks
 from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
@@ -125,14 +125,14 @@ def test_what_a_run_has_is_freed_before_its_successor_is_there():
     old = jax.tree.leaves((other.state, other.stage.store.stacks))
     assert len(old) > 10
     freed = []
-    put = hosts.put
+    put = processes.put
 
     def watched(tree, sharding):
         freed.append(sum(x.is_deleted() for x in old))
         return put(tree, sharding)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosts, "put", watched)
+        patch.setattr(processes, "put", watched)
         checkpoint.restore(other, taken)
     assert freed == list(range(1, len(freed) + 1))
     names = [name for name in taken.arrays if not name.startswith("ledger ")]
@@ -153,7 +153,8 @@ def test_a_resumed_run_takes_the_plan_it_was_begun_with_unless_another_is_given(
     algorithm = ALGORITHMS["fedavg with server momentum"]()
     saved = fl.Checkpoint(tmp_path / "c")
     run(algorithm, checkpoint=saved, stop=after(1))
-    assert run(algorithm, rounds=1, resume=saved.latest(), plan=None).plan == fl.Plan(2, 1)
+    resumed = run(algorithm, rounds=1, resume=saved.latest(), plan=None)
+    assert (resumed.plan.devices, resumed.plan.width) == (2, 1)
     with pytest.warns(
         UserWarning, match="resumes with 1 devices of width 1, but started with 2 dev"
     ):
@@ -270,7 +271,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def inside(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "here"))
-    monkeypatch.setattr(placement, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
 
 
 def fedlp(*words):

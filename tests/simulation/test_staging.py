@@ -9,9 +9,10 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import lay_out, most_clients, slots_per_device
-from fedlp_jax.simulation import memory, staging
+from fedlp_jax.simulation import staging
 from fedlp_jax.simulation.cohorts import CohortBuilder, sample
 
 DATA = dataset(120)
@@ -142,8 +143,8 @@ def test_the_place_is_chosen_by_the_memory(monkeypatch):
     case = CASES["uneven clients"]
 
     def place(free, wanted=None):
-        monkeypatch.setattr(memory, "free_bytes", lambda plan: free)
-        return memory.with_place(Plan(2, 1, wanted), train, test).data
+        monkeypatch.setattr(plans, "free_bytes", lambda plan: free)
+        return plans.with_place(Plan(2, 1, wanted), train, test).data
 
     assert place(None) == "device"  # where nobody says what is free
     assert place(train + test) == "device"
@@ -155,7 +156,7 @@ def test_the_place_is_chosen_by_the_memory(monkeypatch):
         place(train, "device")
     with pytest.raises(fl.FedLPError, match="the test split takes"):
         place(test - 1, "host")
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: train)
+    monkeypatch.setattr(plans, "free_bytes", lambda plan: train)
     with pytest.raises(fl.FedLPError, match="plan.data to host"):
         run(case, Plan(2, 1, "device"), rounds=0)
     assert run(case, Plan(2, 1), rounds=0).plan.data == "host"
@@ -164,10 +165,10 @@ def test_the_place_is_chosen_by_the_memory(monkeypatch):
 def test_what_is_sent_ahead_counts_as_memory(monkeypatch):
     prepared = fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host"))
     prepared.compile()
-    need = memory.needed_bytes(prepared.program.round)
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes)
+    need = plans.needed_bytes(prepared.program.round)
+    monkeypatch.setattr(plans, "free_bytes", lambda plan: need + prepared.stage.round_bytes)
     fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host")).compile()
-    monkeypatch.setattr(memory, "free_bytes", lambda plan: need + prepared.stage.round_bytes - 1)
+    monkeypatch.setattr(plans, "free_bytes", lambda plan: need + prepared.stage.round_bytes - 1)
     again = fl.Simulation(HOMO, DATA, UNEVEN, rounds=1, cohort=7, plan=Plan(1, 1, "host"))
     with pytest.raises(fl.FedLPError, match="a smaller batch or model"):
         again.compile()

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import fedlp_jax as fl
 from fedlp_jax import cli
-from fedlp_jax.execution import map_clients as placement
-from fedlp_jax.execution.map_clients import Plan
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation import tuning
 from fedlp_jax.simulation.tuning import Rounds
 
@@ -77,7 +77,7 @@ def test_the_plan_found_is_within_a_tenth_of_the_best_by_hand(seconds):
     result, fake = found(seconds)
     assert seconds(result.best) <= 1.1 * min(map(seconds, grid()))
     assert len(fake.plans) < 0.6 * len(grid())
-    assert result.trials[0].plan == Plan(4, 1)  # the default
+    assert result.trials[0].plan == Plan(4, 1, "device", 1)  # the default
     assert {plan.data for plan in fake.plans} == {"device"}
     assert not result.left_out
 
@@ -112,7 +112,7 @@ def test_short_rounds_share_a_dispatch_where_that_is_faster():
 
 def test_data_that_does_not_fit_the_devices_is_left_on_the_host(monkeypatch):
     sizes = [sum(x.nbytes for x in split) for split in (DATA.train, DATA.test)]
-    monkeypatch.setattr("fedlp_jax.simulation.memory.free_bytes", lambda plan: sum(sizes) - 1)
+    monkeypatch.setattr("fedlp_jax.execution.plan.free_bytes", lambda plan: sum(sizes) - 1)
     _, fake = found(lambda plan: 1.0)
     assert {plan.data for plan in fake.plans} == {"host"}
 
@@ -217,7 +217,7 @@ def test_rounds_start_from_the_first_model_each_time():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    monkeypatch.setattr(placement, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
     monkeypatch.setattr("fedlp_jax.execution.compilation.keep_programs", lambda: None)
     file = tmp_path / "mine.yaml"
     file.write_text(CONFIG)
