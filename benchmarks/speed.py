@@ -1,7 +1,7 @@
 """Time of a client-step: this package against a PyTorch loop and a first try in JAX.
 
     python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N]
-        [--against NAME ...] [--made-up] [--smoke]
+        [--against NAME ...] [--baseline DIR] [--made-up] [--smoke]
 
 Every contender is a process of its own; one runs at a time. They have the same images, clients and
 initial weights; before anything is timed, one client's weights after five steps are compared, in
@@ -11,6 +11,9 @@ optimizer step of one client: the seconds of a round, by cohort size and steps o
 Where JAX computes on a GPU, so do all of them; with many cores they then start, and compile, at the
 same time. A contender that fails or computes something else has an error for a time and the others
 go on, unless it is `ours`.
+
+`--baseline DIR` adds this package as another checkout has it, which is how a change is held against
+the tree before it: the two take turns, so that a noisy machine slows both.
 """
 
 from __future__ import annotations
@@ -53,19 +56,23 @@ _CUDA_CONTENDERS: dict[str, tuple[str, _Settings]] = {
 _TOLERANCE = 1e-8  # difference of two models over the length of the update, in float64
 _WORKER = (sys.executable, "-m", "benchmarks.worker")
 _CORES_TO_START_TOGETHER = 8
+_TREE = Path(__file__).parents[1]
 
 
 class Contender:
     """A worker process. Once it has failed, nothing more is asked of it."""
 
-    def __init__(self, label: str, kind: str, folder: Path, settings: _Settings):
+    def __init__(
+        self, label: str, kind: str, folder: Path, settings: _Settings, tree: Path = _TREE
+    ):
         self.label = label
         self.process = subprocess.Popen(
             [*_WORKER, kind, str(folder), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree)},
         )
         self.seconds: list[float] = []
         self.readings: dict[str, float] = {}
@@ -119,13 +126,17 @@ class Contender:
 
 
 def compare(
-    name: str, workload: Workload, repeats: int, wanted: tuple[str, ...] = ("",)
+    name: str,
+    workload: Workload,
+    repeats: int,
+    wanted: tuple[str, ...] = ("",),
+    baseline: Path | None = None,
 ) -> dict[str, Any]:
     """Runs the contenders of one workload, those whose name begins as wanted and `ours`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stage.write(workload, folder)
-        contenders = _start(folder, wanted)
+        contenders = _start(folder, wanted, baseline)
         differences = _check(contenders, folder)
         for turn in range(repeats + 1):
             for label, contender in contenders.items():
@@ -150,7 +161,7 @@ def chosen(cuda: bool, wanted: tuple[str, ...] = ("",)) -> dict[str, tuple[str, 
     }
 
 
-def _start(folder: Path, wanted: tuple[str, ...]) -> dict[str, Contender]:
+def _start(folder: Path, wanted: tuple[str, ...], baseline: Path | None) -> dict[str, Contender]:
     cuda = jax.default_backend() == "gpu"
     together = cuda and len(os.sched_getaffinity(0)) >= _CORES_TO_START_TOGETHER
     contenders = {}
@@ -158,6 +169,10 @@ def _start(folder: Path, wanted: tuple[str, ...]) -> dict[str, Contender]:
         contenders[label] = Contender(label, kind, folder, settings)
         if not together:
             contenders[label].ready()
+    if baseline is not None:
+        contenders["baseline"] = Contender("baseline", "ours", folder, {}, baseline)
+        if not together:
+            contenders["baseline"].ready()
     if together:
         for contender in contenders.values():
             contender.ready()
@@ -211,6 +226,7 @@ def _report(
         "contenders": rows,
         "ratio_to_best_torch": None if best is None else best / ours,
         "ratio_to_one_thread": None if one is None else one / ours,
+        "ratio_to_baseline": None if "baseline" not in median else median["baseline"] / ours,
     }
 
 
@@ -248,6 +264,8 @@ def _print(result: dict[str, Any]) -> None:
         print(f"  {result['ratio_to_best_torch']:.2f} times as fast as the fastest torch loop")
     if result["ratio_to_one_thread"] is not None:
         print(f"  {result['ratio_to_one_thread']:.2f} times as fast as one device of one thread")
+    if result["ratio_to_baseline"] is not None:
+        print(f"  {result['ratio_to_baseline']:.3f} times as fast as the baseline")
 
 
 def main() -> None:
@@ -261,6 +279,9 @@ def main() -> None:
         default=[""],
         help="only contenders whose names begin so, as ours torch",
         metavar="NAME",
+    )
+    parser.add_argument(
+        "--baseline", type=Path, help="another checkout of this project, to compare with"
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each contender")
     parser.add_argument(
@@ -278,7 +299,13 @@ def main() -> None:
         workload = made_up(WORKLOADS[name]) if options.made_up else WORKLOADS[name]
         workload = smoke(workload) if options.smoke else workload
         results.append(
-            compare(name, workload, 1 if options.smoke else options.repeats, tuple(options.against))
+            compare(
+                name,
+                workload,
+                1 if options.smoke else options.repeats,
+                tuple(options.against),
+                None if options.baseline is None else options.baseline.resolve(),
+            )
         )
         _print(results[-1])
         if options.json:
