@@ -20,7 +20,7 @@ from fedlp_jax import cli
 from fedlp_jax.config.experiment import run
 from fedlp_jax.config.loading import dump_config, load_config, parse_config, parse_yaml
 from fedlp_jax.data.loading import load
-from fedlp_jax.execution import map_clients
+from fedlp_jax.execution import plan as plans
 
 RAW = {
     "data": {"name": "digits"},
@@ -218,7 +218,7 @@ def test_a_finished_run_is_not_overwritten(directory):
 )
 def test_a_command_that_is_refused_writes_nothing_and_exits_with_2(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(map_clients, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
     Path("good.yaml").write_text(json.dumps(RAW))
     Path("bad.yaml").write_text(json.dumps(RAW | {"roundz": 3}))
     Path("file").write_text("")

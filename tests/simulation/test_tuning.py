@@ -131,7 +131,8 @@ def test_no_plan_is_begun_when_time_is_over(monkeypatch):
     result, fake = found(lambda plan: 1.0 / plan.width, budget=25.0)
     assert len(fake.plans) == len(result.trials) == 3
     assert [plan.width for plan in fake.plans] == [1, 2, 4]
-    assert Plan(4, 8) in result.left_out and result.best not in result.left_out
+    assert [(p.devices, p.width) for p in result.left_out] == [(4, 8), (2, 4), (1, 4)]
+    assert result.best not in result.left_out
     clock = itertools.count(step=1e6)
     assert len(found(lambda plan: 1.0, budget=1.0)[0].trials) == 2  # the default and one other
 
