@@ -204,9 +204,7 @@ def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
     """Writes the summary of an unfinished run, and notes what it left to the error."""
-    if directory.behind:
-        error.add_note(f"{directory.path} is as it was before: it already had later rounds.")
-    elif directory.begun:
+    if directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
         status = statuses.get(type(error), "failed")
         summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}

@@ -10,16 +10,19 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
+
+    from fedlp_jax.data.partition import Partition
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, one per round
 
@@ -50,30 +53,7 @@ class Style(NamedTuple):
     marker: str
 
 
-class PartitionLike(Protocol):
-    """The part of a `fedlp_jax.data.partition.Partition` that is drawn."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """`i32[N]`."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classes."""
-
-    @property
-    def clients(self) -> int:
-        """K."""
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """`i64[K]`."""
-
-    def rows(self, client: int) -> np.ndarray:
-        """`i32[n_k]`."""
-
-
-def partition(partition: PartitionLike, path: str | os.PathLike[str] | None = None) -> Figure:
+def partition(partition: Partition, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws the label mix of up to 50 clients, and the number of examples of every client.
 
     Args:
@@ -195,7 +175,7 @@ def draw_curves(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def draw_run(folder: Path, name: str, clients: PartitionLike, rows: Rows) -> None:
+def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
     """Draws the plots of a finished run: its partition and its learning curves.
 
     A failure costs a warning, never the run.
@@ -234,16 +214,11 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     from matplotlib import rc_context
 
     place = Path(path)
-    part = place.with_name(f".{place.stem}.part{place.suffix or '.png'}")
+    place = place.with_suffix(place.suffix or ".png")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)  # of a process that was killed
-        try:
-            with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
-                figure.savefig(part)
-            os.replace(part, place.with_suffix(part.suffix))
-        finally:
-            part.unlink(missing_ok=True)
+        with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}), replacing(place) as file:
+            figure.savefig(file, format=place.suffix[1:])
     except (OSError, ValueError) as error:
         raise FedLPError(f"The picture {path} cannot be written: {error}") from None
     return figure
@@ -335,7 +310,7 @@ def _legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
     figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
 
 
-def _draw_mixes(figure: Figure, axes: Axes, partition: PartitionLike, drawn: np.ndarray) -> None:
+def _draw_mixes(figure: Figure, axes: Axes, partition: Partition, drawn: np.ndarray) -> None:
     """Stacked bars: the share of each class in the data of each client drawn."""
     classes = partition.num_classes
     labels = (partition.labels[partition.rows(k)] for k in drawn.tolist())

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -35,16 +34,15 @@ from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
-_NEW_METRICS = ".metrics.jsonl"  # of a resumed run that has fewer rounds than the file it replaces
 _FOLDERS = (PLOTS, CHECKPOINTS)
-_WRITTEN = (CONFIG, METRICS, VARIABLES, SUMMARY, *_FOLDERS)
+_FILES = (CONFIG, VARIABLES, SUMMARY, METRICS)
 
 
 class RunDirectory:
     """The directory of one run, locked at once and filled from the first round on.
 
-    The operating system drops the lock when the process ends, however it ends. If somebody deletes
-    the directory during the run, the next write creates it again.
+    The operating system drops the lock when the process ends, however it ends. Every write raises
+    RuntimeError if somebody has deleted or replaced the directory.
 
     Attributes:
       path: where it is.
@@ -67,8 +65,6 @@ class RunDirectory:
         """
         self._made: list[Path] = []  # directories this object created, outermost first
         self._metrics: IO[str] | None = None
-        self._lines: list[str] = []
-        self._old_rounds = 0  # of the metrics that a resumed run found
         self._overwrite, self._resume = overwrite, resume
         try:
             self.path = self._next_free(name) if out is None else self._named(out)
@@ -95,30 +91,24 @@ class RunDirectory:
         Args:
           config: YAML text; the versions are put above it as comments.
           rows: the rounds of a resumed run that its checkpoint holds. They replace `metrics.jsonl`,
-            which may have later ones and half a line, once the run has as many as the file.
+            which may have later ones and half a line; those are run again.
         """
-        self._keep_hold()
+        self._check_place()
         if self._overwrite:
             self._remove_other_run()
-        header = "".join(f"# {name} {version}\n" for name, version in versions().items())
-        self._config = header + config
-        self._lines = [_line(row) for row in rows]
         metrics = self.path / METRICS
-        if self._resume and metrics.exists():
-            self._old_rounds = metrics.read_bytes().count(b"\n")
-        elif not self._resume:
-            metrics.open("x").close()  # of a program that knows no lock
-        self._open()
+        if not self._resume:
+            metrics.open("x").close()  # fails on the file of a program that ignores the lock
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of a finished run that becomes longer
+        self._replace(METRICS, "".join(map(_line, rows)))
+        self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
+        header = "".join(f"# {name} {version}\n" for name, version in versions().items())
+        self._replace(CONFIG, header + config)
 
     @property
     def begun(self) -> bool:
         """Whether anything has been written."""
         return self._metrics is not None
-
-    @property
-    def behind(self) -> bool:
-        """Whether a resumed run has fewer rounds than the directory had before."""
-        return len(self._lines) < self._old_rounds
 
     @property
     def has_checkpoint(self) -> bool:
@@ -128,24 +118,20 @@ class RunDirectory:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one round to `metrics.jsonl`; it is on the disk when this returns."""
-        self._keep_hold()
+        self._check_place()
         assert self._metrics is not None
         with _naming(self.path / METRICS):
             self._metrics.write(_line(row))
-        was_behind = self.behind
-        self._lines.append(_line(row))
-        if was_behind and not self.behind:
-            (self.path / _NEW_METRICS).replace(self.path / METRICS)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
-        self._keep_hold()
+        self._check_place()
         text = json.dumps(plain(summary), indent=2, allow_nan=False)
         self._replace(SUMMARY, text + "\n")
 
     def save(self, variables: Variables) -> None:
         """Writes `variables.npz`."""
-        self._keep_hold()
+        self._check_place()
         with _naming(self.path / VARIABLES):
             save_variables(self.path / VARIABLES, variables)
 
@@ -155,8 +141,7 @@ class RunDirectory:
             with contextlib.suppress(OSError):  # a full disk, which `append` has reported
                 self._metrics.close()
         if self._lock.is_locked:
-            if self._holds_lock():
-                (self.path / _NEW_METRICS).unlink(missing_ok=True)
+            if _same_file(self.path / LOCK, self._lock_status):
                 (self.path / LOCK).unlink()  # while it is locked; filelock expects that
             self._lock.release()
         if self._metrics is not None:
@@ -169,7 +154,7 @@ class RunDirectory:
     def _acquire(self) -> None:
         try:
             self._lock.acquire()
-            self._inode = os.stat(self.path / LOCK)
+            self._lock_status = os.stat(self.path / LOCK)
         except Timeout:
             raise FedLPError(
                 f"another run is writing in {self.path}; wait until it ends, or choose another "
@@ -181,49 +166,13 @@ class RunDirectory:
                 "another with --out."
             ) from error
 
-    def _holds_lock(self) -> bool:
-        return _same_file(self.path / LOCK, self._inode)
-
-    def _keep_hold(self) -> None:
-        """Notices that the directory or its metrics were deleted, and writes them again.
-
-        Raises:
-          RuntimeError: it cannot be made again, or another run has used it since.
-        """
-        ours = self._metrics is not None and _same_file(
-            self.path / (_NEW_METRICS if self.behind else METRICS), os.fstat(self._metrics.fileno())
-        )
-        if not self._holds_lock():
-            self._lock.release()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._acquire()
-            except (FedLPError, OSError) as error:
-                raise RuntimeError(
-                    f"{self.path} was deleted or replaced while this run wrote there: {error}"
-                ) from error
-            if self._metrics is not None and not ours and (self.path / METRICS).exists():
-                raise RuntimeError(
-                    f"{self.path} was deleted or replaced while this run wrote there, and holds "
-                    "another run now."
-                )
-        if self._metrics is None or ours:
-            return
-        warnings.warn(
-            f"{self.path} was deleted, at least in part, while this run wrote there; {CONFIG} and "
-            f"the {len(self._lines)} rounds of {METRICS} are written again.",
-            stacklevel=3,
-        )
-        self._metrics.close()
-        self._old_rounds = 0
-        self._open()
-
-    def _open(self) -> None:
-        """Writes all that is known at the beginning of a run, or after it was deleted."""
-        name = _NEW_METRICS if self.behind else METRICS
-        self._replace(name, "".join(self._lines))
-        self._metrics = (self.path / name).open("a", encoding="utf-8", buffering=1)
-        self._replace(CONFIG, self._config)
+    def _check_place(self) -> None:
+        """Raises RuntimeError if another directory, or none, is where this run wrote before."""
+        ours = _same_file(self.path / LOCK, self._lock_status)
+        if self._metrics is not None:
+            ours &= _same_file(self.path / METRICS, os.fstat(self._metrics.fileno()))
+        if not ours:
+            raise RuntimeError(f"{self.path} was deleted or replaced while this run wrote there.")
 
     def _replace(self, name: str, text: str) -> None:
         with _naming(self.path / name), replacing(self.path / name) as file:
@@ -235,28 +184,20 @@ class RunDirectory:
         if (self.path / CHECKPOINTS).exists():
             shutil.rmtree(self.path / CHECKPOINTS)
         # The metrics last: a directory that has them can be overwritten again.
-        for name in (CONFIG, VARIABLES, SUMMARY, METRICS):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
     def _refuse_other_run(self) -> None:
-        found = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
-        for path in (self.path / name for name in found):
-            if path.is_symlink() or path.is_dir() != (path.name in _FOLDERS):
-                kind = "link" if path.is_symlink() else "directory" if path.is_dir() else "file"
-                raise FedLPError(
-                    f"{path} is a {kind}, where a run writes a "
-                    f"{'directory' if path.name in _FOLDERS else 'file'} of its own; choose "
-                    "another directory with --out, or remove it."
-                )
-        if found and not (self._overwrite or self._resume):
+        held = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(self.path / name)]
+        if held and not (self._overwrite or self._resume):
             raise FedLPError(
-                f"{self.path} already holds a run ({', '.join(found)}); choose another directory "
+                f"{self.path} already holds a run ({', '.join(held)}); choose another directory "
                 "with --out, continue that run with --resume, or replace it with --overwrite."
             )
-        if found and METRICS not in found and CHECKPOINTS not in found:
+        if held and METRICS not in held and CHECKPOINTS not in held:
             # Such as `--out .` with one's own config.yaml.
             raise FedLPError(
-                f"{self.path} holds {', '.join(found)} but no {METRICS}, so it may not be a run "
+                f"{self.path} holds {', '.join(held)} but no {METRICS}, so it may not be a run "
                 "and is not overwritten; choose another directory with --out."
             )
 

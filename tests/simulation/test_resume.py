@@ -393,17 +393,16 @@ def test_overwriting_a_run_leaves_no_checkpoint_of_it(inside):
 
 
 def test_a_full_disk_names_the_file_and_the_run_can_go_on(inside, monkeypatch):
-    write = RunDirectory._keep_hold
+    check = RunDirectory._check_place
 
     def full(self):
-        if self._metrics is None or len(self._lines) < 4:
-            write(self)
-        else:
+        check(self)
+        if self._metrics is not None and len(read_metrics(self.path)) >= 4:
             self._metrics.close()
             self._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "_keep_hold", full)
+        patch.setattr(RunDirectory, "_check_place", full)
         said = fedlp("run", "part", "--resume")
     assert said.exit_code == 1
     assert "fedlp: the run failed: [Errno 28] No space left on device: 'part/me" in said.stderr
@@ -423,18 +422,19 @@ def test_a_run_that_is_alive_is_neither_resumed_nor_overwritten(inside, way):
     alive.close()
 
 
-def test_a_longer_run_that_is_killed_early_leaves_the_finished_one(inside, monkeypatch):
+def test_a_longer_run_that_is_interrupted_is_no_longer_finished(inside):
     shutil.rmtree("whole/checkpoints")  # as a short run has none
-    before = {p: p.read_bytes() for p in Path("whole").rglob("*") if p.is_file()}
-    del before[Path("whole/config.yaml")]
     config = experiment.load_config("whole/config.yaml", {"rounds": 9})
     with (
         pytest.warns(UserWarning, match="no checkpoint"),
         pytest.raises(KeyboardInterrupt) as error,
     ):
         experiment.execute(config, "whole", resume=True, stop=after(1))
-    assert error.value.__notes__[0] == "whole is as it was before: it already had later rounds."
-    assert {p: p.read_bytes() for p in before} == before
+    assert error.value.__notes__[0] == "whole holds the first 1 rounds."
+    summary = json.loads(Path("whole/summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 1)
+    assert len(read_metrics("whole")) == 1
+    assert resume.finished_rounds(config, Path("whole")) == 0
 
 
 def test_data_may_move_but_not_change(inside):
