@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedlp_jax.errors import FedLPError, is_number, shown
-from fedlp_jax.execution.plan import DEVICE, Plan
+from fedlp_jax.errors import FedLPError, check_number
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation.run import Pending, Simulation
 
 _TURNS = 3  # of a plan, alternating with the fastest so far; more where turns are short
@@ -24,14 +25,12 @@ _TURN_SECONDS = 0.2  # a turn has as many rounds as fit, so that the host's work
 _MOST_ROUNDS = 64
 _WORTH = 0.97  # a plan replaces another if it needs less than this share of its time
 _HOPELESS = 1.6  # times as slow as the fastest: the search goes no further that way
-_AT_ONCE = 16  # rounds a dispatch, tried where rounds are short; more gained nothing
 
 
 class Rounds:
     """Times rounds of one compiled plan, without evaluation.
 
-    Each call starts from the initial model, so that a model that diverges after a thousand rounds
-    does not matter.
+    Each call starts from the initial model, so a long search cannot make it diverge.
 
     Attributes:
       run: the simulation.
@@ -111,15 +110,14 @@ def tune(
     """Times whole rounds under several plans, each in turns with the fastest before.
 
     The default plan comes first. Then, on all devices, half of them and so on down to one, the
-    width is doubled and halved until that is hopeless. Where rounds are short, the fastest plan is
-    tried with 16 rounds a dispatch.
+    width is doubled and halved until that is hopeless.
 
     Args:
-      arguments: of `simulate`, as from `experiment.build`; its plan is ignored.
-      seconds: no plan is begun after so long; the default and one other always are.
+      arguments: of `simulate`, as from `config.build`; rounds, evaluation and plan are ignored.
+      seconds: starts no further plan after this long, except the first after the default.
       say: called after each plan.
-      prepare: `(**arguments of Simulation) -> once`, where `once(rounds)` returns the seconds that
-        the rounds of these numbers take. All plans get the same ones.
+      prepare: `(**arguments of Simulation) -> time_rounds`, where `time_rounds(rounds)` returns the
+        seconds that the rounds of these numbers take. All plans get the same ones.
 
     Returns:
       The fastest plan, and all that were timed. A plan replaces an earlier one only if its rounds
@@ -128,33 +126,15 @@ def tune(
     Raises:
       FedLPError: `seconds` is not a positive number, or the default plan cannot run.
     """
-    fixed = without_plan(arguments)
-    bench = _Bench(prepare, fixed, time.monotonic() + check_seconds(seconds), say)
+    end = time.monotonic() + check_number("seconds", seconds, gt=0)
+    ignored = ("rounds", "eval_every", "plan")
+    fixed = {key: value for key, value in arguments.items() if key not in ignored}
     run = Simulation(**fixed, rounds=0)
     plan, cohort = run.plan, run.size
     del run  # and with it the data that it put on the devices
-    bench.begin(plan)
+    bench = _Bench(functools.partial(prepare, **fixed), plan, end, say)
     _search(bench, cohort)
-    if plan.data == DEVICE and bench.rounds_are_short and not arguments["algorithm"].persist:
-        bench.ratio(dataclasses.replace(bench.best, rounds_at_once=_AT_ONCE))
     return Tuning(bench.best, bench.trials, bench.left_out)
-
-
-def without_plan(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `simulate` without those that are tuned or set its length."""
-    ignored = ("rounds", "eval_every", "plan")
-    return {key: value for key, value in arguments.items() if key not in ignored}
-
-
-def check_seconds(seconds: float) -> float:
-    """Refuses a time limit that is not a positive number.
-
-    Raises:
-      FedLPError: not a positive number.
-    """
-    if not (is_number(seconds) and math.isfinite(seconds) and seconds > 0):
-        raise FedLPError(f"seconds={shown(seconds)} must be a positive number.")
-    return seconds
 
 
 def describe(tuning: Tuning) -> str:
@@ -176,28 +156,18 @@ class _Bench:
     def __init__(
         self,
         prepare: Callable[..., Callable[[Sequence[int]], float]],
-        arguments: Mapping[str, Any],
+        default: Plan,
         end: float,
         say: Callable[[Trial], None],
     ):
-        self._prepare, self._arguments, self._end, self._say = prepare, arguments, end, say
-        self.trials: list[Trial] = []
-        self.left_out: list[Plan] = []
-
-    def begin(self, plan: Plan) -> None:
         """Times the default plan, which also fixes the rounds of a turn."""
-        self.best = plan
-        once = self._prepare(**self._arguments, plan=plan)
-        once([1])  # warms up
-        rounds = int(_TURN_SECONDS / max(once([1]), 1e-9))
+        self._prepare, self._end, self._say = prepare, end, say
+        self.best, self.trials, self.left_out = default, list[Trial](), list[Plan]()
+        self._time_best = time_rounds = prepare(plan=default)
+        time_rounds([1])  # warms up
+        rounds = int(_TURN_SECONDS / max(time_rounds([1]), 1e-9))
         self._rounds = range(1, 1 + min(max(rounds, 1), _MOST_ROUNDS))
-        self._best_once = once
-        self._note(self._measured(plan, once, None))
-
-    @property
-    def rounds_are_short(self) -> bool:
-        """Whether several could share a dispatch whose numbers are seen within a second."""
-        return len(self._rounds) > 1
+        self._note(self._measure(default, time_rounds, None))
 
     def ratio(self, plan: Plan) -> float:
         """The time of a plan over that of the fastest before, which it may replace.
@@ -213,33 +183,33 @@ class _Bench:
             self.left_out.append(plan)
             return math.inf
         try:
-            once = self._prepare(**self._arguments, plan=plan)
-            trial = self._measured(plan, once, self._best_once)
+            time_rounds = self._prepare(plan=plan)
+            trial = self._measure(plan, time_rounds, self._time_best)
         # Too little memory, by our own count or the device's.
         except (FedLPError, jax.errors.JaxRuntimeError) as error:
             self._note(Trial(plan, math.nan, math.nan, math.nan, str(error)))
             return math.inf
         self._note(trial)
         if trial.ratio < _WORTH:
-            self.best, self._best_once = plan, once
+            self.best, self._time_best = plan, time_rounds
         return trial.ratio
 
-    def _measured(
+    def _measure(
         self,
         plan: Plan,
-        once: Callable[[Sequence[int]], float],
+        time_rounds: Callable[[Sequence[int]], float],
         rival: Callable[[Sequence[int]], float] | None,
     ) -> Trial:
-        once(self._rounds)
+        time_rounds(self._rounds)
         own: list[float] = []
         other: list[float] = []
         while len(own) < _TURNS or (len(own) < _MOST_TURNS and sum(own) < _ENOUGH_SECONDS):
             if rival is not None:
                 other.append(rival(self._rounds) / len(self._rounds))
-            own.append(once(self._rounds) / len(self._rounds))
+            own.append(time_rounds(self._rounds) / len(self._rounds))
         median = statistics.median(own)
-        against = statistics.median(other) if other else median
-        return Trial(plan, median, against, getattr(once, "compile_seconds", 0.0))
+        best_so_far = statistics.median(other) if other else median
+        return Trial(plan, median, best_so_far, getattr(time_rounds, "compile_seconds", 0.0))
 
     def _note(self, trial: Trial) -> None:
         self.trials.append(trial)
@@ -261,17 +231,13 @@ def _search(bench: _Bench, cohort: int) -> None:
         devices //= 2
 
 
-def _doubled(width: int, widest: int) -> list[int]:
-    widths = []
+def _doubled(width: int, widest: int) -> Iterator[int]:
     while width < widest:
         width = min(2 * width, widest)
-        widths.append(width)
-    return widths
+        yield width
 
 
-def _halved(width: int) -> list[int]:
-    widths = []
+def _halved(width: int) -> Iterator[int]:
     while width > 1:
         width //= 2
-        widths.append(width)
-    return widths
+        yield width
