@@ -30,7 +30,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 import fedlp_jax
 from fedlp_jax.data.files import check_writable
-from fedlp_jax.errors import FedLPError, is_number, shown, whole_number, why
+from fedlp_jax.errors import FedLPError, check_number, shown, why
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.types import Array, PyTree, ServerState
@@ -44,7 +44,6 @@ _ARRAYS, _FACTS = "arrays", "facts"
 _ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
 _FIRST_SECONDS = 30.0  # from the start of a run to its first checkpoint, compilation included
 _FEW = 8  # numbers that a sentence can show
-_OTHER = "the checkpoint belongs to another run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +74,11 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Refuses numbers that are too small, and settings that JSON cannot hold."""
-        for name in ("every", "keep"):
-            if (value := getattr(self, name)) is not None or name == "keep":
-                object.__setattr__(self, name, whole_number(f"checkpoint.{name}", value, 1))
-        if self.minutes is not None and not (is_number(self.minutes) and self.minutes >= 0):
-            raise FedLPError(
-                f"checkpoint.minutes={shown(self.minutes)} must be a number of at least 0."
-            )
+        if self.every is not None:
+            check_number("checkpoint.every", self.every, ge=1, integer=True, optional=True)
+        if self.minutes is not None:
+            check_number("checkpoint.minutes", self.minutes, ge=0, optional=True)
+        check_number("checkpoint.keep", self.keep, ge=1, integer=True)
         try:
             settings = json.loads(json.dumps(self.settings))
         except (TypeError, ValueError) as error:
@@ -132,9 +129,6 @@ class Checkpoint:
         """Reads one checkpoint; whatever is wrong with its files raises."""
         import orbax.checkpoint as ocp  # imported late: it takes half a second
 
-        for path in (folder, *folder.rglob("*")):
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{path} is a link, a pipe or a device")
         with _quiet(), _manager(folder.parent) as manager:
             items = ocp.args.Composite(**{_FACTS: ocp.args.JsonRestore()})
             facts = manager.restore(round, args=items)[_FACTS]
@@ -178,11 +172,11 @@ class Snapshot(NamedTuple):
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Views of `data`, by name."""
-        found, end = {}, 0
+        arrays, end = {}, 0
         for name, dtype, shape in self.layout:
             start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-            found[name] = self.data[start:end].view(dtype).reshape(shape)
-        return found
+            arrays[name] = self.data[start:end].view(dtype).reshape(shape)
+        return arrays
 
 
 class Saver:
@@ -376,8 +370,9 @@ def check(run: Run, snapshot: Snapshot) -> None:
     Raises:
       FedLPError: with what differs.
     """
-    settings = _settings(run)
-    refuse_other(_without_numbers(snapshot.settings), _without_numbers(settings), _OTHER)
+    before, now = snapshot.settings, _settings(run)
+    other = "the checkpoint belongs to another run"
+    refuse_other({**before, "begun with": {}}, {**now, "begun with": {}}, other)
     needs = {name: describe(key_data(leaf)) for name, leaf in _leaves(run).items()}
     arrays = snapshot.arrays.items()
     has = {name: describe(array) for name, array in arrays if not name.startswith("ledger ")}
@@ -388,22 +383,18 @@ def check(run: Run, snapshot: Snapshot) -> None:
                 f"{has.get(name, 'nothing')} in it and {needs.get(name, 'nothing')} in this run."
             )
     # Rounds take their numbers from the state, so those of the checkpoint would win.
-    refuse_other(snapshot.settings, settings, _OTHER)
-
-
-def _sizes(plan: Plan) -> tuple[int | None, int | None]:
-    """The part of a plan that determines the order of sums."""
-    return plan.devices, plan.width
+    refuse_other(before, now, other)
 
 
 def restore(run: Run, snapshot: Snapshot) -> None:
     """Continues a compiled run from a snapshot; warns if sums change their order."""
-    if _sizes(snapshot.plan) != _sizes(run.plan) or (
-        run.lowerings and snapshot.lowerings != run.lowerings
-    ):
+    before, now = (
+        f"{plan.devices} devices of width {plan.width}" for plan in (snapshot.plan, run.plan)
+    )
+    if now != before or (run.lowerings and snapshot.lowerings != run.lowerings):
         warnings.warn(
-            f"the run resumes with {_words(run.plan)}, but started with {_words(snapshot.plan)}; "
-            "where plans or convolution algorithms differ, sums are taken in another order.",
+            f"the run resumes with {now}, but started with {before}; where plans or convolution "
+            "algorithms differ, sums are taken in another order.",
             stacklevel=3,
         )
     arrays = snapshot.arrays
@@ -422,8 +413,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     run.state = trees["state"]
     if run.stage.store is not None:
         run.stage.store.stacks = trees["private"]
-    ledger = {n.removeprefix("ledger "): a for n, a in arrays.items() if n.startswith("ledger ")}
-    run.ledger.load(ledger)
+    run.ledger.load({name: arrays[f"ledger {name}"] for name in run.ledger.arrays()})
     run.history.rows = list(snapshot.rows)
     run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
 
@@ -450,14 +440,14 @@ def first_numbers(state: ServerState) -> dict[str, Any]:
       `{"policy": [[0.5]], ...}`: up to eight numbers as lists, more as a digest, all of them JSON.
       The model and the optimizer's averages are left out.
     """
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for path, leaf in tree_leaves_with_path(state._replace(variables=())):
         name = keystr(path, simple=True, separator=".")
         if leaf.size <= _FEW:
-            found[name] = np.asarray(key_data(leaf)).tolist()
+            numbers[name] = np.asarray(key_data(leaf)).tolist()
         elif not name.startswith("optimizer"):
-            found[name] = summary(np.asarray(key_data(leaf)))
-    return found
+            numbers[name] = summary(np.asarray(key_data(leaf)))
+    return numbers
 
 
 def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
@@ -471,10 +461,15 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> N
     Raises:
       FedLPError: with each field that differs, and both values.
     """
+
+    def words(settings: Mapping[str, Any], field: str) -> str:
+        value = settings.get(field, "not set")
+        plain = isinstance(value, str) and value.isprintable() and len(value) <= 100
+        return value if plain else shown(value)
+
     before, now = dict(_dotted(old)), dict(_dotted(new))
     differing = [
-        f"{_word(field)} was {_word(before.get(field, 'not set'))} and is "
-        f"{_word(now.get(field, 'not set'))}"
+        f"{field} was {words(before, field)} and is {words(now, field)}"
         for field in dict.fromkeys([*before, *now])
         if (field in before, before.get(field)) != (field in now, now.get(field))
     ]
@@ -500,12 +495,6 @@ def summary(array: np.ndarray) -> str:
     """Dtype, shape and the beginning of a SHA-256, for comparison."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return f"{describe(array)} of SHA-256 {_digest(data)[:16]}"
-
-
-def _word(value: Any) -> str:
-    """A setting in a sentence: text without quotes, unless it is long or cannot be printed."""
-    plain = isinstance(value, str) and value.isprintable() and len(value) <= 100
-    return value if plain else shown(value)
 
 
 def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
@@ -538,11 +527,3 @@ def _settings(run: Run) -> dict[str, Any]:
         "partition": run.clients.hash,
         "begun with": run.begun_with,
     }
-
-
-def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "begun with"}
-
-
-def _words(plan: Plan) -> str:
-    return f"{plan.devices} devices of width {plan.width}"

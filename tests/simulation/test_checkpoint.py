@@ -164,20 +164,6 @@ def test_where_all_are_damaged_nothing_is_made_up(copied):
         copied.latest()
 
 
-def test_a_link_is_not_followed(copied):
-    outside = copied.directory.parent / "outside"
-    (copied.directory / "5").rename(outside)
-    (copied.directory / "5").symlink_to(outside)
-    with pytest.warns(UserWarning, match="5 is a link, a pipe or a device"):
-        assert copied.latest().round == 3
-    (copied.directory / "5").unlink()
-    shutil.copytree(outside, copied.directory / "5")
-    shutil.rmtree(copied.directory / "5" / "arrays")
-    (copied.directory / "5" / "arrays").symlink_to(outside / "arrays")
-    with pytest.warns(UserWarning, match="arrays is a link"):
-        assert copied.latest().round == 3
-
-
 def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_goes(copied):
     half = copied.directory / "7.orbax-checkpoint-tmp-1"
     shutil.copytree(copied.directory / "5", half)
