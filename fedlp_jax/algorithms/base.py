@@ -47,4 +47,6 @@ class Algorithm(NamedTuple):
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
     privacy: Privacy | None = None
+    # (shapes of the model, examples i64[K]) -> None: refuses or warns, before anything compiles
+    check: Callable[[Variables, np.ndarray], None] = lambda model, sizes: None
     train_loss: str = "examples"  # or "batches": mean over clients of the mean over steps

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import optax
 
 from fedlp_jax.aggregation import means, robust
@@ -16,13 +17,14 @@ from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.round import Parts, initial_state, run_round
 from fedlp_jax.clients.local_training import LocalWork, check_work, local_steps
+from fedlp_jax.clients.optimizers import check_optimizer, warn_of_restarts
 from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning import submodels as submodel
 from fedlp_jax.pruning.layers import LayerRule
 from fedlp_jax.pruning.submodels import Submodels
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array
+from fedlp_jax.types import Array, Variables
 
 AGGREGATORS: dict[str, Callable[..., Reducer]] = {
     "masked_mean": means.masked_mean,
@@ -122,6 +124,7 @@ def compose(
         faults=True,
         stacked=parts.pipeline.reducer.stacked,
         privacy=privacy,
+        check=partial(_check_optimizers, parts),
         train_loss=train_loss,
     )
 
@@ -155,6 +158,12 @@ def _named(aggregator: str | Mapping[str, Any]) -> Reducer:
         return AGGREGATORS[name](**settings)
     except TypeError as error:
         raise FedLPError(f"aggregator '{name}' does not take {settings}.") from error
+
+
+def _check_optimizers(parts: Parts, model: Variables, sizes: np.ndarray) -> None:
+    check_optimizer("client", parts.client_optimizer, model["params"])
+    check_optimizer("server", parts.server_optimizer, model["params"])
+    warn_of_restarts(parts.client_optimizer, model["params"], local_steps(sizes, parts.work))
 
 
 def _check_parts(task: Any, client_optimizer: Any, server_optimizer: Any) -> None:

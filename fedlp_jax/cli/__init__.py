@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -45,6 +46,8 @@ def main() -> None:
 
 def _end(code: int) -> None:
     """Ends the command."""
+    if code == 0:  # too late to interrupt anything
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     connected = False
     if "jax" in sys.modules:
         import jax

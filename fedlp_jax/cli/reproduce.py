@@ -98,7 +98,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
 
     with stop_signals() as stop:
         table, figures = run_study(study, cells, progress=True, say=say, stop=stop)
-    show(*result_tables(table, study.out, figures))
+        show(*result_tables(table, study.out, figures))
 
 
 def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:
@@ -107,6 +107,8 @@ def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.paper.results import estimate_tables
 
     todo = unfinished(study, cells)
+    if todo:
+        typer.echo("measuring three short rounds of FedAvg, once they are compiled ...", err=True)
     show(*estimate_tables(estimate(study, todo) if todo else {}))
 
 

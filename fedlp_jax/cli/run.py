@@ -127,8 +127,8 @@ def run(
         return
     with stop_signals() as stop:
         outcome = execute(loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop)
-    if processes.is_first():
-        show(result_table(outcome.summary, outcome.directory))
+        if processes.is_first():
+            show(result_table(outcome.summary, outcome.directory))
 
 
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:

@@ -14,6 +14,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -66,13 +69,16 @@ def connect(
         raise FedLPError("this process is already connected; call fl.connect() once, at the start.")
     # Otherwise jax takes SIGTERM, which here ends a run after a round, as Ctrl-C does.
     jax.config.update("jax_enable_preemption_service", False)
+    alarm = threading.Timer(seconds, _warn_of_absence, (num_processes, seconds))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             cluster_detection_method=None if coordinator is None else "deactivate",
-            initialization_timeout=max(int(seconds), 1),
+            initialization_timeout=math.ceil(seconds) + 1,  # after the alarm
         )
     except (RuntimeError, ValueError) as error:
         text = str(error)
@@ -87,6 +93,8 @@ def connect(
                 "of this one"
             )
         raise FedLPError(f"cannot connect: {text}.") from error
+    finally:
+        alarm.cancel()
 
 
 def count() -> int:
@@ -280,6 +288,16 @@ def _rows(row: np.ndarray) -> np.ndarray:
     of_process = [device.process_index for device in everything]
     first = [of_process.index(i) for i in range(count())]
     return np.asarray(jax.device_get(_send(row, mesh)))[first]
+
+
+def _warn_of_absence(num_processes: int | None, seconds: float) -> None:
+    """Says why jax, which cannot be stopped, is about to abort this process."""
+    warnings.warn(
+        f"after {seconds:g} s not all {num_processes or 'of the'} processes are connected, and jax "
+        "ends this one. Start all of them, with one coordinator and the same number of processes.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -144,7 +144,9 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
     config = study.config(Cell("fedavg", "iid"))
     local = config.algorithm.model_copy(update={"epochs": None, "steps": _STEPS})
     arguments = build(config.model_copy(update={"algorithm": local}))
-    rows = simulate(**arguments | {"rounds": 3, "eval_every": None}, progress=True).history.rows
+    rows = simulate(
+        **arguments | {"rounds": 3, "eval_every": None}, progress="estimate"
+    ).history.rows
     training, evaluation = rows[1]["seconds"], rows[2]["seconds"] - rows[1]["seconds"]
     data = arguments["data"]
     shape = data.train.inputs.shape[1:]

@@ -47,10 +47,8 @@ def draw_figures(study: Study) -> list[str]:
 
 
 def _draw(panels: Mapping[str, Mapping[str, Sequence[plots.Rows]]], x: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 3.4 * len(panels), 4.2), dpi=150, layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = plots.new_figure(2 + 3.4 * len(panels), 4.2)
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     styles = {ROWS[name].label: style for name, style in _STYLES.items()}
     lines: dict[str, Any] = {}
     for axes, (split, histories) in zip(row, panels.items(), strict=True):

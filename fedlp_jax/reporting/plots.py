@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedlp_jax.data.files import replacing
-from fedlp_jax.errors import FedLPError, nearest
+from fedlp_jax.errors import FedLPError, nearest, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedlp_jax.data.partition import Partition
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, one per round
+Run = Any  # rows, a `History`, or a `Result`
 
 # Two palettes that stay apart under the common colour blindnesses: Okabe and Ito's for lines
 # (without the yellow, too pale on white), Paul Tol's muted one for areas.
@@ -67,7 +68,7 @@ def partition(partition: Partition, path: str | os.PathLike[str] | None = None) 
     Raises:
       FedLPError: the file cannot be written.
     """
-    figure = _figure()
+    figure = new_figure()
     mixes, sizes = figure.subplots(2, 1, height_ratios=(3, 2))
     clients, examples = partition.clients, partition.sizes
     drawn = np.arange(min(clients, _SHOWN)) * clients // min(clients, _SHOWN)
@@ -99,7 +100,7 @@ def partition(partition: Partition, path: str | os.PathLike[str] | None = None) 
 
 
 def curves(
-    histories: Mapping[str, Rows | Sequence[Rows]],
+    histories: Mapping[str, Run | Sequence[Run]],
     path: str | os.PathLike[str] | None = None,
     x: str = "round",
     y: str = "test_accuracy",
@@ -107,9 +108,10 @@ def curves(
     """Draws a metric of one or more runs against rounds, uploads or modelled time.
 
     Args:
-      histories: label -> rows of a run as in metrics.jsonl, one per round; or label -> several such
-        runs (seeds), drawn as their mean and a band of one standard deviation. Rows without `y`
-        (rounds without evaluation) are skipped, but their uploads count.
+      histories: label -> a run: its `Result`, its `history`, or rows as in metrics.jsonl, one per
+        round; or label -> several runs (seeds), drawn as their mean and a band of one standard
+        deviation. Rows without `y` (rounds without evaluation) are skipped, but their uploads
+        count.
       path: file to write; its suffix selects the format. None writes nothing.
       x: "round"; "upload_megabytes" for the sum of `upload_bytes` so far, in 10^6 bytes; or
         "simulated_time" for the sum of the modelled seconds of rounds (`fl.Faults(profile=...)`).
@@ -121,7 +123,7 @@ def curves(
     Raises:
       FedLPError: `x` or `y` is unknown, there is nothing to draw, or the file cannot be written.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     draw_curves(axes, histories, x, y)
     if len(histories) > 1:
@@ -131,7 +133,7 @@ def curves(
 
 def draw_curves(
     axes: Axes,
-    histories: Mapping[str, Rows | Sequence[Rows]],
+    histories: Mapping[str, Run | Sequence[Run]],
     x: str = "round",
     y: str = "test_accuracy",
     styles: Mapping[str, Style] | None = None,
@@ -224,10 +226,11 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def _figure() -> Figure:
-    from matplotlib.figure import Figure
+def new_figure(width: float = 6, height: float = 4) -> Figure:
+    """An empty figure of this size in inches, without pyplot."""
+    from fedlp_jax.reporting.figure import Figure
 
-    return Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _integers(ticks: int) -> Locator:
@@ -244,11 +247,10 @@ def _ticks_to(last: float) -> np.ndarray:
 
 
 def _draw_curve(
-    axes: Axes, label: str, runs: Rows | Sequence[Rows], x: str, y: str, style: Style
+    axes: Axes, label: str, runs: Run | Sequence[Run], x: str, y: str, style: Style
 ) -> float:
     """Draws one line, with a band if it is of several runs; returns its last abscissa."""
-    single = not runs or isinstance(runs[0], Mapping)
-    points = [_points(label, rows, x, y) for rows in ([runs] if single else runs)]  # type: ignore
+    points = [_points(label, rows, x, y) for rows in _rows_of_runs(label, runs)]
     rounds = sorted(set.intersection(*(set(run) for run in points)))
     if not rounds:
         raise FedLPError(
@@ -274,6 +276,26 @@ def _draw_curve(
             across, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
         )
     return float(across[-1])
+
+
+def _rows_of_runs(label: str, runs: Any) -> list[Rows]:
+    """The rows of each run of a label.
+
+    Raises:
+      FedLPError: the label holds neither a run nor several.
+    """
+    runs = getattr(runs, "history", runs)  # of a Result
+    if hasattr(runs, "rows"):  # a History
+        return [runs.rows]
+    if isinstance(runs, Sequence) and not isinstance(runs, str):
+        if all(isinstance(row, Mapping) for row in runs):
+            return [runs]
+        if not any(isinstance(run, Mapping) for run in runs):
+            return [rows for run in runs for rows in _rows_of_runs(label, run)]
+    raise FedLPError(
+        f"{label}: {shown(runs)} is neither a run nor a list of runs; pass the Result of a run, "
+        "its history, or rows as in metrics.jsonl."
+    )
 
 
 def _points(label: str, rows: Rows, x: str, y: str) -> dict[int, tuple[float, float]]:

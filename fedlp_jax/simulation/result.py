@@ -24,6 +24,10 @@ class DivergedError(RuntimeError):
         super().__init__(message)
         self.result = result
 
+    def __reduce__(self) -> Any:
+        """Pickles the result too, so that an error returns whole from another process."""
+        return type(self), (str(self), self.result), self.__dict__
+
 
 class History:
     """The rows of a run, one a round; `history["test_accuracy"]` is a column."""

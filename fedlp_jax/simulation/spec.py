@@ -102,7 +102,8 @@ def specify(
         cohorts = cohorts.enlarged(exposure.chosen)
     resolved = _resolve(plan, cohorts.size, algorithm, data)
     example = example_of(on_host(data.train, data.normalize))
-    checks.check_model(algorithm, example, data, root)
+    model = checks.check_model(algorithm, example, data, root)
+    algorithm.check(model, clients.sizes)
     assigned = algorithm.assign(root, population)
     width_is_open = plan is None or plan.width is None
     if width_is_open:

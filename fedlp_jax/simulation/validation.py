@@ -92,8 +92,11 @@ def check_partition(clients: Partition, data: Dataset) -> None:
         )
 
 
-def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array) -> None:
+def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array) -> Variables:
     """Refuses a model that cannot take the inputs or has too few outputs.
+
+    Returns:
+      Its shapes.
 
     Raises:
       FedLPError: with the shape, or both numbers.
@@ -115,6 +118,7 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
     with _taking(data, example):
         _, aux = jax.eval_shape(algorithm.task.loss, variables, example, root)
     _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
+    return variables
 
 
 def _check_step(before: Variables, after: Variables) -> None:

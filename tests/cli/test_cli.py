@@ -11,6 +11,7 @@ import pytest
 import typer.testing
 import yaml
 
+import fedlp_jax
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
 from fedlp_jax.config.loading import split_words
@@ -60,6 +61,13 @@ def command(*words):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_the_command_runs_as_a_module():
+    source = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    words = [sys.executable, "-m", "fedlp_jax.cli", "--version"]
+    done = subprocess.run(words, env=source, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fedlp-jax {fedlp_jax.__version__}\n"
 
 
 # the words of a command line

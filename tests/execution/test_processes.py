@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import crowd
@@ -235,6 +237,15 @@ def test_impossible_places_are_refused_at_once(words, sentence):
     assert said.exit_code == 2, said.output
     assert sentence in said.stderr.replace("\n", " ")
     assert "Traceback" not in said.stderr
+
+
+def test_waiting_in_vain_ends_with_a_sentence():
+    program = "import fedlp_jax as fl; fl.connect('127.0.0.1:%d', 3, 0, seconds=1)"
+    words = [sys.executable, "-c", program % crowd.free_port()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "after 1 s not all 3 processes are connected" in done.stderr
+    assert "the same number of processes" in done.stderr
 
 
 def test_a_plans_devices_are_those_of_all_processes(monkeypatch):

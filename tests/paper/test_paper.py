@@ -23,6 +23,7 @@ from fedlp_jax.paper.cells import Study, estimate, read_cells, run_cells, unfini
 from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
+from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.run_directory import RunDirectory
 from fedlp_jax.simulation.result import DivergedError
 
@@ -353,6 +354,16 @@ def test_a_panel_for_each_split_that_was_run(study):
     assert draw_figures(study) == ["accuracy_by_round.png", "accuracy_by_upload_megabytes.png"]
     assert all((study.out / name).stat().st_size > 10_000 for name in draw_figures(study))
     assert draw_figures(Study(study.out / "empty")) == []
+
+
+def test_panels_share_their_axis_of_accuracies(study, monkeypatch):
+    invented(study, Cell("fedavg", "m-niid"), accuracy=0.1)
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    draw_figures(study)
+    assert len(drawn) == 2
+    for figure in drawn:
+        assert len(figure.axes) == 2 and len({axes.get_ylim() for axes in figure.axes}) == 1
 
 
 # the estimate

@@ -128,6 +128,34 @@ def test_several_runs_of_a_label_are_a_mean_with_a_band():
     assert axes.get_lines()[0].get_xdata().tolist() == [1, 2, 3]
 
 
+class _History:
+    """As `fedlp_jax.simulation.result.History` looks from here."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, key):
+        return [row[key] for row in self.rows]
+
+
+class _Result:
+    def __init__(self, rows):
+        self.history = _History(rows)
+
+
+@pytest.mark.parametrize("kind", [_Result, _History, tuple])
+def test_a_run_may_be_a_result_a_history_or_rows(kind):
+    rows = _rows(3)
+    (axes,) = plots.curves({"one": kind(rows), "two": [kind(rows), kind(_rows(5))]}).axes
+    one, two = axes.get_lines()
+    assert one.get_xdata().tolist() == two.get_xdata().tolist() == [1, 2, 3]
+    assert len(axes.collections) == 1  # the band of the two
+
+
+def test_a_notebook_shows_the_picture():
+    assert plots.curves({"a": _rows(2)})._repr_png_().startswith(b"\x89PNG")
+
+
 def test_uploads_of_rounds_without_a_test_count():
     (axes,) = plots.curves({"a": _rows(6, every=2)}, x="upload_megabytes").axes
     assert axes.get_lines()[0].get_xdata().tolist() == [4.0, 8.0, 12.0]
@@ -178,6 +206,12 @@ def test_curves_are_written_in_the_format_of_the_ending(tmp_path, ending):
         ),
         ({"a": _rows(2)}, {"path": "curve.xyz"}, "picture curve.xyz cannot be written: .*xyz"),
         ({"a": [_rows(1), _rows(2)[1:]]}, {}, "a: its 2 runs have no round in common"),
+        (
+            {"a": "runs/a-1"},
+            {},
+            "a: 'runs/a-1' is neither a run nor a list of runs; pass the Result",
+        ),
+        ({"a": [_rows(1), {"round": 1}]}, {}, "a: .* is neither a run nor a list of runs"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(histories, options, message, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs as a user sees them: algebra of the method, repeatability, callbacks, what is refused."""
 
 import dataclasses
+import pickle
 import signal
 
 import flax.linen as nn
@@ -294,6 +295,20 @@ def test_a_schedule_scales_by_round():
     assert np.array_equal(flat(frozen.variables), flat(once.variables))
 
 
+def test_an_optimizer_that_cannot_work_is_refused_and_one_that_never_steps_is_warned_of():
+    def prepare(optimizer):
+        algorithm = fl.fedavg(TASK, client_optimizer=optimizer, batch_size=64)
+        fl.Simulation(algorithm, DATA, CLIENTS, rounds=1, cohort=4)
+
+    with pytest.raises(fl.FedLPError, match="client_optimizer: lookahead needs parameters of its"):
+        prepare(optax.lookahead(optax.sgd(0.1), 5, 0.5))
+    with pytest.warns(UserWarning, match="the 1 local steps of a round it moves no parameter"):
+        prepare(optax.MultiSteps(optax.sgd(0.1), 4))
+    server = fl.fedavg(TASK, server_optimizer=optax.masked(optax.sgd(1.0), {"a": True}), **COMMON)
+    with pytest.raises(fl.FedLPError, match="server_optimizer: masked cannot take the tree"):
+        fl.Simulation(server, DATA, CLIENTS, rounds=1, cohort=4)
+
+
 # --- clients that fail ----------------------------------------------------------------------------
 
 
@@ -330,6 +345,12 @@ def test_a_run_whose_clients_all_fail_stops_with_the_last_good_model():
     result = caught.value.result
     assert len(result.history) == 2
     assert int(result.state.round) == 1  # the state as a whole stands still, counters too
+    caught.value.add_note("a note")
+    sent = pickle.loads(pickle.dumps(caught.value))  # as a process pool does
+    assert (str(sent), sent.__notes__) == (str(caught.value), ["a note"])
+    assert np.array_equal(flat(sent.result.variables), flat(good.variables))
+    assert sent.result.history.rows == result.history.rows
+    assert sent.result.costs.total == result.costs.total and sent.result.plan == result.plan
 
 
 @pytest.mark.parametrize(
