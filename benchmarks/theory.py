@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 import fedlp_jax as fl
 from benchmarks.machine import machine
 from fedlp_jax import theory
-from fedlp_jax.tasks.task import Aux, Sums, Task
+from fedlp_jax.tasks.supervised import mean_over_rows
+from fedlp_jax.tasks.task import Aux, Task
 
 RATES = (0.1, 0.3, 0.5, 1.0)  # p
 CURVATURE = (2.0, 1.0, 0.5)  # h, of the numbers of a layer
@@ -219,22 +220,21 @@ def quadratic_task(layers: int, width: int) -> Task:
         del key, batch
         return {"params": {name: {"x": jnp.zeros(width, jnp.float32)} for name in names}}
 
-    def sums(variables: fl.types.Variables, batch: fl.types.Batch) -> Sums:
+    def evaluate(variables: fl.types.Variables, batch: fl.types.Batch) -> fl.types.Metrics:
         x = jnp.concatenate([variables["params"][name]["x"] for name in names])
         loss = 0.5 * (jnp.square(x[None] - batch.inputs) * curvature[None]).sum(axis=1)
-        valid = jnp.ones_like(loss) if batch.valid is None else batch.valid.astype(loss.dtype)
-        return Sums((loss * valid).sum(), jnp.zeros((), loss.dtype), valid.sum())
+        return {"loss": mean_over_rows(loss, batch.valid)}
 
     def loss(variables: fl.types.Variables, batch: fl.types.Batch, key: fl.types.Array) -> Any:
         del key
-        found = sums(variables, batch)
-        return found.loss / found.examples, Aux({}, *found)
+        metrics = evaluate(variables, batch)
+        return metrics["loss"].total / metrics["loss"].weight, Aux({}, metrics)
 
     def outputs(variables: fl.types.Variables, batch: fl.types.Batch) -> fl.types.Array:
         del variables
         return jnp.zeros((batch.inputs.shape[0], 1))
 
-    return Task(init, loss, sums, outputs)
+    return Task(init, loss, evaluate, outputs, metrics=("loss",))
 
 
 def _simulation(problem: Problem) -> fl.Simulation:

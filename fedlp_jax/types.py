@@ -44,8 +44,8 @@ class Normalize(NamedTuple):
 class Batch(NamedTuple):
     """One batch of one client, padded to B rows."""
 
-    inputs: Array  # uint8|f32[B, ...], as stored: not normalised
-    labels: Array  # i32[B]
+    inputs: Array  # uint8|f32|i32[B, ...], as stored: not normalised
+    labels: Array  # i32[B] classes, or targets [B, ...] of any shape and dtype
     valid: Array | None  # bool[B], False = padding; None = every row counts (known statically)
     normalize: Normalize  # of the data set; a task may carry another
 
@@ -53,8 +53,8 @@ class Batch(NamedTuple):
 class Examples(NamedTuple):
     """A whole split on the device, or the rows that each device needs, one device after another."""
 
-    inputs: Array  # uint8|f32[N, ...]
-    labels: Array  # i32[N]
+    inputs: Array  # uint8|f32|i32[N, ...]
+    labels: Array  # i32[N] classes, or targets [N, ...]
     normalize: Normalize
 
 
@@ -77,12 +77,23 @@ class Cohort:
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
-class ClientMetrics(NamedTuple):
-    """What one client reports besides its update. Sums, so that any mean can be taken later."""
+class Mean(NamedTuple):
+    """A weighted mean as two sums: means over batches and clients add up exactly.
 
-    loss_sum: Array  # f32[], sum of the loss over examples seen
-    correct: Array  # f32[], correct predictions on examples seen, while training
-    examples: Array  # f32[], examples seen (each epoch counts)
+    The only division is on the host, once.
+    """
+
+    total: Array  # f32[], sum of weight x value
+    weight: Array  # f32[], sum of weights, such as the number of examples
+
+
+Metrics = dict[str, Mean]
+
+
+class ClientMetrics(NamedTuple):
+    """What one client reports besides its update."""
+
+    means: Metrics  # of its task, over the examples seen while training
     batch_loss_sum: Array  # f32[], sum over steps of the mean loss of the batch
     steps: Array  # i32[]
     finite: Array  # bool[], False = the update held a NaN or infinity and was left out

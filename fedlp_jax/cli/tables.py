@@ -14,7 +14,7 @@ from fedlp_jax.config.loading import dump_config
 from fedlp_jax.config.overview import Overview, macs_by_layer
 from fedlp_jax.config.schema import Config
 from fedlp_jax.reporting.environment import environment
-from fedlp_jax.reporting.progress import duration
+from fedlp_jax.reporting.progress import duration, headline
 
 
 def show(*parts: RenderableType) -> None:
@@ -28,8 +28,8 @@ def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
     """The end of a run: accuracy, traffic relative to FedAvg, time, and the run directory."""
     final, readings = summary["final"], summary["readings"]
     rows = {"test accuracy": "not evaluated"}
-    if final.get("test_accuracy") is not None:
-        rows = {"test accuracy": f"{final['test_accuracy']:.4f} after {summary['rounds']} rounds"}
+    if (key := headline(final)) is not None:
+        rows = {key.replace("_", " "): f"{final[key]:.4f} after {summary['rounds']} rounds"}
     for direction in ("upload", "download"):
         key = f"{direction}_bytes"
         rows[direction] = _against_fedavg(summary["total"][key], summary["fedavg"][key])

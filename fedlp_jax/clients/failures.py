@@ -191,6 +191,11 @@ def _probabilities(name: str, value: Any, clients: int, otherwise: str = "") -> 
 def _strength(corruption: Corruption, classes: int) -> float:
     check_choice("faults.corruption.kind", corruption.kind, KINDS)
     if corruption.kind == "label_flip":
+        if classes < 1:
+            raise FedLPError(
+                "faults.corruption.kind='label_flip' needs class labels, but the targets are real "
+                "numbers; choose sign_flip, scale, gaussian or nan."
+            )
         return float(classes - 1)
     if corruption.strength is None:
         return _STRENGTH[corruption.kind]

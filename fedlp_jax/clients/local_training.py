@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, PyTree, Variables
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, Mean, PyTree, Variables
 
 
 class LocalWork(NamedTuple):
@@ -164,7 +164,7 @@ def local_update(
 
         with jax.numpy_dtype_promotion("standard"):
             state = optimizer.init(variables["params"])
-        carry = (variables, state, _zero_metrics())
+        carry = (variables, state, _zero_metrics(task.metrics))
         variables, _, metrics = jax.lax.fori_loop(0, bounds.epochs, epoch, carry)
         return variables, metrics
 
@@ -233,18 +233,17 @@ def _sgd_step(
         params = optax.apply_updates(params, updates)
     f32 = jnp.float32
     metrics = metrics._replace(
-        loss_sum=metrics.loss_sum + aux.loss_sum.astype(f32),
-        correct=metrics.correct + aux.correct.astype(f32),
-        examples=metrics.examples + aux.examples.astype(f32),
+        means=jax.tree.map(lambda m, x: m + x.astype(f32), metrics.means, aux.metrics),
         batch_loss_sum=metrics.batch_loss_sum + loss.astype(f32),
         steps=metrics.steps + 1,
     )
     return {**aux.statistics, "params": params}, state, metrics
 
 
-def _zero_metrics() -> ClientMetrics:
+def _zero_metrics(names: Sequence[str]) -> ClientMetrics:
     zero = jnp.zeros((), jnp.float32)
-    return ClientMetrics(zero, zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    means = {name: Mean(zero, zero) for name in names}
+    return ClientMetrics(means, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
 
 def is_finite(tree: Any) -> Array:

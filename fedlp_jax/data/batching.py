@@ -43,7 +43,7 @@ def take_batch(
     """Gathers batch `step` of an epoch; the last one may be partial.
 
     Args:
-      examples: the split, inputs `uint8|f32[N, ...]`.
+      examples: the split, inputs `uint8|f32|i32[N, ...]`.
       order: `i32[ceil(M / B) * B]` from `shuffled_rows`.
       step: `i32[]`, batch within the epoch.
       size: `i32[]`, the client's number of examples.
@@ -72,7 +72,7 @@ def example_of(examples: Examples) -> Batch:
     """A batch of one zero row, for shapes."""
     return Batch(
         jnp.zeros((1, *examples.inputs.shape[1:]), examples.inputs.dtype),
-        jnp.zeros((1,), examples.labels.dtype),
+        jnp.zeros((1, *examples.labels.shape[1:]), examples.labels.dtype),
         None,
         examples.normalize,
     )

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, shown, whole_number, why
+from fedlp_jax.errors import FedLPError, check_choice, shown, whole_number, why
 from fedlp_jax.types import Normalize
 
 IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
@@ -19,8 +20,8 @@ IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
 class Split(NamedTuple):
     """Examples and their labels."""
 
-    inputs: np.ndarray  # uint8 or f32[N, ...]; images are [N, height, width, channels]
-    labels: np.ndarray  # i32[N]
+    inputs: np.ndarray  # uint8, f32 or (tokens) i32[N, ...]; images [N, height, width, channels]
+    labels: np.ndarray  # i32[N] class labels, or targets: i32 or f32[N, ...]
 
     @property
     def nbytes(self) -> int:
@@ -30,14 +31,19 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """A classification data set in memory, or mapped from disk. Made by `load` or `from_arrays`."""
+    """A data set in memory, or mapped from disk. Made by `load` or `from_arrays`."""
 
     name: str
     train: Split
     test: Split
-    num_classes: int
-    normalize: Normalize  # from stored inputs to model inputs
+    num_classes: int  # of class labels or tokens; 0 = the targets are real numbers
+    normalize: Normalize  # from stored inputs to model inputs; integers stay as they are
     client: np.ndarray | None = None  # i64[N], client id of each training example, if known
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether each example has one class label."""
+        return self.num_classes > 0 and self.train.labels.ndim == 1
 
     @functools.cached_property
     def hash(self) -> str:
@@ -53,8 +59,15 @@ class Dataset:
         return (
             f"Dataset({self.name}: {len(self.train.labels):,} training and "
             f"{len(self.test.labels):,} test examples of {inputs.dtype}{list(inputs.shape[1:])}, "
-            f"{self.num_classes} classes)"
+            f"{self._targets()})"
         )
+
+    def _targets(self) -> str:
+        if self.has_classes:
+            return f"{self.num_classes} classes"
+        labels = self.train.labels
+        kind = f"tokens of {self.num_classes}" if self.num_classes else str(labels.dtype)
+        return f"targets {kind}{list(labels.shape[1:])}"
 
 
 def from_arrays(
@@ -67,6 +80,7 @@ def from_arrays(
     normalize: Normalize | None = None,
     add_channel: bool | None = None,
     client: Any = None,
+    targets: Literal["classes", "values"] = "classes",
     name: str = "arrays",
 ) -> Dataset:
     """Makes a data set of your own arrays.
@@ -75,17 +89,21 @@ def from_arrays(
     integers taken for pixels, and windows of a series taken for images.
 
     Args:
-      train_inputs: uint8 or floating `[N, ...]`. Floats become float32.
-      train_labels: integers `[N]` or `[N, 1]` in `0 .. num_classes - 1`.
+      train_inputs: `[N, ...]` of uint8, floats or other integers. Floats become float32; integers,
+        such as tokens, become int32 and are not normalised.
+      train_labels: integers `[N]` or `[N, 1]` in `0 .. num_classes - 1`; see `targets`.
       test_inputs: like `train_inputs`.
       test_labels: like `train_labels`.
-      num_classes: None means one more than the largest label.
+      num_classes: None means one more than the largest label, or 0 for real targets.
       normalize: a pair (gain, shift), each one number or one per channel: the model gets
         `x * gain + shift`. None means `x / 127.5 - 1` for uint8 and `x` for floats.
       add_channel: whether inputs get a last axis of size 1. None means yes for three axes in all,
         `[N, height, width]`, and no otherwise.
       client: integers or strings `[N]`, the client id of each training example; strings become
         their rank.
+      targets: "classes" = a class label for each example; "values" = numbers of any shape
+        `[N, ...]`, as for regression, several labels or sequences: integers become int32, floats
+        float32.
       name: for messages and reports.
 
     Returns:
@@ -97,12 +115,25 @@ def from_arrays(
     """
     if not (add_channel is None or isinstance(add_channel, bool)):
         raise FedLPError(f"{name}: add_channel={shown(add_channel)} must be true, false or None.")
-    train = _split(name, "train", train_inputs, train_labels, add_channel)
-    test = _split(name, "test", test_inputs, test_labels, add_channel)
+    check_choice("targets", targets, ("classes", "values"))
+    read = class_labels if targets == "classes" else target_values
+    train = _split(name, "train", train_inputs, train_labels, add_channel, read)
+    test = _split(name, "test", test_inputs, test_labels, add_channel, read)
+    alike = train.labels.shape[1:] == test.labels.shape[1:]
+    if not alike or train.labels.dtype != test.labels.dtype:
+        raise FedLPError(
+            f"{name}: training targets are {train.labels.dtype}{list(train.labels.shape[1:])} but "
+            f"test targets {test.labels.dtype}{list(test.labels.shape[1:])}; make them alike."
+        )
     if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
         raise FedLPError(
             f"{name}: training examples are {train.inputs.dtype}{list(train.inputs.shape[1:])} but "
             f"test examples {test.inputs.dtype}{list(test.inputs.shape[1:])}; make them alike."
+        )
+    if normalize is not None and train.inputs.dtype == np.int32:
+        raise FedLPError(
+            f"{name}: integer inputs such as tokens are not normalised; omit normalize, or cast "
+            "the inputs with .astype(numpy.float32)."
         )
     if normalize is None:
         normalize = IDENTITY
@@ -177,6 +208,41 @@ def class_labels(what: str, labels: Any) -> np.ndarray:
     return view
 
 
+def target_values(what: str, values: Any) -> np.ndarray:
+    """Checks targets that are numbers of any shape.
+
+    Args:
+      what: names them in messages.
+      values: integers or floats `[N, ...]`.
+
+    Returns:
+      `i32[N, ...]` or `f32[N, ...]`.
+
+    Raises:
+      FedLPError: they are something else, empty, not finite, or too large for 32 bits.
+    """
+    values = _as_array(what, values)
+    if values.ndim < 1 or values.size == 0 or values.dtype.kind not in "biuf":
+        raise FedLPError(
+            f"{what} are {values.dtype}{list(values.shape)}; expected numbers [N, ...], at least "
+            "one."
+        )
+    if values.dtype.kind != "f":
+        return _as_int32(what, values)
+    if not np.isfinite(single := values.astype(np.float32)).all():
+        raise FedLPError(f"{what} hold a NaN, an infinity or a number beyond float32; remove it.")
+    return single
+
+
+def _as_int32(what: str, values: np.ndarray) -> np.ndarray:
+    if values.min() < -(2**31) or values.max() >= 2**31:
+        raise FedLPError(
+            f"{what} go from {values.min()} to {values.max()}, which 32 bits cannot hold; number "
+            "them from 0."
+        )
+    return values.astype(np.int32)
+
+
 def integers(what: str, values: Any) -> np.ndarray:
     """A one-dimensional array of integers of any width.
 
@@ -226,10 +292,17 @@ def client_ids(values: Any, examples: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _split(name: str, which: str, inputs: Any, labels: Any, add_channel: bool | None) -> Split:
-    """Checks one split and brings it to the types of `Split`."""
+def _split(
+    name: str,
+    which: str,
+    inputs: Any,
+    labels: Any,
+    add_channel: bool | None,
+    read: Callable[[str, Any], np.ndarray],
+) -> Split:
+    """Checks one split and brings it to the types of `Split`; `read` checks its labels."""
     what = f"{name}: {which}_inputs"
-    labels = class_labels(f"{name}: {which}_labels", labels)
+    labels = read(f"{name}: {which}_labels", labels)
     inputs = _as_array(what, inputs)
     if inputs.ndim < 2 or 0 in inputs.shape:
         raise FedLPError(
@@ -242,12 +315,14 @@ def _split(name: str, which: str, inputs: Any, labels: Any, add_channel: bool | 
         )
     if np.issubdtype(inputs.dtype, np.floating):
         inputs = _single(what, inputs)
+    elif inputs.dtype.kind in "iu" and inputs.dtype != np.uint8:
+        inputs = _as_int32(what, inputs)
     elif inputs.dtype != np.uint8:
         raise FedLPError(
-            f"{what} are {inputs.dtype}; expected uint8 or floating. Cast them, for example with "
-            ".astype(numpy.float32), which is exact for integers up to 2**24."
+            f"{what} are {inputs.dtype}; expected integers or floats. Cast them, for example with "
+            ".astype(numpy.float32)."
         )
-    if add_channel is None and inputs.ndim == 3:
+    if add_channel is None and inputs.ndim == 3 and inputs.dtype != np.int32:
         add_channel = True
         if which == "train" and inputs.dtype != np.uint8 and inputs.shape[1] != inputs.shape[2]:
             _warn(
@@ -286,6 +361,10 @@ def _class_count(
     name: str, num_classes: int | None, train_labels: np.ndarray, test_labels: np.ndarray
 ) -> int:
     """Checks `num_classes` against the labels, or takes it from them."""
+    if train_labels.dtype != np.int32:
+        if num_classes:
+            raise FedLPError(f"{name}: num_classes={shown(num_classes)}, but targets are floats.")
+        return 0
     largest = int(max(train_labels.max(), test_labels.max()))
     if num_classes is None:
         examples = len(train_labels) + len(test_labels)

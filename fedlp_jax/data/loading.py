@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,9 +45,9 @@ def load(
       data_dir: where tensorflow-datasets prepares its sets; None means `$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`.
       **options: of `synthetic`: `examples`, `test_examples`, `shape`, `num_classes`, `seed`. Of an
-        .npz: `num_classes`, `normalize`, `add_channel`, see `from_arrays`. Of tensorflow-datasets:
-        `train_split`, `test_split`, and `image` and `label`, the features to read where there are
-        several.
+        .npz: `num_classes`, `normalize`, `add_channel`, `targets`, see `from_arrays`. Of
+        tensorflow-datasets: `train_split`, `test_split`, and `image` and `label`, the features to
+        read where there are several.
 
     Returns:
       The data set. Decoded images are cached, see `fedlp_jax.data.cache`.
@@ -105,6 +105,7 @@ def _from_npz(
     num_classes: int | None = None,
     normalize: Normalize | None = None,
     add_channel: bool | None = None,
+    targets: Literal["classes", "values"] = "classes",
 ) -> Dataset:
     del data_dir
     file = Path(os.path.expanduser(path))
@@ -126,6 +127,7 @@ def _from_npz(
         normalize=normalize,
         add_channel=add_channel,
         client=client,
+        targets=targets,
         name=file.stem,
     )
 

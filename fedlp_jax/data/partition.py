@@ -28,7 +28,7 @@ class Partition:
 
     Client k holds the rows `order[offset[k] : offset[k + 1]]` of the training split, at least one.
     Some rows may belong to nobody. `fl.simulate` trains only on the labels that the partition was
-    made from.
+    made from. Targets without classes, such as real numbers, count as one class.
 
     Raises:
       FedLPError: the arrays contradict each other.
@@ -143,14 +143,14 @@ def iid(labels: Any, *, clients: int, seed: int = 0) -> Partition:
     """Deals all examples at random, in sizes that differ by at most one.
 
     Args:
-      labels: integers `[N]`.
+      labels: integers `[N]`, or targets `[N, ...]` of any kind.
       clients: K, at most N.
       seed: of the deal.
 
     Returns:
       A partition that uses every example once.
     """
-    labels, clients = _checked(labels, clients)
+    labels, clients = _checked(_classes_of(labels), clients)
     rows = _generator("iid", seed).permutation(np.arange(len(labels), dtype=np.int32))
     return _by_size(rows, _even_sizes(len(labels), clients), labels)
 
@@ -161,7 +161,7 @@ def quantity(
     """Skews the sizes and not the classes: client sizes in shares ~ Dirichlet(alpha).
 
     Args:
-      labels: integers `[N]`.
+      labels: integers `[N]`, or targets `[N, ...]` of any kind.
       clients: K.
       alpha: positive; the smaller, the more unequal the sizes.
       seed: of sizes and deal.
@@ -170,7 +170,7 @@ def quantity(
     Returns:
       A partition that uses every example once.
     """
-    labels, clients = _checked(labels, clients, alpha)
+    labels, clients = _checked(_classes_of(labels), clients, alpha)
     min_size = _min_size(min_size, clients, len(labels))
     rng = _generator("quantity", seed)
     sizes = _raise_sizes(_dirichlet_sizes(rng, alpha, clients, len(labels)), min_size)
@@ -301,14 +301,14 @@ def natural(labels: Any, *, clients: Any) -> Partition:
     """Gives every client its own examples, such as those of one writer.
 
     Args:
-      labels: integers `[N]`.
+      labels: integers `[N]`, or targets `[N, ...]` of any kind.
       clients: integers or strings `[N]`, the client id of each example. Client k is the k-th id in
         sorted order, as in `numpy.unique(clients)`.
 
     Returns:
       A partition that uses every example once, in the order of the data set.
     """
-    labels = class_labels("labels", labels)
+    labels = class_labels("labels", _classes_of(labels))
     ids, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
     return by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
 
@@ -447,6 +447,14 @@ def _generator(scheme: str, seed: Any) -> np.random.Generator:
     return np.random.Generator(
         np.random.Philox(key=np.asarray([seed, _STREAM[scheme]], dtype=np.uint64))
     )
+
+
+def _classes_of(targets: Any) -> Any:
+    """Class labels as they are; targets without classes, such as floats, as one class for all."""
+    array = np.asarray(targets)
+    if (array.ndim > 1 and array.shape[1:] != (1,)) or array.dtype.kind == "f":
+        return np.zeros(len(array), np.int32)
+    return targets
 
 
 def _checked(labels: Any, clients: Any, alpha: Any = 1.0) -> tuple[np.ndarray, int]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, nearest, shown
+from fedlp_jax.reporting.progress import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,10 +191,10 @@ def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
     """
     try:
         partition(clients, folder / "partition.png")
-        if any(row.get("test_accuracy") is not None for row in rows):
+        if y := next((key for row in rows if (key := headline(row))), None):
             timed = ("simulated_time",) if "simulated_time" in rows[0] else ()
             for x in ("round", "upload_megabytes", *timed):
-                curves({name: rows}, folder / f"accuracy_by_{x}.png", x)
+                curves({name: rows}, folder / f"{y.removeprefix('test_')}_by_{x}.png", x, y)
     except Exception as error:
         warnings.warn(
             f"The plots in {folder} are incomplete: {error} Everything else is written.",

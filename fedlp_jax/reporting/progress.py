@@ -44,7 +44,7 @@ class Progress:
         self._show = self._console.is_terminal if show is None else show
         self._rounds, self._name, self._first = rounds, name, len(done) + 1
         self._uploaded = 0.0  # bytes
-        self._accuracy, self._tested = "", 0
+        self._test, self._tested = "", 0
         for row in done:
             self._count(row)
         self._bar = Bar(
@@ -97,23 +97,29 @@ class Progress:
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self._uploaded += row["upload_bytes"]
-        if row.get("test_accuracy") is not None:
-            self._accuracy = f"accuracy {row['test_accuracy']:.4f}"
+        if (key := headline(row)) is not None:
+            self._test = f"{key.removeprefix('test_').replace('_', ' ')} {row[key]:.4f}"
             self._tested = int(row["round"])
 
     def _numbers(self, row: Mapping[str, Any]) -> str:
         loss = row.get("train_loss")
-        # An accuracy of an earlier round says so, since the loss next to it is newer.
+        # A test of an earlier round says so, since the loss next to it is newer.
         when = f" (round {self._tested})" if self._tested != row["round"] else ""
         parts = [
             f"loss {loss:.4f}" if loss is not None else "",
-            self._accuracy and self._accuracy + when,
+            self._test and self._test + when,
             f"{self._uploaded / 1e6:.1f} MB up",
         ]
         return "  ".join(filter(None, parts))
 
     def _line(self, text: str) -> None:
         self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def headline(row: Mapping[str, Any]) -> str | None:
+    """The test metric that stands for a round: accuracy, or else the loss; None = not tested."""
+    keys = ("test_accuracy", "test_loss")
+    return next((key for key in keys if row.get(key) is not None), None)
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,7 @@ from fedlp_jax.data.batching import example_of, slice_batch
 from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.tasks.task import Sums
-from fedlp_jax.types import Array, ClientMetrics, Examples, PyTree, Variables
+from fedlp_jax.types import Array, ClientMetrics, Examples, Mean, Metrics, PyTree, Variables
 
 # Rows evaluated at once: small enough for a core's cache, large enough to fill an accelerator.
 _EVAL_BATCH = {"cpu": 64}
@@ -33,8 +32,10 @@ def tested_levels(
     return tested
 
 
-def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples], dict[str, Sums]]:
-    """Builds `evaluate(variables, split) -> {suffix: sums}` for jit, over the devices of a plan.
+def evaluator(
+    algorithm: Algorithm, plan: Plan
+) -> Callable[[Variables, Examples], dict[str, Metrics]]:
+    """Builds `evaluate(variables, split) -> {suffix: metrics}` for jit, over the devices of a plan.
 
     Batches of the split take the place of clients, so evaluation is the same map and sum as a
     round: exact for any size of split, one division at the end, on the host.
@@ -42,14 +43,14 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples
     batch_size = _EVAL_BATCH.get(jax.default_backend(), _ACCELERATOR_EVAL_BATCH)
     devices = plan.devices or 1
 
-    def evaluate(variables: Variables, examples: Examples) -> dict[str, Sums]:
+    def evaluate(variables: Variables, examples: Examples) -> dict[str, Metrics]:
         batches = -(-examples.labels.shape[0] // batch_size)
         slots = -(-batches // devices)
         first = np.arange(devices * slots, dtype=np.int32) * batch_size
         stop = np.clip(batches - np.arange(devices) * slots, 0, slots)
         segment = np.stack([np.zeros_like(stop), stop], axis=1).astype(np.int32)
 
-        def test(level: Submodel) -> Sums:
+        def test(level: Submodel) -> Metrics:
             def run(shared: PyTree, first: Array, own: Any, active: Array, bounds: Any) -> Any:
                 held, examples = shared
                 batch = slice_batch(examples, first, batch_size)
@@ -70,13 +71,13 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[[Variables, Examples
     return evaluate
 
 
-def test_metrics(sums: dict[str, Sums]) -> dict[str, float]:
-    """`test_loss` and `test_accuracy`, with the suffix of each tested level."""
-    row = {}
-    for suffix, s in sums.items():
-        row[f"test_loss{suffix}"] = float(s.loss) / float(s.examples)
-        row[f"test_accuracy{suffix}"] = float(s.correct) / float(s.examples)
-    return row
+def test_metrics(tested: dict[str, Metrics]) -> dict[str, float]:
+    """`test_NAME` of each metric, with the suffix of each tested level."""
+    return {
+        f"test_{name}{suffix}": float(mean.total) / float(mean.weight)
+        for suffix, metrics in tested.items()
+        for name, mean in _loss_first(metrics)
+    }
 
 
 def train_metrics(
@@ -91,7 +92,7 @@ def train_metrics(
       kind: "examples" or "batches", see `Algorithm.train_loss`.
 
     Returns:
-      `train_loss`, `train_accuracy`, `clients`, `clients_left_out`; a mean over nobody is None.
+      `train_NAME` of each metric, `clients`, `clients_left_out`; a mean over nobody is None.
     """
     finite = np.asarray(client.finite)
     row = _means(client, finite, kind, "")
@@ -105,16 +106,19 @@ def train_metrics(
 
 def _means(client: ClientMetrics, who: np.ndarray, kind: str, suffix: str) -> dict[str, Any]:
     if not who.any():
-        return {f"train_loss{suffix}": None, f"train_accuracy{suffix}": None}
-    examples = _of(client.examples, who).sum()
+        return {f"train_{name}{suffix}": None for name, _ in _loss_first(client.means)}
+    row = {
+        f"train_{name}{suffix}": float(_of(mean.total, who).sum() / _of(mean.weight, who).sum())
+        for name, mean in _loss_first(client.means)
+    }
     if kind == "batches":
         loss = (_of(client.batch_loss_sum, who) / _of(client.steps, who)).mean()
-    else:
-        loss = _of(client.loss_sum, who).sum() / examples
-    return {
-        f"train_loss{suffix}": float(loss),
-        f"train_accuracy{suffix}": float(_of(client.correct, who).sum() / examples),
-    }
+        row[f"train_loss{suffix}"] = float(loss)
+    return row
+
+
+def _loss_first(metrics: Metrics) -> list[tuple[str, Mean]]:
+    return sorted(metrics.items(), key=lambda item: (item[0] != "loss", item[0]))
 
 
 def _of(values: Array, who: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from fedlp_jax.accounting.ledger import Ledger
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting import plots
+from fedlp_jax.reporting.progress import headline
 from fedlp_jax.types import ServerState, Variables
 
 Row = dict[str, Any]
@@ -86,8 +87,13 @@ class Result:
     lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
-        """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure."""
-        return plots.curves({label: self.history.rows}, path=path, x=x)
+        """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure.
+
+        A task without accuracy shows its test loss.
+        """
+        rows = self.history.rows
+        y = next((key for row in rows if (key := headline(row))), "test_accuracy")
+        return plots.curves({label: rows}, path=path, x=x, y=y)
 
 
 def diverged(round: int, left_out: np.ndarray, clients: int, result: Result) -> DivergedError:

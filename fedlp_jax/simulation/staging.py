@@ -121,7 +121,7 @@ class Stage:
             inputs, labels = self.train.inputs, self.train.labels
             examples = Examples(
                 cast(Any, _shape((rows, *inputs.shape[1:]), inputs.dtype, split)),
-                cast(Any, _shape((rows,), labels.dtype, split)),
+                cast(Any, _shape((rows, *labels.shape[1:]), labels.dtype, split)),
                 examples.normalize,
             )
         return private, examples, _shapes(self._stacked([cohort]), split)
@@ -170,7 +170,7 @@ class Stage:
         own, rows = own_rows(cohort, devices, self._rows)
         train = self.train
         inputs = np.zeros((devices * self._rows, *train.inputs.shape[1:]), train.inputs.dtype)
-        labels = np.zeros(devices * self._rows, train.labels.dtype)
+        labels = np.zeros((devices * self._rows, *train.labels.shape[1:]), train.labels.dtype)
         for d, of_device in enumerate(own):
             here = slice(d * self._rows, d * self._rows + len(of_device))
             # Copied straight into place; numpy would buffer the output in the mode "raise".
@@ -208,7 +208,7 @@ def own_rows(cohort: Cohort, devices: int, room: int) -> tuple[list[np.ndarray],
 
 def on_host(split: Split, normalize: Normalize) -> Examples:
     """A split in the form that rounds read, in numpy."""
-    arrays: tuple[Any, Any] = split.inputs, split.labels.astype(np.int32, copy=False)
+    arrays: tuple[Any, Any] = split.inputs, split.labels
     gain, shift = (np.asarray(x, np.float32) for x in normalize)
     return Examples(*arrays, Normalize(gain, shift))
 

@@ -82,6 +82,8 @@ def check_partition(clients: Partition, data: Dataset) -> None:
             f"the partition was made for {len(clients.labels)} examples but the training split of "
             f"'{data.name}' has {examples}; partition its own labels."
         )
+    if not data.has_classes:
+        return
     others = int((clients.labels != data.train.labels).sum())
     if others:
         raise FedLPError(
@@ -93,7 +95,7 @@ def check_partition(clients: Partition, data: Dataset) -> None:
 
 
 def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array) -> Variables:
-    """Refuses a model that cannot take the inputs or has too few outputs.
+    """Refuses a model that cannot take the inputs, or whose outputs do not fit the task.
 
     Returns:
       Its shapes.
@@ -105,18 +107,14 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
         variables = initial_shapes(algorithm.task, root, example)
         outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
     _check_kinds(variables)
-    if outputs.ndim != 2:
-        raise FedLPError(
-            f"the model's outputs have shape {list(outputs.shape)} for a batch of one, but logits "
-            "must be [batch, classes]."
-        )
-    if outputs.shape[-1] < data.num_classes:
-        raise FedLPError(
-            f"the model has {outputs.shape[-1]} outputs but '{data.name}' has {data.num_classes} "
-            "classes; set its num_classes."
-        )
+    algorithm.task.check(outputs.shape, example, data.num_classes)
     with _taking(data, example):
         _, aux = jax.eval_shape(algorithm.task.loss, variables, example, root)
+    if set(aux.metrics) != set(algorithm.task.metrics) or "loss" not in aux.metrics:
+        raise FedLPError(
+            f"the task's loss measures {', '.join(aux.metrics) or 'nothing'}, but its `metrics` "
+            f"are {', '.join(algorithm.task.metrics)}; make them the same, with 'loss' among them."
+        )
     _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
     return variables
 

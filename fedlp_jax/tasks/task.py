@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fedlp_jax.types import Array, Batch, Variables
+from fedlp_jax.types import Array, Batch, Metrics, Variables
 
 
 class Aux(NamedTuple):
     """What a training step reports besides the loss."""
 
     statistics: Variables  # updated collections other than "params"
-    loss_sum: Array  # f32[], over valid rows
-    correct: Array  # f32[]
-    examples: Array  # f32[], valid rows
-
-
-class Sums(NamedTuple):
-    """Evaluation over some rows, as sums: those of several batches add up exactly."""
-
-    loss: Array  # f32[]
-    correct: Array  # f32[]
-    examples: Array  # f32[]
+    metrics: Metrics  # over valid rows, under the names of `Task.metrics`
 
 
 class Task(NamedTuple):
-    """Pure functions for ONE client. `loss` trains, `evaluate` measures."""
+    """Pure functions for ONE client. `loss` trains, `evaluate` measures.
+
+    A run reports each metric as `train_NAME` and `test_NAME`. One of them is "loss".
+    """
 
     init: Callable[[Array, Batch], Variables]  # (key, example batch) -> variables
     loss: Callable[[Variables, Batch, Array], tuple[Array, Aux]]  # (variables, batch, key)
-    evaluate: Callable[[Variables, Batch], Sums]  # (variables, batch)
-    outputs: Callable[[Variables, Batch], Array]  # (variables, batch) -> [B, classes]
+    evaluate: Callable[[Variables, Batch], Metrics]  # (variables, batch)
+    outputs: Callable[[Variables, Batch], Array]  # (variables, batch) -> [B, ...]
+    # (shape of the outputs for a batch of one, that batch, number of classes or 0); raises a
+    # FedLPError where they do not fit
+    check: Callable[[tuple[int, ...], Batch, int], None] = lambda outputs, example, classes: None
+    metrics: tuple[str, ...] = ("loss", "accuracy")
     at_depth: Callable[[int], Task] | None = None  # depth -> submodel, if the model has depths
     depth: int = 1  # number of depths; the deepest is the whole model

@@ -137,9 +137,7 @@ def test_a_loss_is_the_mean_over_examples_or_over_steps_and_clients(kind, loss):
     """Two clients: four examples in two batches, and one example in one."""
     f32 = np.float32
     client = fl.types.ClientMetrics(
-        loss_sum=f32([6, 1]),
-        correct=f32([2, 1]),
-        examples=f32([4, 1]),
+        means={"loss": fl.types.Mean(f32([6, 1]), f32([4, 1]))},
         batch_loss_sum=f32([6, 1]),
         steps=np.array([2, 1]),
         finite=np.array([True, True]),

@@ -93,7 +93,11 @@ HUGE[2] = 1e300
         (2, np.zeros((3, 4, 4, 1)), r"examples are uint8\[4, 4, 1\] but test examples float32\["),
         (0, NAN, "a NaN, .* in 1 of 5 examples, the first in row 3"),
         (0, HUGE, "beyond float32 in 1 of 5 examples, the first in row 2"),
-        (0, np.zeros((5, 4, 4, 1), int), r"inputs are int64; expected uint8 or floating. Cast"),
+        (
+            0,
+            np.full((5, 4), 2**40),
+            r"inputs go from 1099511627776 .* 32 bits cannot",
+        ),
         (0, np.zeros((5, 4, 4, 1), bool), "train_inputs are bool"),
         (0, np.full((5, 4), None), "train_inputs are object"),
         (

@@ -489,11 +489,11 @@ def test_labels_may_be_a_column():
         ),
         (lambda y: partition.iid(y, clients=2, seed=0.5), "seed=0.5 must be a whole number"),
         (
-            lambda y: partition.iid(y / 2, clients=2),
+            lambda y: partition.dirichlet(y / 2, clients=2, alpha=1),
             r"labels are float64\[12\]; .* \.astype\(int\) if",
         ),
         (
-            lambda y: partition.iid(y[None], clients=2),
+            lambda y: partition.dirichlet(y[None], clients=2, alpha=1),
             r"labels are int64\[1, 12\]; expected integers \[N\]",
         ),
         (
@@ -502,7 +502,10 @@ def test_labels_may_be_a_column():
         ),
         (lambda y: partition.iid([], clients=1), "labels are empty"),
         (lambda y: partition.iid(np.array(["a"] * 12), clients=2), "number them with numpy.unique"),
-        (lambda y: partition.iid(np.eye(12, dtype=int), clients=2), "one-hot array, take .argmax"),
+        (
+            lambda y: partition.shards(np.eye(12, dtype=int), clients=2),
+            "one-hot array, take .argmax",
+        ),
         (lambda y: partition.dirichlet(y, clients=2, alpha=0), "alpha must be .* got 0; about"),
         (lambda y: partition.dirichlet(y, clients=2, alpha=-1.0), "alpha must be .* got -1.0"),
         (lambda y: partition.dirichlet(y, clients=2, alpha=np.nan), "alpha must be .* got nan"),
