@@ -23,13 +23,14 @@ def info(
 ) -> None:
     """Show versions and devices; with CONFIG also its settings, partition, layers and costs."""
     from fedlp_jax.cli import tables
+    from fedlp_jax.reporting.tables import show
 
     words = [config, *context.args] if config else context.args
     if not words:
         from fedlp_jax.execution.plan import setup
 
         setup()
-        tables.show(tables.environment_table())
+        show(tables.environment_table())
         return
     from fedlp_jax.cli.run import load
     from fedlp_jax.config.build import build
@@ -37,4 +38,4 @@ def info(
     from fedlp_jax.config.overview import overview
 
     loaded = load(*split_words(words))
-    tables.show(*tables.config_tables(loaded, overview(loaded, build(loaded))))
+    show(*tables.config_tables(loaded, overview(loaded, build(loaded))))

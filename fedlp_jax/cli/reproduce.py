@@ -87,9 +87,9 @@ def paper(
 
 def _run(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.cli.run import stop_signals
-    from fedlp_jax.cli.tables import show
     from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.paper.results import result_tables, run_study
+    from fedlp_jax.reporting.tables import show
 
     keep_programs()  # many cells share one
 
@@ -102,9 +102,9 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
 
 
 def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:
-    from fedlp_jax.cli.tables import show
     from fedlp_jax.paper.cells import estimate, unfinished
     from fedlp_jax.paper.results import estimate_tables
+    from fedlp_jax.reporting.tables import show
 
     todo = unfinished(study, cells)
     if todo:
@@ -117,9 +117,9 @@ def _words(text: str) -> list[str]:
 
 
 def _show_costs(rows: Sequence[str], as_json: bool) -> None:
-    from fedlp_jax.cli.tables import show
     from fedlp_jax.paper.costs import row_costs
     from fedlp_jax.paper.results import cost_tables
+    from fedlp_jax.reporting.tables import show
 
     costs = row_costs(rows)
     if as_json:

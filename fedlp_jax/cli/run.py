@@ -103,11 +103,12 @@ def run(
 ) -> None:
     """Train as a configuration says and write a run directory."""
     _join(coordinator, num_processes, process_id, distributed, connect_seconds)
-    from fedlp_jax.cli.tables import result_table, show
+    from fedlp_jax.cli.tables import result_table
     from fedlp_jax.config.experiment import execute
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.resume import finished_rounds, resumed_run
     from fedlp_jax.execution import processes
+    from fedlp_jax.reporting.tables import show
 
     options = {"rounds": rounds, "cohort": cohort, "seed": seed, "name": name}
     words = [f"--{field}={value}" for field, value in options.items() if value is not None]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,13 +15,7 @@ from fedlp_jax.config.overview import Overview, macs_by_layer
 from fedlp_jax.config.schema import Config
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.progress import duration, headline
-
-
-def show(*parts: RenderableType) -> None:
-    """Prints to stdout."""
-    console = Console()
-    for part in parts:
-        console.print(part)
+from fedlp_jax.reporting.tables import numbers_table, two_columns
 
 
 def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
@@ -39,14 +33,6 @@ def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
     rows["time"] = f"{duration(readings['total_seconds'])} ({duration(compiling)} compiling)"
     rows["written to"] = str(directory)
     return two_columns(rows, title=summary["name"])
-
-
-def two_columns(rows: Mapping[str, Any], title: str) -> Table:
-    """A table of names and values."""
-    table = Table("", "", title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, escape(str(value)))
-    return table
 
 
 def _against_fedavg(sent: float, fedavg: float) -> str:
@@ -91,26 +77,40 @@ def _partition_table(view: Overview) -> Table:
 
 def _layer_table(view: Overview) -> Table:
     layers, macs = view.layers, view.levels[-1].macs
-    table = _numbers_table("Layers", "layer", "parameters", "statistics", "MACs an example")
-    columns = zip(
-        layers.names, layers.params, layers.statistics, macs_by_layer(macs, layers), strict=True
+    by_layer = macs_by_layer(macs, layers)
+    return numbers_table(
+        "Layers",
+        ("layer", "parameters", "statistics", "MACs an example"),
+        (
+            (escape(name), f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
+            for name, params, statistics, count in zip(
+                layers.names, layers.params, layers.statistics, by_layer, strict=True
+            )
+        ),
+        (
+            f"{len(layers)} layers",
+            f"{layers.params.sum():,}",
+            f"{layers.statistics.sum():,}",
+            f"{sum(macs.values()):,}",
+        ),
     )
-    for name, params, statistics, count in columns:
-        table.add_row(name, f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
-    table.add_section()
-    totals = (layers.params.sum(), layers.statistics.sum(), sum(macs.values()))
-    table.add_row(f"{len(layers)} layers", *(f"{total:,}" for total in totals))
-    return table
 
 
 def _level_table(view: Overview) -> Table:
-    table = _numbers_table(
-        "Submodels", "depth", "clients", "shared parameters", "held parameters", "MACs an example"
+    return numbers_table(
+        "Submodels",
+        ("depth", "clients", "shared parameters", "held parameters", "MACs an example"),
+        (
+            (
+                str(depth),
+                f"{level.clients:,}",
+                f"{level.shared:,}",
+                f"{level.held:,}",
+                f"{sum(level.macs.values()):,}",
+            )
+            for depth, level in enumerate(view.levels, start=1)
+        ),
     )
-    for depth, level in enumerate(view.levels, start=1):
-        numbers = (level.clients, level.shared, level.held, sum(level.macs.values()))
-        table.add_row(str(depth), *(f"{number:,}" for number in numbers))
-    return table
 
 
 def _cost_table(view: Overview) -> Table:
@@ -121,10 +121,3 @@ def _cost_table(view: Overview) -> Table:
     if view.stacked_bytes is not None:
         rows["stacked updates"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
     return two_columns(rows, title="Traffic of a round, expected")
-
-
-def _numbers_table(title: str, first: str, *columns: str) -> Table:
-    table = Table(first, title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table

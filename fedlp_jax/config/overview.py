@@ -14,6 +14,7 @@ import numpy as np
 from fedlp_jax.accounting.ledger import fedavg_traffic, layer_bytes, mask_bytes
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.aggregation.robust import stacked_bytes
+from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
@@ -22,16 +23,28 @@ from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.cohorts import cohort_size
-from fedlp_jax.types import Examples
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import Batch, Examples, Variables
 
 
-class LevelView(NamedTuple):
+class Level(NamedTuple):
     """One submodel level."""
 
-    clients: int  # of the population
-    shared: int  # parameters exchanged with the server
-    held: int  # parameters, private ones included
+    task: Task
+    variables: Variables  # shapes, private ones included
+    table: LayerTable  # what it exchanges with the server, in the layers of the whole model
     macs: dict[str, int]  # module path -> multiply-accumulates of one example's forward pass
+    clients: int = 0  # of the population
+
+    @property
+    def shared(self) -> int:
+        """Parameters exchanged with the server."""
+        return int(self.table.params.sum())
+
+    @property
+    def held(self) -> int:
+        """Parameters, private ones included."""
+        return sum(x.size for x in jax.tree.leaves(self.variables["params"]))
 
 
 class Overview(NamedTuple):
@@ -40,7 +53,7 @@ class Overview(NamedTuple):
     clients: Partition
     cohort: int  # C
     layers: LayerTable
-    levels: tuple[LevelView, ...]  # the last is the whole model
+    levels: tuple[Level, ...]  # the last is the whole model
     upload_bytes: float  # expected, of a round without failures
     download_bytes: float
     fedavg: dict[str, int]  # of the same round as FedAvg: `upload_bytes`, `download_bytes`, ...
@@ -65,33 +78,20 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     resolve(arguments["plan"], 1)  # refuses devices that do not exist
     table = layer_table(variables, algorithm.layers)
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
-    levels, covered = [], []
-    submodels = algorithm.levels(variables, example)
-    for g, level in enumerate(submodels):
-        part = layer_table(level.extract(variables), algorithm.layers, table.names)
-        held = jax.eval_shape(level.task.init, root, example)
-        levels.append(
-            LevelView(
-                clients=int((assigned == g).sum()),
-                shared=int(part.params.sum()),
-                held=sum(x.size for x in jax.tree.leaves(held["params"])),
-                macs=forward_macs(level.task, held, example),
-            )
-        )
-        covered.append(part.covered)
-
+    levels = submodel_levels(algorithm, variables, example)
+    number = np.bincount(assigned, minlength=len(levels))
     keep = algorithm.upload_rates(table, clients.clients)
-    received = np.stack(covered)[assigned]  # f32[K, L]
+    received = np.stack([level.table.covered for level in levels])[assigned]  # f32[K, L]
     size = layer_bytes(table)
     cohort = cohort_size(config.cohort, clients.clients)
-    deepest = submodels[-1].extract(variables)
+    deepest = algorithm.levels(variables, example)[-1].extract(variables)
     # Over-selection: the first C of the chosen clients count.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
         clients,
         cohort,
         table,
-        tuple(levels),
+        tuple(level._replace(clients=int(n)) for level, n in zip(levels, number, strict=True)),
         upload_bytes=cohort * float((received * keep @ size).mean() + mask_bytes(table)),
         download_bytes=chosen * float((received @ size).mean()),
         fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
@@ -99,6 +99,23 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         if algorithm.stacked
         else None,
     )
+
+
+def submodel_levels(algorithm: Algorithm, variables: Variables, example: Batch) -> list[Level]:
+    """Traces every submodel of an algorithm, which takes seconds.
+
+    Args:
+      algorithm: any.
+      variables: the server's, or their shapes.
+      example: a batch.
+    """
+    layers = layer_table(variables, algorithm.layers)
+    levels = []
+    for level in algorithm.levels(variables, example):
+        held = jax.eval_shape(level.task.init, root_key(0), example)
+        part = layer_table(level.extract(variables), algorithm.layers, layers.names)
+        levels.append(Level(level.task, held, part, forward_macs(level.task, held, example)))
+    return levels
 
 
 def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
 
-# What changes how long a run takes, what is seen of it and what it costs, but no number in it.
+# What changes the time a run takes and the rounds it shows, but no number in them.
 _MAY_DIFFER = {"name", "rounds", "eval_every", "plan", "checkpoint"}
 
 
@@ -35,7 +36,7 @@ def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
     """
     start = run_checkpoint(config, directory).latest()
     if start is None:
-        _refuse_other(config, directory)
+        refuse_other_run(config, directory)
         if (directory / METRICS).exists():
             warnings.warn(
                 f"{directory} has no checkpoint, so the run starts from its first round.",
@@ -50,7 +51,7 @@ def finished_rounds(config: Config, directory: Path) -> int:
     Raises:
       FedLPError: the directory holds another run.
     """
-    _refuse_other(config, directory)
+    refuse_other_run(config, directory)
     try:
         summary = json.loads((directory / SUMMARY).read_text("utf-8"))
         done = int(summary["rounds"]) if summary["status"] == "done" else 0
@@ -86,18 +87,32 @@ def resumed_run(path: str, out: str | None) -> tuple[str, str]:
     return str(Path(path) / CONFIG), path
 
 
-def _refuse_other(config: Config, directory: Path) -> None:
-    if (directory / CONFIG).exists():
-        saved = load_config(directory / CONFIG)
-        refuse_other(_identity(saved), _identity(config), f"{directory} holds another run")
+def refuse_other_run(
+    config: Config, directory: Path, may_differ: Collection[str] = _MAY_DIFFER
+) -> None:
+    """Compares a configuration with that of the run in a directory, if it has one.
+
+    Args:
+      config: what is to run.
+      directory: a run directory.
+      may_differ: sections and fields that are not compared.
+
+    Raises:
+      FedLPError: with each field that differs, and both values.
+    """
+    path = directory / CONFIG
+    # A run that was killed in its first moments leaves none, or an empty one.
+    if path.exists() and path.stat().st_size:
+        ours, theirs = (_identity(one, may_differ) for one in (config, load_config(path)))
+        refuse_other(theirs, ours, f"{directory} holds another run")
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def _identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[str, Any]:
     """The settings that a resumed run must not change.
 
     Files may move: a checkpoint has a digest of the data, so where it lies does not matter.
     """
-    settings = config.model_dump(mode="json", exclude=_MAY_DIFFER)
+    settings = config.model_dump(mode="json", exclude=set(may_differ))
     settings["data"].pop("data_dir", None)
     if settings["data"]["name"].endswith(".npz"):
         settings["data"]["name"] = "an .npz file"

@@ -18,13 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 from fedlp_jax.config.build import build, build_partition
 from fedlp_jax.config.experiment import execute
-from fedlp_jax.config.loading import load_config
+from fedlp_jax.config.resume import refuse_other_run
 from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config
 from fedlp_jax.reporting.progress import duration
-from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
+from fedlp_jax.reporting.run_directory import METRICS, SUMMARY, read_metrics
 from fedlp_jax.simulation.cohorts import cohort_size
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError
@@ -172,10 +172,8 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
 
 def _read_cell(study: Study, cell: Cell) -> CellRun:
     path = study.path(cell)
-    config, summary_file = path / CONFIG, path / SUMMARY
-    # A run killed in its first moments leaves no configuration, or an empty one.
-    if config.is_file() and config.stat().st_size:
-        _check_same(load_config(config), study.config(cell), path)
+    refuse_other_run(study.config(cell), path, may_differ=("name", "plan", "checkpoint"))
+    summary_file = path / SUMMARY
     try:
         summary = json.loads(summary_file.read_text("utf-8")) if summary_file.is_file() else {}
         if summary.get("status") in ("done", "diverged"):
@@ -188,30 +186,3 @@ def _read_cell(study: Study, cell: Cell) -> CellRun:
         ) from error
     lines = (path / METRICS).read_text("utf-8", errors="replace").count("\n")
     return CellRun("unfinished", lines, [], summary)
-
-
-def _check_same(theirs: Config, ours: Config, path: Path) -> None:
-    old, new = _settings(theirs), _settings(ours)
-    for field in sorted(old | new):
-        if old.get(field) != new.get(field):
-            raise FedLPError(
-                f"{path} holds another run: {field} is {old.get(field)!r} there and "
-                f"{new.get(field)!r} here. Choose another --out, or the --scale and --rounds of "
-                "that run."
-            )
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Dotted field -> value, of every field that affects a result."""
-    raw = config.model_dump(
-        exclude={"name": True, "plan": True, "checkpoint": True, "data": {"data_dir"}}
-    )
-
-    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in section.items():
-            if isinstance(value, dict) and value:
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(flat(raw, ""))

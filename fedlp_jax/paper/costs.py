@@ -11,12 +11,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from fedlp_jax.accounting.ledger import modelled_traffic
-from fedlp_jax.accounting.macs import backward_macs, forward_macs
+from fedlp_jax.accounting.macs import backward_macs
 from fedlp_jax.config.build import build
+from fedlp_jax.config.overview import Level, submodel_levels
 from fedlp_jax.config.schema import Config, Data
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.paper.published import ROWS, Cell, cell_config, choose
@@ -59,16 +59,6 @@ class RowCost(NamedTuple):
     backward_macs: tuple[int, ...]  # by depth
 
 
-class Structure(NamedTuple):
-    """The submodel levels that rows of one algorithm share."""
-
-    layers: LayerTable
-    parts: tuple[LayerTable, ...]  # of each level, in the layers of the whole
-    local_params: tuple[int, ...]
-    forward: tuple[int, ...]  # MACs
-    backward: tuple[int, ...]  # MACs
-
-
 def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
     """Counts the costs of rows, in the order of the table.
 
@@ -84,13 +74,15 @@ def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
 def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
     """Counts the cost of one row, for images of a shape."""
     published, config = ROWS[row], cell_config(Cell(row, "iid"))
-    levels = structure(config.algorithm.name, shape)
-    share = np.asarray(_depth_share(config, len(levels.parts)))
-    held = np.stack([part.covered for part in levels.parts])  # f32[G, L], 1 = received
-    sent = held * _arguments(config, shape)["algorithm"].upload_rates(levels.layers, 1)
-    traffic = modelled_traffic(levels.layers, share @ sent, share @ held, clients=1)
+    layers, levels, backward = _levels(config.algorithm.name, shape)
+    depths = getattr(config.algorithm, "depths", None)
+    share = np.asarray([1.0] if depths is None else depth_probabilities(depths, len(levels)))
+    held = np.stack([level.table.covered for level in levels])  # f32[G, L], 1 = received
+    sent = held * _arguments(config, shape)["algorithm"].upload_rates(layers, 1)
+    traffic = modelled_traffic(layers, share @ sent, share @ held, clients=1)
     comm = float(traffic["upload_params"] + traffic["download_params"]) / 1e3
-    forward = np.asarray(levels.forward) / 1e6
+    macs = [sum(level.macs.values()) for level in levels]
+    forward = np.asarray(macs) / 1e6
     comp = float(share @ forward)
     as_published = float(share @ np.append(forward[:-1], _PUBLISHED_WHOLE))
     return RowCost(
@@ -104,52 +96,36 @@ def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
         comp_published=published.comp,
         comp_difference=_difference(comp, published.comp),
         comp_difference_as_published_convention=_difference(as_published, published.comp),
-        backward_mmacs=float(share @ np.asarray(levels.backward)) / 1e6,
+        backward_mmacs=float(share @ np.asarray(backward)) / 1e6,
         download_bytes=float(traffic["download_bytes"]),
         upload_bytes=float(traffic["upload_bytes"]),
         depth_share=tuple(share.tolist()),
-        shared_params=tuple(int(part.params.sum()) for part in levels.parts),
-        local_params=levels.local_params,
-        forward_macs=levels.forward,
-        backward_macs=levels.backward,
+        shared_params=tuple(level.shared for level in levels),
+        local_params=tuple(level.held for level in levels),
+        forward_macs=tuple(macs),
+        backward_macs=tuple(backward),
     )
 
 
 @functools.cache
-def structure(algorithm: str, shape: tuple[int, ...]) -> Structure:
-    """Layers, submodels and MACs of an algorithm's rows; takes seconds of tracing."""
+def _levels(algorithm: str, shape: tuple[int, ...]) -> tuple[LayerTable, list[Level], list[int]]:
+    """Layers, submodels and backward MACs that all rows of an algorithm share."""
     row = next(r for r in ROWS if cell_config(Cell(r, "iid")).algorithm.name == algorithm)
     config = cell_config(Cell(row, "iid"))
     arguments = _arguments(config, shape)
     algorithm_, data = arguments["algorithm"], arguments["data"]
-    root = root_key(config.seed)
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
+    root = root_key(config.seed)
     variables = checks.initial_state(algorithm_, example, root, 1).variables
-    layers = layer_table(variables, algorithm_.layers)
-    levels = algorithm_.levels(variables, example)
-    shapes = [checks.initial_shapes(level.task, root, example) for level in levels]
-    pairs = list(zip((level.task for level in levels), shapes, strict=True))
-    return Structure(
-        layers,
-        parts=tuple(
-            layer_table(level.extract(variables), algorithm_.layers, layers.names)
-            for level in levels
-        ),
-        local_params=tuple(sum(x.size for x in jax.tree.leaves(s["params"])) for s in shapes),
-        forward=tuple(sum(forward_macs(task, s, example).values()) for task, s in pairs),
-        backward=tuple(backward_macs(task, s, example) for task, s in pairs),
-    )
+    levels = submodel_levels(algorithm_, variables, example)
+    backward = [backward_macs(level.task, level.variables, example) for level in levels]
+    return layer_table(variables, algorithm_.layers), levels, backward
 
 
 def _arguments(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     """The arguments of a cell's run on synthetic images, since only their shape matters."""
     images = Data(name="synthetic", options={"examples": 500, "shape": shape})
     return build(config.model_copy(update={"data": images}))
-
-
-def _depth_share(config: Config, levels: int) -> list[float]:
-    depths = getattr(config.algorithm, "depths", None)
-    return [1.0] if depths is None else depth_probabilities(depths, levels)
 
 
 def _difference(ours: float, published: float) -> float:

@@ -13,10 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from rich import box
+import numpy as np
 from rich.console import RenderableType
-from rich.table import Table as View
-from rich.text import Text
 
 from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_cells, run_cells
 from fedlp_jax.paper.costs import DIGIT_SLIP, RowCost
@@ -25,6 +23,7 @@ from fedlp_jax.paper.published import ROUNDS, ROWS, SOURCE, SPLIT_LABELS, SPLITS
 from fedlp_jax.reporting.environment import origin
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import plain
+from fedlp_jax.reporting.tables import note, numbers_table
 
 LAST = 10  # rounds to average over, if there are as many
 _MEANS = ("accuracy_last10", "accuracy_final", "accuracy_best", "upload_megabytes", "seconds")
@@ -141,77 +140,94 @@ def markdown(table: Table) -> str:
 
 def result_tables(table: Table, out: Path, figures: Sequence[str]) -> list[RenderableType]:
     """The accuracies next to the published ones, for a terminal."""
-    view = _view(
+    view = numbers_table(
         _title(table).replace(", ", ",\n", 1) + f",\nand the paper's after {ROUNDS}",
-        *_accuracy_titles("paper"),
+        ("", *_accuracy_titles("paper")),
+        ((label.removeprefix("FedLP-"), *words) for label, *words in _accuracies(table)),
     )
-    for label, *words in _accuracies(table):
-        view.add_row(label.removeprefix("FedLP-"), *words)
     files = ", ".join(("table.md", "table.csv", "table.json", *figures))
-    return [view, _note(f"Written to {out}: {files}")]
+    return [view, note(f"Written to {out}: {files}")]
 
 
 def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
     """Comm. and Comp. next to the published ones, and what the paper leaves out."""
-    table = _view(
-        "Comm.: thousand parameters that a client downloads and uploads in a round\n"
-        "Comp.: million multiply-accumulates of one image's forward pass",
-        "Comm.", "paper", "diff.", "Comp.", "paper", "diff.", "with 36.36", "diff.",
-    )  # fmt: skip
-    more = _view(
-        "Not in the paper: MB per client and round, with batch statistics and the\n"
-        "bits of the mask; thousand parameters that a client holds; million\n"
-        "multiply-accumulates",
-        "MB down", "MB up", "held, mean", "forward MACs", "backward MACs",
-    )  # fmt: skip
-    for cost in costs:
-        label = cost.row.removeprefix("FedLP-")
-        numbers = (
+    labels = [cost.row.removeprefix("FedLP-") for cost in costs]
+    paper = (
+        (
             cost.comm_kparams, cost.comm_published, cost.comm_difference,
             cost.comp_mmacs, cost.comp_published, cost.comp_difference,
             cost.comp_as_published_convention, cost.comp_difference_as_published_convention,
-        )  # fmt: skip
-        table.add_row(label, *(f"{number:.2f}" for number in numbers))
-        held = sum(s * p for s, p in zip(cost.depth_share, cost.local_params, strict=True))
-        more.add_row(
-            label,
+        )
+        for cost in costs
+    )  # fmt: skip
+    more = (
+        (
             f"{cost.download_bytes / 1e6:.3f}",
             f"{cost.upload_bytes / 1e6:.3f}",
-            f"{held / 1e3:.1f}",
+            f"{np.dot(cost.depth_share, cost.local_params) / 1e3:.1f}",
             f"{cost.comp_mmacs:.2f}",
             f"{cost.backward_mmacs:.2f}",
         )
-    deepest = max(costs, key=lambda cost: len(cost.local_params))
-    titles = ("exchanged params", "held params", "forward MACs", "backward MACs")
-    depths = _view("By depth", *titles, first="depth")
-    columns = (
-        deepest.shared_params, deepest.local_params, deepest.forward_macs, deepest.backward_macs,
+        for cost in costs
+    )
+    whole = max(costs, key=lambda cost: len(cost.local_params))
+    depths = zip(
+        whole.shared_params, whole.local_params, whole.forward_macs, whole.backward_macs,
+        strict=True,
     )  # fmt: skip
-    for depth, by_depth in enumerate(zip(*columns, strict=True), start=1):
-        depths.add_row(str(depth), *(f"{number:,}" for number in by_depth))
-    return [table, _note(DIGIT_SLIP), "", more, "", depths]
+    return [
+        numbers_table(
+            "Comm.: thousand parameters that a client downloads and uploads in a round\n"
+            "Comp.: million multiply-accumulates of one image's forward pass",
+            ("", "Comm.", "paper", "diff.", "Comp.", "paper", "diff.", "with 36.36", "diff."),
+            (
+                (label, *(f"{number:.2f}" for number in numbers))
+                for label, numbers in zip(labels, paper, strict=True)
+            ),
+        ),
+        note(DIGIT_SLIP),
+        "",
+        numbers_table(
+            "Not in the paper: MB per client and round, with batch statistics and the\n"
+            "bits of the mask; thousand parameters that a client holds; million\n"
+            "multiply-accumulates",
+            ("", "MB down", "MB up", "held, mean", "forward MACs", "backward MACs"),
+            ((label, *words) for label, words in zip(labels, more, strict=True)),
+        ),
+        "",
+        numbers_table(
+            "By depth",
+            ("depth", "exchanged params", "held params", "forward MACs", "backward MACs"),
+            (
+                (str(depth), *(f"{number:,}" for number in numbers))
+                for depth, numbers in enumerate(depths, start=1)
+            ),
+        ),
+    ]
 
 
 def estimate_tables(estimates: Mapping[Cell, Estimate]) -> list[RenderableType]:
     """Expected traffic, computation and time of unfinished cells, by row."""
-    table = _view("Expected for the unfinished cells", "cells", "MB up", "10^9 MACs", "time")
-
-    def add(label: str, cells: Sequence[Estimate]) -> None:
-        upload, macs, seconds = (sum(column) for column in zip(*cells, strict=True))
-        numbers = f"{upload:,.1f}", f"{macs / 1e9:,.0f}", duration(seconds)
-        table.add_row(label, str(len(cells)), *numbers)
-
-    for row in ROWS:
-        own = [entry for cell, entry in estimates.items() if cell.row == row]
-        if own:
-            add(ROWS[row].label, own)
     if not estimates:
-        return [_note("All cells are done.")]
-    table.add_section()
-    add("all", list(estimates.values()))
+        return [note("All cells are done.")]
+
+    def line(label: str, cells: Sequence[Estimate]) -> tuple[str, ...]:
+        upload, macs, seconds = map(sum, zip(*cells, strict=True))
+        numbers = f"{upload:,.1f}", f"{macs / 1e9:,.0f}", duration(seconds)
+        return label, str(len(cells)), *numbers
+
+    rows = dict.fromkeys(cell.row for cell in estimates)
     return [
-        table,
-        _note(
+        numbers_table(
+            "Expected for the unfinished cells",
+            ("", "cells", "MB up", "10^9 MACs", "time"),
+            (
+                line(ROWS[row].label, [own for cell, own in estimates.items() if cell.row == row])
+                for row in rows
+            ),
+            line("all", list(estimates.values())),
+        ),
+        note(
             "Time is that of a few local steps of FedAvg, measured now and scaled by modelled "
             "multiply-accumulates, without compilation. Shallow submodels take longer."
         ),
@@ -309,15 +325,3 @@ def _markdown_head(titles: Sequence[str]) -> list[str]:
 
 def _markdown_line(words: Sequence[str]) -> str:
     return f"| {' | '.join(words)} |"
-
-
-def _view(title: str, *columns: str, first: str = "") -> View:
-    table = View(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _note(text: str) -> Text:
-    return Text(text, style="italic")

@@ -7,12 +7,13 @@ import pytest
 
 import fedlp_jax as fl
 from fedlp_jax.accounting.ledger import Ledger
-from fedlp_jax.cli.tables import config_tables, show
+from fedlp_jax.cli.tables import config_tables
 from fedlp_jax.config import experiment
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import parse_config
 from fedlp_jax.config.overview import macs_by_layer, overview
 from fedlp_jax.data.batching import example_of
+from fedlp_jax.reporting.tables import show
 from fedlp_jax.simulation.result import History, Result
 from fedlp_jax.types import Examples
 

@@ -197,7 +197,7 @@ def test_the_directory_of_another_study_is_refused_and_unchanged(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     said = fedlp("--out", str(tmp_path), "--rows", "hetero-1")
     assert said.exit_code == 2
-    assert "fedavg-iid-seed25 holds another run: rounds is 20 there and 200 here" in said.stderr
+    assert "fedavg-iid-seed25 holds another run: rounds was 20 and is 200. " in said.stderr
     assert fedlp("--out", str(tmp_path), "--scale", "smoke").exit_code == 2
     assert fedlp("--out", str(tmp_path), "--scale", "small", "--rounds", "9").exit_code == 2
     assert sorted(tmp_path.rglob("*")) == before
