@@ -1,18 +1,19 @@
-"""All of it on one host, small to large, in ten minutes: made for a GPU or TPU, runs anywhere.
+"""Everything on one host, small to large, in ten minutes: for a GPU or TPU, but runs anywhere.
 
     python -m benchmarks.accelerator [--json FILE] [--minutes 10] [--smoke]
 
 It needs the package (`pip install -e .`) and jax for the accelerator (`pip install 'jax[cuda13]'`),
-no data and nothing else. On a CPU the same runs in smaller sizes.
+but no data. A CPU runs smaller sizes.
 
-Cells are measured one after the other: the peak of matrix products by precision, and the bandwidth;
+Cells are measured one after another: the peak of matrix products by precision, and the bandwidth;
 the four workloads; activations in bfloat16; clients vmapped at once; cohorts up to 4,096; the
-masked mean; a population of a million; the levels of FedLP-Hetero; precisions of products. A
-process of its own measures; it is ended when a cell takes too long or the time is over, and a cell
-that runs out of memory costs that cell only, so what is in FILE after every cell can be relied on.
-"share of peak" is that of floating-point operations as written (see benchmarks.roofline), of the
-peak measured at the same precision: MFU. Programs are those of `fl.setup`, which repeat to the bit;
-with XLA_FLAGS=--xla_gpu_deterministic_ops=false they take longer to compile and may be quicker.
+masked mean; a population of a million; the levels of FedLP-Hetero; precisions of products. They run
+in a separate process, which is killed when a cell takes too long. A cell that runs out of memory
+costs only that cell, and FILE is complete after every cell.
+
+"share of peak" is the rate of floating-point operations as written (see benchmarks.roofline) over
+the peak measured at the same precision: MFU. Programs are those of `fl.setup`, which repeat to the
+bit; XLA_FLAGS=--xla_gpu_deterministic_ops=false compiles longer and may run faster.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for row in measure(cells_for(options.smoke), deadline):
         rows.append(row)
-        _judge(rows)
+        _add_share_of_peak(rows)
         print(_line(row), flush=True)
         if options.json:
             where = rows[0].get("result", {})
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def cells_for(smoke: bool) -> Iterator[Cell]:
-    """The cells, small to large; once it is asked for the second, `send` it the platform."""
+    """The cells, small to large; `send` the platform to get the second and later ones."""
     platform = yield {"kind": "environment"}
     if smoke:
         yield from _smoke_cells()
@@ -66,7 +67,7 @@ def cells_for(smoke: bool) -> Iterator[Cell]:
 
 def _smoke_cells() -> Iterator[Cell]:
     yield {"kind": "peak", "precision": "bfloat16", "smoke": True}
-    yield {"kind": "fill", "gibibytes": 2**20}  # a pebibyte: to see that the next cell runs
+    yield {"kind": "fill", "gibibytes": 2**20}  # a pebibyte: the next cell must still run
     yield {"kind": "rounds", "workload": "W2", "steps": 1, "cohort": 2, "precision": "bfloat16"}
 
 
@@ -85,7 +86,7 @@ def _cpu_cells() -> Iterator[Cell]:
 
 
 def _accelerator_cells() -> Iterator[Cell]:
-    """Those that say most come first, as not all may find the time."""
+    """The most informative cells come first, because time may run out."""
     for precision in _PRECISIONS:
         yield {"kind": "peak", "precision": precision}
     yield {"kind": "bandwidth"}
@@ -117,14 +118,13 @@ def measure(
     limit: float = _CELL_SECONDS,
     worker: Sequence[str] = _WORKER,
 ) -> Iterator[dict[str, Any]]:
-    """Measures cells one after the other, whatever becomes of one.
+    """Measures cells one after another; a failed cell does not stop the others.
 
     Args:
-      cells: the first finds out where this runs, and the generator is sent its platform.
-      deadline: on `time.monotonic`; cells that it leaves no time for are skipped.
-      limit: seconds for a cell, with the start of the process where one has to be started; the
-        first may take twice as long.
-      worker: command that answers a line with a line.
+      cells: the first reports the platform, which is then sent to the generator.
+      deadline: on `time.monotonic`; later cells are skipped.
+      limit: seconds for a cell, including the start of its process; the first gets twice as many.
+      worker: command that answers each line with a line.
 
     Yields:
       For each cell a dictionary with `cell`, `seconds`, and `result`, `error` or `skipped`.
@@ -139,11 +139,11 @@ def measure(
                 row["skipped"] = "no time was left"
             else:
                 process = process or Worker(worker)
-                # The first waits for jax to find its devices, and all else depends on it.
+                # The first cell waits for jax to find its devices.
                 patience = limit if platform else 2 * limit
                 row |= process.ask(cell, min(patience, deadline - begin))
                 if "error" in row:
-                    process.end()  # what it holds of the accelerator's memory goes with it
+                    process.end()  # frees its memory on the accelerator
                     process = None
             row["seconds"] = time.monotonic() - begin
             if platform is None:
@@ -166,13 +166,13 @@ class Worker:
         )
 
     def ask(self, cell: Cell, seconds: float) -> dict[str, Any]:
-        """Its answer to a cell, or the error that there is none."""
+        """Its answer to a cell, or an error."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(cell) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, as reading will tell
+            pass  # it has ended; reading says so
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             return {"error": f"no answer within {seconds:.0f} s"}
         line = self.process.stdout.readline()
@@ -182,7 +182,7 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """Ends it, whatever it does."""
+        """Kills it."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -190,8 +190,8 @@ class Worker:
             pipe.close()
 
 
-def _judge(rows: list[dict[str, Any]]) -> None:
-    """Holds the last row's rate against the peak of its precision, where both were measured."""
+def _add_share_of_peak(rows: list[dict[str, Any]]) -> None:
+    """Divides the last row's rate by the peak of its precision, if both were measured."""
     cell, result = rows[-1]["cell"], rows[-1].get("result")
     if cell["kind"] != "rounds" or result is None:
         return
@@ -207,10 +207,10 @@ def _judge(rows: list[dict[str, Any]]) -> None:
 def _line(row: dict[str, Any]) -> str:
     words = " ".join(f"{k}={v}" for k, v in row["cell"].items() if k not in ("kind", "smoke"))
     name = f"{row['cell']['kind']} {words}"
-    return f"{row['seconds']:6.1f} s  {name:70} {_said(row)}"
+    return f"{row['seconds']:6.1f} s  {name:70} {_result_in_words(row)}"
 
 
-def _said(row: dict[str, Any]) -> str:
+def _result_in_words(row: dict[str, Any]) -> str:
     if "result" not in row:
         return str(row.get("error") or row["skipped"])
     kind, result = row["cell"]["kind"], row["result"]

@@ -1,20 +1,19 @@
-"""The masked mean at the speed of memory: gigabytes a second of updates that it takes in.
+"""The masked mean at the speed of memory: gigabytes per second of updates that it reads.
 
     python -m benchmarks.aggregate [--json FILE] [--smoke]
 
-A stack of updates, one a client, lies on the devices with a random layer mask for each. Contenders,
-which take turns on the same memory:
+The devices hold a stack of updates, one per client, with a random layer mask for each. Contenders
+take turns on the same memory:
 
-* copy: adds one to the whole stack in place. What it reads and writes a second is the bandwidth.
-* at once: each layer's mask times its updates, summed over the clients, by the sum of the mask; as
-  one would write it for a stack.
-* ours: the package's own way, client after client: lift, add, one sum over devices, lower. In a
-  round it needs no stack, since an update is added as soon as its client has trained.
+* copy: adds one to the whole stack in place. What it reads and writes per second is the bandwidth.
+* at once: sums each layer's mask times its updates over the clients, and divides by the sum of the
+  mask, as one would write it for a stack.
+* ours: the package's way, client after client: lift, add, one sum over devices, lower. A round
+  needs no stack, because an update is added as soon as its client has trained.
 
-The last two are compared before they are timed. Each reads the stack once, so its gigabytes a
-second are the stack's size by its time, no more than the copy's if memory is what limits it. Ours
-reads and writes its running sum for every client besides, which is memory traffic too once a model
-is larger than the cache.
+The last two are compared before they are timed. Each reads the stack once, so its rate is the
+stack's size over its time, which memory bounds by the copy's rate. Ours also reads and writes its
+running sum for every client, which is memory traffic once a model exceeds the cache.
 """
 
 from __future__ import annotations
@@ -71,10 +70,10 @@ def main() -> None:
 
 
 def measure(module: nn.Module, image: tuple[int, ...], cohort: int, repeats: int) -> dict[str, Any]:
-    """Gigabytes a second of the three contenders.
+    """Gigabytes per second of the three contenders.
 
     Args:
-      module: whose variables are averaged.
+      module: model; its variables are averaged.
       image: shape of an example.
       cohort: C, rounded up to a multiple of the devices.
       repeats: turns of each.
@@ -164,13 +163,13 @@ def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort:
     return reducer.reduce(total, unread, unread, unread, (), layers, plan).update
 
 
-def _compare(expected: Variables, found: Variables) -> None:
-    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+def _compare(expected: Variables, result: Variables) -> None:
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(result), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=_TOLERANCE)
 
 
 def _timed(once: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of one call, from as many as fill a turn."""
+    """Seconds of one call, averaged over a turn of many."""
     once()
     start = time.perf_counter()
     once()

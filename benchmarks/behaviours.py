@@ -1,18 +1,17 @@
-"""What each difference between the behaviours `reference` and `layerwise` is worth on a small run.
+"""The effect of each difference between `reference` and `layerwise` on a small run.
 
     python -m benchmarks.behaviours [--json FILE] [--page FILE] [--smoke]
 
-Handwritten digits, 20 clients, 5 a round, a network of three convolutions with the layer of FedLP's
-reference CNN. Every run is repeated with several seeds as `reference`, with one setting as in
-`layerwise`, and as `layerwise`; runs of one seed share cohorts, shuffles, depths and, as far as
-the setting lets them, masks and initial weights. Compared is the mean test accuracy of the last
-five rounds, seed by seed. `--page` writes the table between the markers of a Markdown file;
-together with `--json` of a file that is there, nothing is run again.
+Handwritten digits, 20 clients, 5 per round, a network of three convolutions with the layer of
+FedLP's reference CNN. Every run is repeated with several seeds as `reference`, with one setting as
+in `layerwise`, and as `layerwise`. Runs of one seed share cohorts, shuffles, depths and, as far as
+the setting allows, masks and initial weights. The mean test accuracy of the last five rounds is
+compared seed by seed. `--page` writes the table between the markers of a Markdown file. If the FILE
+of `--json` exists, its results are read and nothing runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -24,13 +23,14 @@ import jax
 import optax
 
 import fedlp_jax as fl
+from benchmarks import command
 from benchmarks.machine import machine
 from fedlp_jax.algorithms.presets import BEHAVIOURS, Behaviour
 from fedlp_jax.nn.models.base import Model, dense
 from fedlp_jax.nn.models.cnn import ConvLayer
 
 SEEDS, ROUNDS, LAST = 8, 20, 5
-NOTHING, EVERYTHING = "nothing", "everything"  # no setting is called so
+NOTHING, EVERYTHING = "nothing", "everything"  # not names of settings
 REFERENCE, LAYERWISE = BEHAVIOURS["reference"], BEHAVIOURS["layerwise"]
 
 # run -> (what it is, its partition, the settings it toggles)
@@ -62,11 +62,9 @@ class Network(Model):
 
 
 def main() -> None:
-    """Runs everything, prints the table and writes what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results here, or read them if they are there")
+    """Runs everything, prints the table and writes the files."""
+    parser = command.parser(__doc__)
     parser.add_argument("--page", help="write the table into this file, between its markers")
-    parser.add_argument("--smoke", action="store_true", help="two rounds of two seeds")
     options = parser.parse_args()
     if options.json and Path(options.json).exists():
         results = json.loads(Path(options.json).read_text())
@@ -74,7 +72,7 @@ def main() -> None:
         fl.setup()
         results = measure(*((2, 2) if options.smoke else (SEEDS, ROUNDS))) | machine()
         if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+            command.save(options.json, results)
     print(table(results))
     if options.page:
         page = Path(options.page)
@@ -94,7 +92,7 @@ def measure(seeds: int, rounds: int) -> dict[str, Any]:
 
 
 def variants(toggled: tuple[str, ...]) -> dict[str, Behaviour]:
-    """What is as in `layerwise`: nothing, one setting, another, ..., everything."""
+    """The settings taken from `layerwise`: nothing, each one alone, everything."""
     single = {name: REFERENCE._replace(**{name: getattr(LAYERWISE, name)}) for name in toggled}
     return {NOTHING: REFERENCE, **single, EVERYTHING: LAYERWISE}
 
@@ -154,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _change(reference: list[dict[str, float]], ours: list[dict[str, float]]) -> str:
-    """Mean difference of accuracy over seeds, in points, and whether it can be told from none."""
+    """Mean difference of accuracy over seeds, in points, and whether it exceeds the noise."""
     pairs = zip(ours, reference, strict=True)
     difference = [100 * (one["accuracy"] - other["accuracy"]) for one, other in pairs]
     mean, error = statistics.fmean(difference), _standard_error(difference)
@@ -169,7 +167,7 @@ def _standard_error(values: list[float]) -> float:
 
 
 def with_table(page: str, results: dict[str, Any]) -> str:
-    """A page with the table between its markers, and with what it was made by."""
+    """A page with the table between its markers, and with its seeds, versions and commit."""
     before, rest = page.split(_MARKERS[0])
     _, after = rest.split(_MARKERS[1])
     commit, _, dirty = str(results["commit"]).partition("-")

@@ -1,7 +1,7 @@
-"""The measurements of `benchmarks.accelerator`, one cell a line: cells in on stdin, answers out.
+"""The measurements of `benchmarks.accelerator`: reads cells from stdin, one per line, and answers.
 
-A cell is a dictionary with a `kind`, which names a function here, and that function's arguments. An
-answer has a `result` or an `error`. Images are made up, so that no data set is needed.
+A cell is a dictionary with the `kind`, a function of this file, and its arguments. An answer has a
+`result` or an `error`. Images are generated, so no data set is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READING, _TOGETHER = 0.5, 50  # seconds of a reading, and the most rounds in it
 
 def main() -> None:
     """Answers until stdin ends."""
-    # Whatever a library prints must not get into the answers.
+    # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     fl.setup()
@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def answer(cell: dict[str, Any]) -> dict[str, Any]:
-    """The result of a cell, or a sentence why there is none."""
+    """The result of a cell, or its error as a sentence."""
     arguments = {name: value for name, value in cell.items() if name != "kind"}
     try:
         return {"result": KINDS[cell["kind"]](**arguments)}
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:300]
-        return {"error": f"{type(error).__name__}: {said}"}
+        message = (str(error).splitlines() or [""])[0][:300]
+        return {"error": f"{type(error).__name__}: {message}"}
 
 
 def environment() -> dict[str, Any]:
@@ -55,12 +55,12 @@ def environment() -> dict[str, Any]:
 
 
 def peak(precision: str, smoke: bool = False) -> dict[str, float]:
-    """Operations a second of matrix products on all devices."""
+    """Operations per second of matrix products on all devices."""
     return {"flop_per_second": peaks.flops(len(jax.devices()), precision, smoke)}
 
 
 def bandwidth(smoke: bool = False) -> dict[str, float]:
-    """Bytes a second of a pass over a large vector on all devices."""
+    """Bytes per second of a pass over a large vector on all devices."""
     return {"bytes_per_second": peaks.bandwidth(len(jax.devices()), smoke)}
 
 
@@ -74,13 +74,13 @@ def rounds(
 ) -> dict[str, Any]:
     """Rounds in which all clients of a population take part.
 
-    A reading is of rounds that follow each other for about half a second, each laid out while the
-    one before runs, as `simulate` does it.
+    A reading covers about half a second of consecutive rounds; each is laid out while the one
+    before runs, as in `simulate`.
 
     Args:
-      workload: whose model, optimizer and batches.
+      workload: name; sets model, optimizer and batches.
       steps: S, of each client in a round.
-      cohort: C, and clients in all; None = the workload's own.
+      cohort: C, and the size of the population; None = the workload's.
       width: W; None = the default.
       precision: of matrix products.
       dtype: of activations; None = float32.
@@ -127,7 +127,7 @@ def rounds(
 
 
 def masked_mean(model: str, cohort: int) -> dict[str, Any]:
-    """The masked mean beside a copy of the same memory."""
+    """The masked mean next to a copy of the same memory."""
     return aggregate.measure(*aggregate.models()[model], cohort, repeats=3)
 
 
@@ -136,7 +136,7 @@ def levels(model: str, steps: int) -> dict[str, Any]:
     if model == "stairs":
         return hetero.measure(hetero.Stairs(), (8, 8, 1), steps, "reset_to_init", 3)
     module = fl.models.FedLPCNN(num_classes=10, init="pytorch")
-    # Kept heads of so many clients would fill a small device.
+    # Persistent heads of that many clients would fill a small device.
     return hetero.measure(module, (32, 32, 3), steps, "reset_to_init", 2)
 
 
@@ -146,7 +146,7 @@ def population(clients: int) -> list[dict[str, Any]]:
 
 
 def fill(gibibytes: int) -> dict[str, int]:
-    """Takes so much memory; more than there is shows that an error ends its own cell only."""
+    """Allocates memory; if there is not enough, only this cell fails."""
     return {"bytes": jnp.zeros(gibibytes * 2**28, jnp.float32).block_until_ready().nbytes}
 
 

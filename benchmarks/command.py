@@ -1,4 +1,4 @@
-"""What the commands here share: their options, and the file they write."""
+"""The common options of all commands, and the file that they write."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from benchmarks.machine import machine
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Options that every command has; its help is the module's docstring."""
+    """The options of every command; its help is the docstring of its module."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", metavar="FILE", help="write the results here")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run tiny sizes, as a test")
     return parser
 
 
 def write(file: str | None, result: dict[str, Any]) -> None:
-    """Writes a result with processor, versions and commit, if a file is wanted."""
+    """Writes a result with processor, versions and commit, if a file is named."""
     if file:
         save(file, result | machine())
 
 
 def save(file: str, result: dict[str, Any]) -> None:
-    """Writes a result that says itself where it was measured."""
+    """Writes a result that already says where it was measured."""
     Path(file).write_text(json.dumps(result, indent=2) + "\n")

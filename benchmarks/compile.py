@@ -1,12 +1,11 @@
-"""How long it takes until a run runs: trace, lowering, compilation, first round, later rounds.
+"""Time until a run runs: trace, lowering, compilation, first round, later rounds.
 
     python -m benchmarks.compile [--workload W1|W2|W3|W4|hetero|all] [--json FILE] [--smoke]
 
-Every start is a process of its own. "cold" has an empty cache of compiled programs, "warm" the one
-that the cold start left, as the command `fedlp` keeps one. "hetero" is W1 as
-FedLP-Hetero with five depths in one program. Of the quickstart, `fedlp run configs/quickstart.yaml`
-is timed as a command, from its start to its first round and to its end, beside a process that does
-nothing but import jax.
+Every start is a separate process. "cold" has an empty cache of compiled programs; "warm" has the
+cache that the cold start left, as with the command `fedlp`. "hetero" is W1 as FedLP-Hetero, with
+five depths in one program. `fedlp run configs/quickstart.yaml` is timed as a command, from its
+start to its first round and to its end, next to a process that only imports jax.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _PARTS = ("trace", "lowering", "compile")
 _START = "import json; from benchmarks.compile import start; print(json.dumps(start({!r}, {})))"
 _FEDLP = "from fedlp_jax.cli import main; main()"
 _HETERO = "hetero"
-_CLIENTS_A_DEVICE = 2  # for a round that is long enough to be timed and no longer
+_CLIENTS_A_DEVICE = 2  # a round just long enough to time
 _LATER_ROUNDS = 3
 
 
@@ -55,13 +54,13 @@ def main() -> None:
 
 
 def cold_and_warm(name: str, small: bool = False) -> dict[str, dict[str, float]]:
-    """Two processes, one after the other, that share a cache of compiled programs."""
+    """Starts two processes in turn, with a common cache of compiled programs."""
     with tempfile.TemporaryDirectory() as cache:
         return {state: _start_in_a_process(name, cache, small) for state in ("cold", "warm")}
 
 
 def start(name: str, small: bool = False) -> dict[str, float]:
-    """Seconds of every step until the rounds of a workload run, in this process."""
+    """Seconds of each step from the start of a workload to its rounds, in this process."""
     begun = time.perf_counter()
     fl.setup()
     workload = WORKLOADS["W1" if name == _HETERO else name]
@@ -98,7 +97,7 @@ def start(name: str, small: bool = False) -> dict[str, float]:
 
 
 def quickstart(repeats: int, small: bool = False) -> dict[str, dict[str, float]]:
-    """Seconds of the command, cold and warm, and what it takes beyond importing jax.
+    """Seconds of the command, cold and warm, and its time beyond importing jax.
 
     Args:
       repeats: warm starts, and imports of jax.
@@ -152,13 +151,13 @@ def _start_in_a_process(name: str, cache: str, small: bool) -> dict[str, float]:
         text=True,
         check=True,
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    readings: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return readings
 
 
 def _seconds(words: list[str], settings: dict[str, str]) -> tuple[float, float]:
-    """From the start of a command to the line of its first round, and to its end."""
-    begin, first, said = time.perf_counter(), float("nan"), []
+    """Seconds from the start of a command to the line of its first round, and to its end."""
+    begin, first, lines = time.perf_counter(), float("nan"), []
     with subprocess.Popen(
         words,
         env=_environment(settings),
@@ -169,16 +168,16 @@ def _seconds(words: list[str], settings: dict[str, str]) -> tuple[float, float]:
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            said.append(line)
+            lines.append(line)
             if "round 1/" in line:
                 first = time.perf_counter() - begin
     if process.returncode:
-        raise SystemExit("".join(said))
+        raise SystemExit("".join(lines))
     return first, time.perf_counter() - begin
 
 
 def _cache(folder: str) -> dict[str, str]:
-    # Decoded images are found where they always are: what is measured is compiling.
+    # The cache of decoded images stays in place: only compilation is measured.
     return {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": folder,

@@ -2,14 +2,13 @@
 
     python -m benchmarks.convolutions [--json FILE] [--write] [--smoke]
 
-Times a convolution with both its gradients, in a loop on every device at once, as clients train:
-one client per device on a CPU, as many as are vmapped there on an accelerator. `--write` puts the
-times of this backend into the package's table.
+Times a convolution with both its gradients, in a loop on all devices at once, as clients train:
+one client per device on a CPU, and the default number of vmapped clients on an accelerator.
+`--write` puts the times of this backend into the package's table.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -24,12 +23,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
 import fedlp_jax as fl
+from benchmarks import command
 from benchmarks.machine import machine
 from fedlp_jax.execution.plan import resolve
 from fedlp_jax.nn.conv import conv_general_dilated
 from fedlp_jax.types import Array
 
-# The unfolded form, and the Winograd forms that were the fastest somewhere.
+# "patches", and the Winograd forms that are fastest at some shape.
 _LOWERINGS: tuple[str, ...] = (
     "patches",
     "winograd_1x2",
@@ -55,10 +55,8 @@ class Convolution(NamedTuple):
 
 def main() -> None:
     """Measures all shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--write", action="store_true", help="into the package's table")
-    parser.add_argument("--smoke", action="store_true", help="one small shape")
+    parser = command.parser(__doc__)
+    parser.add_argument("--write", action="store_true", help="update the package's table")
     options = parser.parse_args()
     fl.setup()
     shapes = [Convolution(size, *channels) for size in _SIZES for channels in _CHANNELS]
@@ -72,7 +70,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     result = {"backends": {jax.default_backend(): rows}} | machine()
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        command.save(options.json, result)
     if options.write:
         result["backends"] = json.loads(_TABLE.read_text())["backends"] | result["backends"]
         _TABLE.write_text(json.dumps(result, indent=1) + "\n")
@@ -86,7 +84,7 @@ def measure(
     Args:
       convolution: its shape.
       lowerings: "patches" and Winograd forms.
-      repeats: turns of each that count.
+      repeats: timed turns of each.
       width: W, clients vmapped; the time is that of all of them.
     """
     programs = {name: _program(name, convolution, width) for name in lowerings}
@@ -99,7 +97,7 @@ def measure(
 
 
 def _loops(program: Callable[[int], None]) -> int:
-    """Repetitions that take about a turn, three at least."""
+    """Repetitions that fill a turn, at least three."""
     loops, took = 3, _seconds(program, 3)
     while took < _TARGET_SECONDS / 4:  # too short to extrapolate
         loops *= 4
@@ -114,7 +112,7 @@ def _seconds(program: Callable[[int], None], loops: int) -> float:
 
 
 def _program(name: str, convolution: Convolution, width: int) -> Callable[[int], None]:
-    """A function of a number of repetitions, of W clients on each device."""
+    """A function that repeats the convolution of W clients on each device."""
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
 

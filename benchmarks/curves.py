@@ -2,11 +2,11 @@
 
     python -m benchmarks.curves [--workload W1|W4] [--rounds N] [--json FILE] [--smoke] [RUN ...]
 
-A RUN is FORM:SEED, a form of the convolutions as `fedlp_jax.nn.conv.using` takes it, and a seed;
-without any, `auto:0 auto:1 auto:2 direct:0`. `direct` is `lax.conv` itself, on a CPU tens of times
-slower: W1 takes about five minutes a round. Runs of one seed have the same initial weights, cohorts
-and batches, so a form may differ from `auto` by what other rounding grows into; what another seed
-changes stands beside it.
+A RUN is FORM:SEED: a form of the convolutions, as in `fedlp_jax.nn.conv.using`, and a seed. The
+default is `auto:0 auto:1 auto:2 direct:0`. `direct` is `lax.conv`, which on a CPU is tens of times
+slower: W1 takes about five minutes per round. Runs of one seed have the same initial weights,
+cohorts and batches, so a form differs from `auto` only by rounding, which training amplifies. The
+effect of another seed is shown next to it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def measure(workload: Workload, rounds: int, runs: list[tuple[str, int]]) -> dic
     data = parts.dataset(workload)
     clients = parts.partition(workload, data)
     curves: dict[str, dict[str, list[float]]] = {}
-    taken = {}
+    lowerings = {}
     print("form:seed   test accuracy by round")
     for form, seed in runs:
         run = f"{form}:{seed}"
         with conv.using(form):
-            found = fl.simulate(
+            result = fl.simulate(
                 parts.algorithm(workload),
                 data,
                 clients,
@@ -61,8 +61,8 @@ def measure(workload: Workload, rounds: int, runs: list[tuple[str, int]]) -> dic
                 seed=seed,
                 eval_every=1,
             )
-        curves[run] = {name: [row[name] for row in found.history] for name in _CURVES}
-        taken[run] = found.lowerings
+        curves[run] = {name: [row[name] for row in result.history] for name in _CURVES}
+        lowerings[run] = result.lowerings
         print(f"{run:10}  " + "  ".join(f"{x:.4f}" for x in curves[run]["test_accuracy"]))
         sys.stdout.flush()
     differences = {}
@@ -78,7 +78,7 @@ def measure(workload: Workload, rounds: int, runs: list[tuple[str, int]]) -> dic
     return {
         "rounds": rounds,
         "curves": curves,
-        "lowerings": taken,
+        "lowerings": lowerings,
         "largest_difference_from_auto": differences,
         "largest_difference_between_seeds": noise,
     }
@@ -90,14 +90,14 @@ def _run(word: str) -> tuple[str, int]:
     if not seed.isdecimal():
         raise argparse.ArgumentTypeError(f"'{word}' is not FORM:SEED, such as auto:0.")
     try:
-        with conv.using(form):  # refuses what it does not know
+        with conv.using(form):  # refuses an unknown form
             return form, int(seed)
     except fl.FedLPError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _apart(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
-    """The most that two curves of test accuracy differ in any round."""
+    """The largest difference of two curves of test accuracy in any round."""
     gaps = np.subtract(a["test_accuracy"], b["test_accuracy"])
     return float(np.abs(gaps).max(initial=0.0))
 

@@ -1,9 +1,10 @@
-"""Whole rounds with a dense kernel's gradient as outer products, and as a GEMM of its own.
+"""Whole rounds with a dense kernel's gradient as outer products, and as a separate GEMM.
 
     python -m benchmarks.dense [--json FILE] [--smoke]
 
-The MLP and the small CNN of `benchmarks.speed` at several batch sizes; the two forms take turns, a
-round each. `fedlp_jax/nn/dense.py` takes outer products up to the batch where the GEMM wins.
+The MLP and the small CNN of `benchmarks.speed` at several batch sizes; the two forms alternate,
+round by round. `fedlp_jax/nn/dense.py` uses outer products up to the batch size where the GEMM
+wins.
 """
 
 from __future__ import annotations

@@ -2,20 +2,20 @@
 
     python -m benchmarks.hetero [--steps N] [--heads persist|reset_to_init] [--json FILE] [--smoke]
 
-The reference CNN of FedLP on CIFAR-10 (or made-up images of its shape), the default plan, ten full
-chunks of clients on every device. Rounds whose clients all have one depth give the time of a step
-at each depth. Rounds of mixed cohorts (Hetero(f): 60% of depth f and 10% of each other; u: 20% of
-each) are then held against the sum of their parts: clients of each depth x steps x time of a step,
-on the busiest device as the layout dealt them ("sum of its levels"), and as if the devices could
-share it evenly ("evenly"). All of these are one compiled program, as in any FedLP-Hetero run.
+The reference CNN of FedLP on CIFAR-10 (or generated images of its shape), the default plan, ten
+full chunks of clients on every device. Rounds in which all clients have one depth give the time of
+a step at each depth. Rounds of mixed cohorts (Hetero(f): 60% of depth f and 10% of each other; u:
+20% of each) are compared with the sum of their parts, clients of each depth x steps x time of a
+step: on the busiest device of the real layout ("sum of its levels"), and as if the devices could
+share it evenly ("evenly"). All rounds run one compiled program, as in any FedLP-Hetero run.
 
-The time of a step at depth c over that at depth 5 stands beside what one may expect it to be:
-"MACs", its share of multiply-accumulates; "+ bytes", the time of these at the measured peak plus
-that of the memory traffic at the measured bandwidth; "as lowered + bytes", the same with the
-operations that the convolutions' Winograd forms really take. Memory traffic is modelled: each
-layer's output passes memory 5 times (written and read forward; read backward, its gradient written
-and read), a parameter 6 times and each number the optimizer keeps of it twice, as if there were no
-cache. A shallow client holds a large exit head, so it moves more parameters than a deep one.
+The time of a step at depth c over that at depth 5 is shown next to what one may expect: "MACs", its
+share of multiply-accumulates; "+ bytes", the time of these at the measured peak plus that of the
+memory traffic at the measured bandwidth; "as lowered + bytes", the same with the operations of the
+convolutions' Winograd forms. Memory traffic is modelled without a cache: each layer's output passes
+memory 5 times (written and read forward; read backward, its gradient written and read), a parameter
+6 times, and each number of the optimizer state twice. A shallow client holds a large exit head, so
+it moves more parameters than a deep one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fedlp_jax.execution.plan import resolve
 from fedlp_jax.types import Array
 
 _BATCH = 10
-_PER_CLIENT = 50  # examples, where they are made up
-_CHUNKS = 10  # on each device: every mixture is then of full chunks
+_PER_CLIENT = 50  # examples, if images are generated
+_CHUNKS = 10  # on each device, so that every mixture has full chunks
 
 
 class Stairs(nn.Module):
@@ -80,14 +80,14 @@ def measure(
     repeats: int,
     smoke: bool = False,
 ) -> dict[str, Any]:
-    """Times every depth, every mixture and FedAvg, a round each in turn.
+    """Times every depth, every mixture and FedAvg; they alternate, round by round.
 
     Args:
       module: a linen module with depths.
       image: shape of an example.
       steps: S, of each client in a round.
       heads: as in `fl.fedlp_hetero`.
-      repeats: rounds of each contender that count.
+      repeats: timed rounds of each contender.
       smoke: read the ceilings of the hardware from tiny arrays.
     """
     depths = module.depth
@@ -99,7 +99,7 @@ def measure(
     task = fl.classification(module)
     local = {"client_optimizer": optax.adam(1e-3), "steps": steps, "batch_size": _BATCH}
     fedavg = Rounds(fl.fedavg(task, **local), data, clients, cohort=cohort)
-    # Clients c * C to (c + 1) * C have depth c + 1; a round chooses among them by its own rule.
+    # Clients c * C to (c + 1) * C have depth c + 1; `chosen` is the cohort of the next round.
     assigned = np.repeat(np.arange(1, depths + 1), cohort)
     chosen = np.arange(cohort)
     hetero = Rounds(
@@ -153,32 +153,32 @@ def measure(
 def mixtures(depths: int, cohort: int) -> dict[str, np.ndarray]:
     """Clients of each depth in the cohorts of FedLP-Hetero: flags first, middle, last, and u."""
     middle = (depths + 1) // 2
-    found = {}
+    cohorts = {}
     for flag in (1, middle, "u", depths):
         share = np.full(depths, 1 / depths)
         if flag != "u":
             share = np.where(np.arange(1, depths + 1) == flag, 0.6, 0.4 / (depths - 1))
         counts = np.floor(cohort * share + 1e-9).astype(int)
         counts[np.argmax(share)] += cohort - counts.sum()
-        found[f"Hetero({flag})"] = counts
-    return found
+        cohorts[f"Hetero({flag})"] = counts
+    return cohorts
 
 
 def busiest(segment: np.ndarray, step_seconds: Sequence[float], width: int) -> float:
-    """Seconds a step of all clients takes on the busiest device; `segment` as in `Cohort`."""
+    """Seconds of one step of all clients on the busiest device; `segment` as in `Cohort`."""
     chunks = -(-np.diff(segment, axis=1) // width) * width
     return float((chunks @ np.asarray(step_seconds)).max())
 
 
 def _members(counts: np.ndarray, cohort: int) -> np.ndarray:
-    """So many clients of each depth."""
+    """Ids of a cohort with `counts` clients of each depth."""
     return np.concatenate([c * cohort + np.arange(n) for c, n in enumerate(counts)])
 
 
 def _dataset(image: tuple[int, ...], clients: int) -> fl.Dataset:
     if image == (32, 32, 3) and "TFDS_DATA_DIR" in os.environ:
         data = fl.load("cifar10")
-        if len(data.train.labels) % clients == 0:  # as even as what is made up
+        if len(data.train.labels) % clients == 0:  # as even as generated data
             return data
     examples = clients * _PER_CLIENT
     return fl.load("synthetic", examples=examples, shape=image, num_classes=10, seed=0)
@@ -193,7 +193,7 @@ def _levels(
     step_seconds: list[float],
     smoke: bool,
 ) -> list[dict[str, Any]]:
-    """Each depth's step, and its share of the deepest's beside the modelled ones."""
+    """Each depth's step, and its measured and modelled shares of the deepest's."""
     peak, bandwidth = peaks.flops(devices, smoke=smoke), peaks.bandwidth(devices, smoke)
     costs = [
         step.cost(module.clone(depth=c), optax.adam(1e-3), image, _BATCH)

@@ -1,4 +1,4 @@
-"""This package, and what a first try in JAX looks like."""
+"""This package, and a first try in JAX."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fedlp_jax.types import Array
 
 
 class _Jax:
-    """What both contenders can say."""
+    """Common to both contenders."""
 
     def peak_device_mb(self) -> float | None:
-        """Of the first device; a CPU does not count."""
+        """Of the first device; None on a CPU."""
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak is None else peak / 2**20
 
@@ -77,7 +77,7 @@ class Naive(_Jax):
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.workload = workloads.read(folder)
-        # Of each client in a round; a CPU's convolutions are too slow for all of them.
+        # Computed steps of each client; on a CPU, convolutions are too slow for all of them.
         self.steps = min(settings.get("steps", self.workload.steps), self.workload.steps)
         data = parts.dataset(self.workload)
         gain, shift = data.normalize
@@ -125,7 +125,7 @@ class Naive(_Jax):
             return _flat(self.train(_float64(self.variables), rows))
 
     def round(self, number: int) -> float:
-        """Seconds of a whole round, from those steps of each client that are computed."""
+        """Seconds of a whole round, extrapolated from the computed steps of each client."""
         rows = self._rows(number)
         start = time.perf_counter()
         self.variables = jax.block_until_ready(self.program(self.variables, rows))
@@ -152,7 +152,7 @@ def _flat(variables: Any) -> dict[str, np.ndarray]:
 
 
 def _plain_apply(module: Any) -> Any:
-    """The flax module, with `lax.conv` also where this package's own models choose another form."""
+    """Applies a flax module with `lax.conv`, also for the models of this package."""
 
     def apply(variables: Any, x: Array) -> Any:
         with conv.using("direct"):

@@ -1,4 +1,4 @@
-"""The memory that a call really takes, read from the system beside what a program predicts."""
+"""The memory that a call takes, read from the system."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_of(call: Callable[[], object]) -> int | None:
-    """Bytes that a call takes at most beside what is held already, on all devices; None = unknown.
+    """Peak bytes of a call beyond what is already allocated, on all devices; None = unknown.
 
-    On a CPU it is the resident memory of this process, whose peak Linux can be told to forget.
-    Other devices only know the peak since the process began, so it counts if this call raises it.
+    On a CPU this is the resident memory of the process; Linux can reset its peak. Other devices
+    only know the peak since the process began, so it counts only if this call raises it.
     """
     gc.collect()
     devices = jax.devices()
@@ -33,7 +33,7 @@ def peak_of(call: Callable[[], object]) -> int | None:
         before_it = _kilobytes("VmRSS")
         call()
         return 1024 * max(_kilobytes("VmHWM") - before_it, 0)
-    except (OSError, StopIteration):  # no Linux, or one that does not say
+    except (OSError, StopIteration):  # not Linux, or a Linux without these files
         return None
 
 

@@ -18,13 +18,13 @@ class SmallCNN(nn.Module):
         del train
         x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", name="conv1")(x))
         x = nn.relu(nn.Conv(64, (3, 3), padding="VALID", name="conv2")(x))
-        x = fl.models.max_pool(x)  # whose gradient is no select-and-scatter, slow on CPU
+        x = fl.models.max_pool(x)  # its gradient avoids select-and-scatter, which is slow on CPU
         x = nn.relu(nn.Dense(128, name="fc1")(x.reshape(x.shape[0], -1)))
         return nn.Dense(10, name="fc2")(x)
 
 
 def module(workload: Workload) -> nn.Module:
-    """The flax model; users' modules reach the fast convolutions just as this package's do."""
+    """The flax model; a user's module such as `SmallCNN` gets the fast convolutions too."""
     if workload.model == "mlp":
         return fl.models.MLP(num_classes=10, init="pytorch", dtype=workload.dtype)
     if workload.model == "fedlp_cnn":
@@ -40,7 +40,7 @@ def optimizer(workload: Workload) -> optax.GradientTransformation:
 
 
 def dataset(workload: Workload) -> fl.Dataset:
-    """The images, really read unless made up."""
+    """The images: a data set, or generated ones."""
     if workload.data == "synthetic":
         examples = workload.clients * workload.per_client
         return fl.load("synthetic", examples=examples, shape=workload.image, num_classes=10, seed=0)
@@ -48,7 +48,7 @@ def dataset(workload: Workload) -> fl.Dataset:
 
 
 def partition(workload: Workload, data: fl.Dataset) -> fl.Partition:
-    """Even and iid; W1 to W4 differ in sizes only."""
+    """Even and iid; the workloads differ only in sizes."""
     return fl.partition.iid(data.train.labels, clients=workload.clients, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""What the hardware does at best, measured: float operations and memory traffic a second."""
+"""The best that the hardware does, measured: float operations and memory traffic per second."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ACCELERATOR_MEBIBYTES = 2048
 
 
 def flops(devices: int, precision: str = "float32", smoke: bool = False) -> float:
-    """Most float operations a second of products of square matrices, one on each device.
+    """The highest rate of float operations in products of square matrices, one on each device.
 
     Args:
-      devices: how many work at once.
+      devices: number that work at once.
       precision: of the products: "float32" or "tensorfloat32", as in
-        `jax_default_matmul_precision`; or "bfloat16", in which the matrices then are. A CPU
+        `jax_default_matmul_precision`; or "bfloat16", which also stores the matrices so. A CPU
         computes all of them in float32.
       smoke: one small product.
 
     Returns:
-      Operations a second of all these devices, a multiply-accumulate being two.
+      Operations per second of all these devices; a multiply-accumulate counts two.
     """
     if smoke:
         return _product(devices, 64, precision, _SMOKE_SECONDS)
@@ -43,7 +43,7 @@ def flops(devices: int, precision: str = "float32", smoke: bool = False) -> floa
 
 
 def bandwidth(devices: int, smoke: bool = False) -> float:
-    """Most bytes a second, read and written, of adding one to a large vector in place."""
+    """The highest rate of bytes read and written by adding one to a large vector in place."""
     mebibytes = _MEBIBYTES.get(jax.default_backend(), _ACCELERATOR_MEBIBYTES)
     elements = (1 if smoke else mebibytes) * 2**20 // 4 // devices
     program, put = _on_each(devices, lambda x: x + 1, donate=True)
@@ -65,7 +65,7 @@ def _product(devices: int, size: int, precision: str, seconds: float) -> float:
 def _on_each(
     devices: int, function: Callable[..., Array], donate: bool = False
 ) -> tuple[Any, Callable[[np.ndarray], Array]]:
-    """The function on each device's own arrays, and what gives every device an array."""
+    """The function on each device's own arrays, and a function that gives every device an array."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("d",), axis_types=(AxisType.Auto,))
 
     def own(*arrays: Array) -> Array:
@@ -85,7 +85,7 @@ def _on_each(
 
 
 def _least(step: Callable[[Array], Array], x: Array, seconds: float) -> float:
-    """Least seconds of a step that is repeated on its own result, in readings of some seconds."""
+    """Shortest time of a step that is repeated on its own result, over readings of `seconds`."""
     x = step(x).block_until_ready()  # compiles
     start = time.perf_counter()
     x = step(x).block_until_ready()

@@ -1,21 +1,20 @@
-"""What attacks, slow clients and noise do to FedLP, and what holds against them.
+"""The effect of attacks, slow clients and noise on FedLP, and of the defences against them.
 
     python -m benchmarks.robustness [--json FILE] [--seeds N] [--smoke]
 
 On the embedded digits, 100 clients, an MLP of one hidden layer, FedLP-Homo at keep .5. Three
 tables; accuracies are those of the last round, a mean over seeds with the lowest and the highest:
 
-* attacks: every robust rule against a fifth of all clients, always the same, that send something
-  else than they learnt. Rules are told a share of .3, since a round may draw more than a fifth.
-* time: modelled seconds until the model is right in nine cases of ten, where clients' machines and
-  links differ, by the share of layers that are sent, without and with a deadline. Bytes and
-  multiply-accumulates are exact; what a client's machine does with them is assumed (`PROFILE`).
+* attacks: every robust rule against a fixed fifth of all clients that send corrupt updates. Rules
+  assume a share of .3, because a round may draw more than a fifth.
+* time: modelled seconds to 90% accuracy when clients' machines and links differ, by the share of
+  layers that are sent, without and with a deadline. Bytes and multiply-accumulates are exact; the
+  speed of a client's machine is assumed (`PROFILE`).
 * privacy: accuracy and epsilon by noise; needs the extra `privacy`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 import optax
 
 import fedlp_jax as fl
-from benchmarks.machine import machine
+from benchmarks import command
 
 CLIENTS, COHORT, KEEP = 100, 40, 0.5
 ATTACKS = {
@@ -49,11 +48,9 @@ PROFILE = fl.Profile(compute=1e9, download=1e6, upload=2e5, spread=1.0)
 
 
 def main() -> None:
-    """Runs the three and prints a line for each of their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results here")
+    """Makes the three tables and prints each row."""
+    parser = command.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
     options = parser.parse_args()
     fl.setup()
     rounds, seeds = (3, range(1)) if options.smoke else (60, range(options.seeds))
@@ -62,9 +59,7 @@ def main() -> None:
         for row in rows(rounds, seeds):
             results[name].append(row)
             print(name, json.dumps(row), flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"rounds": rounds} | results | machine(), file, indent=2)
+    command.write(options.json, {"rounds": rounds} | results)
 
 
 def attacks(rounds: int, seeds: Sequence[int]) -> Any:
@@ -142,7 +137,7 @@ def _accuracy(runs: Sequence[fl.Result]) -> dict[str, float]:
 
 
 def _time_to(run: fl.Result, accuracy: float) -> float | None:
-    """Modelled seconds until a test says so for the first time."""
+    """Modelled seconds until a test first reaches this accuracy."""
     passed = np.cumsum(run.history["simulated_time"])
     reached = np.flatnonzero(run.history["test_accuracy"] >= accuracy)
     return float(passed[reached[0]]) if len(reached) else None

@@ -1,17 +1,17 @@
-"""What the hardware does at best, and how much of that a client-step reaches.
+"""The best that the hardware does, and the share of it that a client-step reaches.
 
     python -m benchmarks.roofline [--workload W1|W2|W3|W4|all] [--json FILE] [--smoke]
 
-Measured in one run: the most float32 operations a second of matrix products, with one device at
-work (which on a CPU may use all cores) and with all of them; the most bytes a second of a pass over
+Measured in one run: the highest rate of float32 operations in matrix products, with one device at
+work (on a CPU it may use all cores) and with all of them; the highest rate of bytes in a pass over
 a large vector; and rounds of each workload. A client-step is one optimizer step of one client.
 
-Of a client-step these are modelled: its operations as written (a multiply-accumulate is two;
-convolutions counted directly, forward and both gradients), its operations as lowered (in the
-Winograd forms, with all that is not a product), and its memory traffic if no cache held anything.
-"share written" may exceed what the hardware can do, since Winograd forms multiply less; "share
-lowered" may not. The two floors are what the step would take at the peak and at the bandwidth; a
-model that fits into a cache runs faster than its memory floor.
+Three numbers of a client-step are modelled: its operations as written (a multiply-accumulate is
+two; convolutions counted directly, forward and both gradients), its operations as lowered (in the
+Winograd forms, with everything that is not a product), and its memory traffic without a cache.
+"share written" may exceed what the hardware can do, because Winograd forms multiply less; "share
+lowered" may not. The two floors are the step's time at the peak and at the bandwidth; a model that
+fits into a cache runs faster than its memory floor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def ceilings(small: bool = False) -> dict[str, float]:
-    """Measured: operations and bytes a second, of one device and of all."""
+    """Measured: operations and bytes per second, of one device and of all."""
     devices = len(jax.devices())
     return {
         "one_device_flop_per_second": peaks.flops(1, smoke=small),
@@ -61,7 +61,7 @@ def ceilings(small: bool = False) -> dict[str, float]:
 def share(
     workloads: dict[str, Workload], ceiling: dict[str, float], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Each workload's rate, and its share of the highest ceiling of this run."""
+    """The rate of each workload, and its share of the highest ceiling of this run."""
     peak, bandwidth = (
         max(ceiling[f"{which}_{unit}_per_second"] for which in ("one_device", "all_devices"))
         for unit in ("flop", "bytes")

@@ -1,19 +1,19 @@
-"""What a round costs as the cohort, the population and the plan grow.
+"""The cost of a round as the cohort, the population and the plan grow.
 
     python -m benchmarks.scaling [--json FILE] [--smoke] [--only NAME]
 
-Each question has its contenders alternated in one process, after a turn that does not count, and is
-answered by medians:
+The contenders of each question alternate in one process, after an untimed turn, and are compared by
+medians:
 
-* population: the same 100 clients a round out of 1,000 and out of 1,000,000, with the data on the
-  devices and on the host. A round must not feel the population.
-* cohort: 8 to 512 clients a round on one device, in a loop (width 1) and 8 at a time. The time of a
-  round must be linear in the cohort: `slope` is what a client more costs, in milliseconds, from
+* population: the same 100 clients per round out of 1,000 and out of 1,000,000, with the data on the
+  devices and on the host. A round must not depend on the population.
+* cohort: 8 to 512 clients per round on one device, in a loop (width 1) and 8 at a time. The time of
+  a round must be linear in the cohort: `slope` is the cost of one more client in milliseconds, from
   each size to the next.
-* plan: devices, width and the place of the data, for a larger model; beside the time what the
-  compiled program says it takes of memory, and what a round really took.
-* uneven: clients by Dirichlet(0.1), 100 cohorts laid out: the share of steps computed for nobody,
-  and the work of the busiest device over the mean. Nothing is trained.
+* plan: devices, width and the place of the data, for a larger model; the time, the memory that the
+  compiled program predicts, and the memory that a round takes.
+* uneven: clients by Dirichlet(0.1), 100 cohorts laid out: the share of padded steps, and the work
+  of the busiest device over the mean. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PER_CLIENT = 8
 
 
 def main() -> None:
-    """Asks all questions, or one, and prints a line for each contender."""
+    """Answers all questions, or one, and prints a line for each contender."""
     parser = command.parser(__doc__)
     questions: dict[str, Callable[[bool], Rows]] = {
         "population": population,
@@ -83,7 +83,7 @@ def population(smoke: bool) -> Rows:
 
 
 def cohorts(smoke: bool) -> Rows:
-    """Seconds of a round of C clients on one device, one at a time and eight."""
+    """Seconds of a round of C clients on one device, one and eight at a time."""
     sizes = (4, 8) if smoke else (8, 32, 128, 512)
     runs = {
         (size, width): _rounds(
@@ -104,7 +104,7 @@ def cohorts(smoke: bool) -> Rows:
         if size != sizes[0]:
             smaller = sizes[sizes.index(size) - 1]
             before = times[smaller, width]
-            # A turn of one beside the same turn of the other, as the machine drifts.
+            # Turn by turn, because the machine drifts.
             slopes = [(b - a) / (size - smaller) for a, b in zip(before, seconds, strict=True)]
             row["slope"] = 1e3 * statistics.median(slopes)
         rows.append(row)
@@ -131,9 +131,8 @@ def plans(smoke: bool) -> Rows:
     for plan, (name, seconds) in zip(chosen, times.items(), strict=True):
         run = runs[name].run
         needed = needed_bytes(run.program.round)
-        # What a round is given is put there anew each time, where the data are on the host.
-        given = (plan.devices or 1) * run.stage.round_bytes
-        predicted = None if needed is None else (run.plan.devices or 1) * needed + given
+        staged = (plan.devices or 1) * run.stage.round_bytes  # if the data are on the host
+        predicted = None if needed is None else (run.plan.devices or 1) * needed + staged
         measured = peak_of(runs[name])
         rows.append(
             {"devices": plan.devices, "width": run.plan.width, "data": plan.data}
@@ -181,7 +180,7 @@ def _repeats(smoke: bool) -> int:
 
 
 def _ratio(seconds: list[float], base: list[float]) -> float:
-    """The median over turns of one contender beside another."""
+    """The median over turns of the ratio of two contenders."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
@@ -193,7 +192,7 @@ def _rounds(
     examples: int = _PER_CLIENT,
     hidden: tuple[int, ...] = (128, 64),
 ) -> Rounds:
-    """A small model and few examples a client, so that the round itself is seen."""
+    """A small model and few examples per client, so that the round itself dominates."""
     data = fl.load(
         "synthetic", examples=clients * examples, shape=(features,), num_classes=10, seed=0
     )

@@ -1,16 +1,15 @@
-"""Whether a long run keeps its memory: resident size over thousands of rounds.
+"""Does a long run keep its memory? Resident size over thousands of rounds.
 
     python -m benchmarks.soak [--rounds 20000] [--json FILE] [--smoke]
 
-A small model on digits, evaluated and saved as it goes. What a run has to keep grows with its
-rounds, by a row each; memory that the allocator does not use again comes on top. The model has
-4,810 parameters, so one copy of it that is kept by mistake is 19 KB a round. The command fails if
-the resident size of the second half grows by more than 4 KiB a round.
+A small model on digits, evaluated and saved along the way. A run keeps one row per round; memory
+that the allocator does not reuse comes on top. The model has 4,810 parameters, so keeping one copy
+by mistake costs 19 KB per round. The command fails if the resident size grows by more than 4 KiB
+per round in the second half.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import optax
 
 import fedlp_jax as fl
-from benchmarks.machine import machine
+from benchmarks import command
 
 _READINGS = 40
 _MOST_BYTES_A_ROUND = 4096
@@ -30,18 +29,15 @@ _MOST_BYTES_A_ROUND = 4096
 
 def main() -> None:
     """Runs, prints the readings, and fails if memory grew."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20000)
-    parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--smoke", action="store_true", help="few rounds, to see that it works")
     options = parser.parse_args()
     fl.setup()
-    found = soak(80 if options.smoke else options.rounds)
-    print(json.dumps(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found | machine(), indent=2) + "\n")
-    if not options.smoke and found["bytes_a_round"] > _MOST_BYTES_A_ROUND:
-        raise SystemExit(f"memory grows by {found['bytes_a_round']:.0f} bytes a round")
+    result = soak(80 if options.smoke else options.rounds)
+    print(json.dumps(result))
+    command.write(options.json, result)
+    if not options.smoke and result["bytes_a_round"] > _MOST_BYTES_A_ROUND:
+        raise SystemExit(f"memory grows by {result['bytes_a_round']:.0f} bytes per round")
 
 
 def soak(rounds: int) -> dict[str, Any]:

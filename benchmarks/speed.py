@@ -3,22 +3,21 @@
     python -m benchmarks.speed --workload W1|W2|W3|W4|all [--json FILE] [--repeats N]
         [--against NAME ...] [--baseline DIR] [--made-up] [--smoke]
 
-Every contender is a process of its own; one runs at a time. They have the same images, clients and
-initial weights; before anything is timed, one client's weights after five steps are compared, in
-float64. Then contenders take turns, a round each, after a round to warm up. A client-step is one
-optimizer step of one client: the seconds of a round, by cohort size and steps of a client.
+Every contender is a separate process; one runs at a time. All have the same images, clients and
+initial weights, and before any timing one client's weights after five steps are compared in
+float64. Then contenders alternate, round by round, after one round to warm up. A client-step is one
+optimizer step of one client: the seconds of a round over cohort size x steps of a client.
 
-Where JAX computes on a GPU, so do all of them; with many cores they then start, and compile, at the
-same time. A contender that fails or computes something else has an error for a time and the others
-go on, unless it is `ours`.
+On a GPU host all contenders use the GPU, and with many cores they start and compile at the same
+time. A contender that fails or computes something else has an error in place of a time, and the
+others continue; only if `ours` fails does the comparison end.
 
-`--baseline DIR` adds this package as another checkout has it, which is how a change is held against
-the tree before it: the two take turns, so that a noisy machine slows both.
+`--baseline DIR` adds the package of another checkout, to compare a change with the tree before it:
+the two alternate, so that a noisy machine slows both.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -33,12 +32,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import stage
-from benchmarks.machine import machine
+from benchmarks import command, stage
 from benchmarks.workloads import WORKLOADS, Workload, made_up, smoke
 
 _Settings = dict[str, int]
-# Name -> its class, see `worker`, and what that is told.
+# Name -> (class, see `worker`; its settings).
 _CONTENDERS: dict[str, tuple[str, _Settings]] = {
     "ours": ("ours", {}),
     "ours, 1 device of 1 thread": ("ours", {"devices": 1, "cores": 1}),
@@ -60,7 +58,7 @@ _TREE = Path(__file__).parents[1]
 
 
 class Contender:
-    """A worker process. Once it has failed, nothing more is asked of it."""
+    """A worker process. After a failure it gets no further commands."""
 
     def __init__(
         self, label: str, kind: str, folder: Path, settings: _Settings, tree: Path = _TREE
@@ -83,17 +81,17 @@ class Contender:
         self._answer()
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer; that of one that has failed is empty."""
+        """Sends a command and waits for the answer; empty if the contender has failed."""
         if self.error is not None:
             return {}
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as reading will tell
+        with contextlib.suppress(BrokenPipeError):  # it has ended; reading says so
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         return self._answer()
 
     def fail(self, error: str) -> None:
-        """Ends the process, and the comparison if it is ours that has failed."""
+        """Ends the process, and the whole comparison if it is `ours`."""
         self.error = error
         self.close()
         if self.label == "ours":
@@ -129,19 +127,19 @@ def compare(
     name: str,
     workload: Workload,
     repeats: int,
-    wanted: tuple[str, ...] = ("",),
+    prefixes: tuple[str, ...] = ("",),
     baseline: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs the contenders of one workload, those whose name begins as wanted and `ours`."""
+    """Runs `ours` and the contenders of one workload with such a prefix."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stage.write(workload, folder)
-        contenders = _start(folder, wanted, baseline)
+        contenders = _start(folder, prefixes, baseline)
         differences = _check(contenders, folder)
         for turn in range(repeats + 1):
             for label, contender in contenders.items():
                 if label == "naive JAX" and turn > 2 and jax.default_backend() == "cpu":
-                    continue  # tens of times slower; a spread of it would tell nobody anything
+                    continue  # tens of times slower, so its spread does not matter
                 answer = contender.ask(do="round", number=turn + 1)
                 if turn and answer:
                     contender.seconds.append(1e3 * answer["seconds"] / workload.client_steps)
@@ -151,21 +149,22 @@ def compare(
     return _report(name, workload, contenders, differences)
 
 
-def chosen(cuda: bool, wanted: tuple[str, ...] = ("",)) -> dict[str, tuple[str, _Settings]]:
-    """Contenders on a GPU or a CPU whose name begins as wanted, and `ours`."""
+def chosen(cuda: bool, prefixes: tuple[str, ...] = ("",)) -> dict[str, tuple[str, _Settings]]:
+    """`ours` and the contenders on a GPU or a CPU with such a prefix."""
     torch = importlib.util.find_spec("torch") is not None
     return {
         label: (kind, settings)
         for label, (kind, settings) in (_CUDA_CONTENDERS if cuda else _CONTENDERS).items()
-        if (torch or not kind.startswith("torch")) and (label == "ours" or label.startswith(wanted))
+        if (torch or not kind.startswith("torch"))
+        and (label == "ours" or label.startswith(prefixes))
     }
 
 
-def _start(folder: Path, wanted: tuple[str, ...], baseline: Path | None) -> dict[str, Contender]:
+def _start(folder: Path, prefixes: tuple[str, ...], baseline: Path | None) -> dict[str, Contender]:
     cuda = jax.default_backend() == "gpu"
     together = cuda and len(os.sched_getaffinity(0)) >= _CORES_TO_START_TOGETHER
     contenders = {}
-    for label, (kind, settings) in chosen(cuda, wanted).items():
+    for label, (kind, settings) in chosen(cuda, prefixes).items():
         contenders[label] = Contender(label, kind, folder, settings)
         if not together:
             contenders[label].ready()
@@ -180,7 +179,7 @@ def _start(folder: Path, wanted: tuple[str, ...], baseline: Path | None) -> dict
 
 
 def _check(contenders: dict[str, Contender], folder: Path) -> dict[str, float]:
-    """Weights after five steps, against those of the first contender."""
+    """Compares the weights after five steps with those of the first contender."""
     with np.load(folder / "initial.npz") as file:
         initial = {key: file[key] for key in file}
     weights = {}
@@ -269,15 +268,14 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the workloads asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs one workload, or all."""
+    parser = command.parser(__doc__)
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
-    parser.add_argument("--json", help="write the results here")
     parser.add_argument(
         "--against",
         nargs="+",
         default=[""],
-        help="only contenders whose names begin so, as ours torch",
+        help="prefixes of the contenders to run, such as: ours torch",
         metavar="NAME",
     )
     parser.add_argument(
@@ -287,9 +285,8 @@ def main() -> None:
     parser.add_argument(
         "--made-up",
         action="store_true",
-        help="made-up images of the same number and shapes, where the data sets are not at hand",
+        help="generate images of the same number and shapes, in place of the data sets",
     )
-    parser.add_argument("--smoke", action="store_true", help="a few steps on made-up images")
     options = parser.parse_args()
     # All processes share a GPU; each would take three quarters of its memory. Inherited by workers.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -308,10 +305,7 @@ def main() -> None:
             )
         )
         _print(results[-1])
-        if options.json:
-            Path(options.json).write_text(
-                json.dumps({"results": results} | machine(), indent=2) + "\n"
-            )
+        command.write(options.json, {"results": results})
 
 
 if __name__ == "__main__":

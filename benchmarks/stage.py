@@ -1,6 +1,6 @@
-"""What contenders share on disk: images, who has which, initial weights, one order to check by.
+"""The files that all contenders read: images, partition, initial weights, an order for the check.
 
-A contender reads arrays and knows nothing of the package, unless it is the package.
+A contender reads arrays, so it needs nothing of the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECK_STEPS = 5  # rounding in float32 grows about tenfold a step
 
 
 def write(workload: Workload, folder: Path) -> None:
-    """Writes everything a contender needs."""
+    """Writes everything that a contender needs."""
     data = parts.dataset(workload)
     clients = parts.partition(workload, data)
     run = fl.simulate(parts.algorithm(workload), data, clients, rounds=0, cohort=1)

@@ -1,4 +1,4 @@
-"""What one optimizer step of one client costs, modelled: nothing here is read from a clock."""
+"""The modelled cost of one optimizer step of one client; never a clock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.types import Array, Batch, Normalize, Variables
 
 _FLOAT = 4  # bytes
-# An activation is written and read on the way forward, and read once more on the way back, where
-# its gradient is written and read.
+# An activation is written and read forward; read backward, and its gradient written and read.
 _ACTIVATION_PASSES = 5
-# A parameter is read on both ways; its gradient is written, then read with it by the optimizer,
-# which writes it; each number that the optimizer keeps of it is read and written.
+# A parameter is read forward and backward, its gradient written; the optimizer reads both and
+# writes the parameter. The optimizer reads and writes each number of its state.
 _PARAMETER_PASSES, _PASSES_OF_A_SLOT = 6, 2
 
 
@@ -29,9 +28,9 @@ class StepCost(NamedTuple):
     """One step of a batch. Floating-point operations: 2 for a multiply-accumulate."""
 
     macs: int  # of convolutions and products, one example, forward
-    written: float  # operations of these as written: forward, and two gradients but the input's
-    # Operations of the step's program, in the forms that convolutions really take; NaN where jax is
-    # kept from having a CPU.
+    written: float  # operations of these: forward and both gradients, without the input's
+    # Operations of the compiled step, with the lowerings of the convolutions; NaN if jax has no
+    # CPU device.
     lowered: float
     activation_bytes: float  # memory traffic, if no cache held anything
     parameter_bytes: float
@@ -81,7 +80,7 @@ def _batch(image: tuple[int, ...], rows: int) -> Batch:
 
 
 def _outputs(module: nn.Module, variables: Variables, batch: Batch) -> int:
-    """Numbers that the layers with parameters put out for a batch."""
+    """Size of the outputs of all layers with parameters, for a batch."""
     inputs = jax.ShapeDtypeStruct(batch.inputs.shape, jnp.float32)
 
     def apply(variables: Variables, x: Array) -> Any:
@@ -91,7 +90,7 @@ def _outputs(module: nn.Module, variables: Variables, batch: Batch) -> int:
 
     shapes = flatten_dict(jax.eval_shape(apply, variables, inputs)[1]["intermediates"])
     layers = {path[:-1] for path in flatten_dict(variables["params"])}
-    outputs = [found[0] for (*path, _), found in shapes.items() if tuple(path) in layers]
+    outputs = [calls[0] for (*path, _), calls in shapes.items() if tuple(path) in layers]
     return sum(math.prod(x.shape) for x in outputs)
 
 
@@ -111,7 +110,7 @@ def _lowered(
             updates, state = optimizer.update(gradient, state, variables["params"])
             return optax.apply_updates(variables["params"], updates), state, aux
 
-    try:  # counted by the CPU's part of XLA, as that of GPUs does not count
+    try:  # XLA's CPU backend counts operations; its GPU backend does not
         cpu = jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return math.nan

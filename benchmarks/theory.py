@@ -2,18 +2,16 @@
 
     python -m benchmarks.theory [--json FILE] [--plot FILE] [--smoke]
 
-Client k's loss is `1/2 sum_i h_i (x_i - b_{k,i})^2` with its optimum `b_k` as its one example, so
-that `fedlp_jax.theory.quadratic_error` knows the error of every round. The layers do not interact,
-and draw their masks each for itself: many layers of the same keep rate are as many repetitions, and
-all keep rates share one run. An episode is that run from the start; the model is put back for the
-next, while rounds count on, so that no draw is ever used twice. Errors are averaged over layers,
-standard errors are taken over episodes, which are independent.
+Client k has the loss `1/2 sum_i h_i (x_i - b_{k,i})^2`, with its optimum `b_k` as its one example,
+so `fedlp_jax.theory.quadratic_error` gives the error of every round. Layers do not interact and
+have independent masks: many layers of one keep rate are that many repetitions, and all keep rates
+share one run. An episode is that run from the start; the next one resets the model but not the
+round number, so no draw is used twice. Errors are averaged over layers. Standard errors are over
+episodes, which are independent.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,7 @@ import optax
 from matplotlib.figure import Figure
 
 import fedlp_jax as fl
-from benchmarks.machine import machine
+from benchmarks import command
 from fedlp_jax import theory
 from fedlp_jax.tasks.supervised import mean_over_rows
 from fedlp_jax.tasks.task import Aux, Task
@@ -51,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What the episodes of a problem were like."""
+    """The episodes of a problem."""
 
     error: np.ndarray  # f64[episodes, T + 1, L, n], x - x*
     senders: np.ndarray  # i64[episodes, T, L]
@@ -61,10 +59,8 @@ class Simulated:
 
 def main() -> None:
     """Prints a table of each problem, and draws both."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--plot", help="draw them here, as docs/theory.png")
-    parser.add_argument("--smoke", action="store_true", help="few episodes, to see that it works")
+    parser = command.parser(__doc__)
+    parser.add_argument("--plot", metavar="FILE", help="draw them here, as docs/theory.png")
     options = parser.parse_args()
     size = (1, 4, 5) if options.smoke else (3, 150, 30)
     results = {"equal_rates": rates_table(*size), "unequal_clients": clients_table(*size)}
@@ -72,9 +68,7 @@ def main() -> None:
         _print(rows)
     if options.plot:
         draw(results, options.plot)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results | machine(), file, indent=1)
+    command.write(options.json, results)
 
 
 def rates_table(layers: int, episodes: int, rounds: int) -> list[dict[str, Any]]:
@@ -127,7 +121,7 @@ def unequal_clients(aggregator: str, layers: int, episodes: int, rounds: int) ->
 
 
 def simulate(problem: Problem) -> Simulated:
-    """Runs the episodes: one compiled round of the package, its masks and its means."""
+    """Runs the episodes with the package: one compiled round, its masks and its means."""
     run = _simulation(problem)
     layers = problem.optima.shape[1]
     centre = problem.optima.astype(np.float64).mean(axis=0)
@@ -207,7 +201,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.set(yscale="log", ylabel="mean squared error of a layer", title="FedLP-Homo")
     right.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    right.set(ylabel="mean error of a layer", title="clients with keep rates of their own")
+    right.set(ylabel="mean error of a layer", title="clients with different keep rates")
     figure.savefig(path)
 
 
@@ -260,7 +254,7 @@ def _simulation(problem: Problem) -> fl.Simulation:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    """A Markdown table of what is one number a row."""
+    """Prints a Markdown table of the columns that hold one number per row."""
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
     print("|", " | ".join(names), "|")
     print("|", " | ".join("---" for _ in names), "|")

@@ -1,4 +1,4 @@
-"""How everything here is timed: contenders take turns, after a turn that does not count."""
+"""Timing: contenders alternate, after one untimed turn each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rounds_of(workload: Workload, plan: fl.Plan | None = None) -> Rounds:
 def alternate(
     contenders: Mapping[Name, Callable[[], float]], repeats: int
 ) -> dict[Name, list[float]]:
-    """Seconds of each contender's turns; what it returns in the first turn does not count."""
+    """Seconds of each contender's turns, without the first."""
     times: dict[Name, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, contender in contenders.items():
@@ -36,7 +36,7 @@ def alternate(
 
 
 def spread(times: list[float], scale: float = 1.0) -> dict[str, float]:
-    """Least, median and largest, in units of `1 / scale` seconds."""
+    """Minimum, median and maximum, in units of `1 / scale` seconds."""
     return {
         "min": scale * min(times),
         "median": scale * statistics.median(times),

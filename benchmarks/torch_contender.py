@@ -1,4 +1,4 @@
-"""A plain, strong PyTorch loop: one client after the other, in one or two processes.
+"""A plain, strong PyTorch loop: one client after another, in one or two processes.
 
 Images are normalised once, in advance; convolutions are channels-last, optimizers fused. A client
 starts by copying the server's tensors into its model, and ends by adding its own to a running sum.
@@ -24,10 +24,10 @@ _MODELS = {"fedlp_cnn": FedLPCNN, "small_cnn": SmallCNN, "mlp": MLP}
 
 
 class Trainer:
-    """One process' part of a round."""
+    """The part of a round that one process computes."""
 
     device = torch.device("cpu")
-    capturable = False  # of Adam, while it becomes part of a CUDA graph
+    capturable = False  # of Adam; true while a CUDA graph is captured
     compile_seconds = 0.0
 
     def __init__(self, folder: Path, workload: Workload):
@@ -47,7 +47,7 @@ class Trainer:
         self._start()
 
     def placed(self, images: np.ndarray) -> torch.Tensor:
-        """Normalised images, `[N, H, W, C]`, as `batches` wants them."""
+        """Normalised images, `[N, H, W, C]`, as `batches` needs them."""
         return torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=self.layout)
 
     def batches(self, order: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -95,7 +95,7 @@ class Trainer:
         return weights
 
     def clients(self, cohort: list[int], number: int) -> list[torch.Tensor]:
-        """Trains some clients; the sum of their weights."""
+        """Trains some clients and returns the sum of their weights."""
         total = [torch.zeros_like(t) for t in self.server]
         for order in self.orders(cohort, number):
             self.train(order)
@@ -157,7 +157,7 @@ class Torch:
         return self.trainer.check(np.load(self.folder / "check.npy").astype(np.int64))
 
     def peak_device_mb(self) -> float | None:
-        """Nothing but the process' own memory is used."""
+        """None: it uses no device."""
         return None
 
     def round(self, number: int) -> float:

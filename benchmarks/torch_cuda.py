@@ -1,13 +1,13 @@
-"""The same loop on a GPU: as it is, and with a client's whole training as one CUDA graph.
+"""The same loop on a GPU: eager, and with a client's whole training as one CUDA graph.
 
-Graphs are replayed one after the other, or by several replicas on streams of their own at once.
+Graphs are replayed one after another, or by several replicas at once, each on its own stream.
 
-Images, normalised once in float32, labels and rows are on the GPU, where a client's are gathered at
-once and a round's permutations are drawn together. Products and convolutions are TF32, as those of
-JAX are by default on such a GPU, and cuDNN tries its algorithms before it takes one.
+Images (normalised once in float32), labels and rows are on the GPU. The rows of a client are
+gathered in one call, and the permutations of a round are drawn together. Products and convolutions
+are TF32, the default of JAX on such a GPU, and cuDNN tries its algorithms before it takes one.
 
-Everything of a replica, also what is not captured, runs on one side stream: autograd remembers the
-stream on which a parameter was first used, and a capture must not meet another.
+All work of a replica, captured or not, runs on one side stream: autograd remembers the stream on
+which a parameter was first used, and a capture must not meet another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks import workloads
 from benchmarks.torch_contender import Torch, Trainer
 from benchmarks.workloads import Workload
 
-_WARM_UP = 3  # clients before a capture: libraries choose algorithms and take what memory they need
+_WARM_UP = 3  # clients before a capture: libraries choose algorithms and allocate memory
 
 
 class Eager(Trainer):
@@ -47,7 +47,7 @@ class Eager(Trainer):
         return zip(images.split(size), labels.split(size), strict=True)
 
     def orders(self, cohort: list[int], number: int) -> Iterable[torch.Tensor]:
-        """Each client's rows in the order of random numbers; what is transferred is `cohort`."""
+        """Each client's rows in the order of random numbers; only `cohort` is transferred."""
         generator = torch.Generator(self.device).manual_seed(number)
         rows = self.rows.index_select(0, torch.tensor(cohort, device=self.device))
         draws = torch.rand(rows.shape, generator=generator, device=self.device)
@@ -61,11 +61,11 @@ class Eager(Trainer):
 
 
 class Graph(Eager):
-    """A client's training captured once, in the first round, and replayed for every client.
+    """A client's training, captured once in the first round and replayed for every client.
 
-    What is captured reads `server` and `order`, starts model and optimizer anew and adds the
-    weights to `total`, all of which stay where they are. On a CPU nothing is captured, and the same
-    function is called for every client.
+    The graph reads `server` and `order`, resets model and optimizer, and adds the weights to
+    `total`; all these tensors stay in place. On a CPU nothing is captured, and the same function
+    runs for every client.
     """
 
     def __init__(self, folder: Path, workload: Workload, device: str = "cuda"):
@@ -75,7 +75,7 @@ class Graph(Eager):
         self.replay: Callable[[], None] | None = None
 
     def replica(self) -> Graph:
-        """Another with a model of its own, and the same images."""
+        """A copy with its own model and the same images."""
         other = copy.copy(self)
         other.model, other.order = copy.deepcopy(self.model), self.order.clone()
         other.total, other.replay = [], None
@@ -83,7 +83,7 @@ class Graph(Eager):
         return other
 
     def check(self, order: np.ndarray) -> dict[str, np.ndarray]:
-        """As without a graph; it replaces the tensors of one captured before."""
+        """As without a graph; replaces the tensors of an earlier capture."""
         self.replay = None
         return super().check(order)
 
@@ -93,7 +93,7 @@ class Graph(Eager):
         torch._foreach_add_(self.total, [t.data for t in self.floats])
 
     def clients(self, cohort: list[int], number: int) -> list[torch.Tensor]:
-        """Trains some clients; the sum of their weights."""
+        """Trains some clients and returns the sum of their weights."""
         if self.replay is None:
             self.replay = self._captured()
         torch._foreach_zero_(self.total)
@@ -106,7 +106,7 @@ class Graph(Eager):
         self.total = [torch.zeros_like(t) for t in self.server]
         if self.device.type == "cpu":
             return self.client
-        torch.cuda.synchronize()  # nothing else may be under way
+        torch.cuda.synchronize()  # nothing else may run
         start = time.perf_counter()
         for _ in range(_WARM_UP):
             self.client()
@@ -147,7 +147,7 @@ class TorchCuda(Torch):
 
     @property
     def compile_seconds(self) -> float:
-        """Of capturing graphs, with the clients that warm up for it."""
+        """Seconds of capturing graphs, warm-up included."""
         return sum(trainer.compile_seconds for trainer in (self.trainer, *self.others))
 
     def round(self, number: int) -> float:
@@ -170,5 +170,5 @@ class TorchCuda(Torch):
         return time.perf_counter() - start
 
     def peak_device_mb(self) -> float | None:
-        """Of tensors, which is less than the process holds."""
+        """Of tensors; the process holds more."""
         return torch.cuda.max_memory_allocated() / 2**20

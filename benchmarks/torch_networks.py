@@ -1,7 +1,7 @@
 """The benchmarks' networks in PyTorch, and their tensors under the names and axes of flax.
 
-The reference CNN is written from what is known of the code of FedLP's authors, and is also what
-`tests/test_fidelity.py` holds this package to.
+The reference CNN follows the code of FedLP's authors; `tests/algorithms/test_fidelity.py` compares
+this package with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FedLPCNN(nn.Module):
     """3 x 3 convolutions, ReLU, then batch normalisation; two linear layers, nothing between them.
 
     Pooling after every second convolution and after the last. Depth 5 has six convolutions, depth
-    c < 5 the first c + 1 of them and a head of its own.
+    c < 5 the first c + 1 of them and its own head.
     """
 
     def __init__(self, depth: int = _DEEPEST) -> None:
@@ -86,20 +86,20 @@ _FLAX = {"running_mean": "mean", "running_var": "var"}
 def named(model: nn.Module) -> dict[str, torch.Tensor]:
     """Flax path ("params/conv1/norm/scale") -> tensor, still in PyTorch's order of axes.
 
-    The counters of batch normalisation are left out: flax has none, and with a momentum they have
-    no effect.
+    The counters of batch normalisation are omitted: flax has none, and with a momentum they have no
+    effect.
     """
-    found = {}
+    tensors = {}
     for module, path in model.names.items():
         layer = model.get_submodule(module)
         norm = isinstance(layer, nn.BatchNorm2d)
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             if name in _FLAX:
-                found[f"batch_stats/{path}/{_FLAX[name]}"] = tensor.data
+                tensors[f"batch_stats/{path}/{_FLAX[name]}"] = tensor.data
             elif tensor.is_floating_point():
                 kind = {"weight": "scale" if norm else "kernel"}.get(name, name)
-                found[f"params/{path}/{kind}"] = tensor.data
-    return found
+                tensors[f"params/{path}/{kind}"] = tensor.data
+    return tensors
 
 
 def to_torch(x: np.ndarray) -> np.ndarray:

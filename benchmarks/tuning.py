@@ -1,12 +1,11 @@
-"""Is the plan that `fedlp tune` writes as quick as one found by hand?
+"""Is the plan that `fedlp tune` writes as fast as one found by hand?
 
     python -m benchmarks.tuning [--workload W1|W2|W3|W4|all] [--seconds S] [--json FILE] [--smoke]
 
-`tune` searches for S seconds. Then a grid of plans takes turns with the one it found: every power
-of two of devices and of widths and the widest, and the quickest of these with its data on the host
-and with 4 and 16 rounds at once. Plans whose first round takes twice as long as the quickest's are
-dropped after it. `ratio_to_best_by_hand` is the time of the plan found over that of the quickest of
-all, medians of the same turns.
+`tune` searches for S seconds. Then its plan alternates with a grid: every power of two of devices
+and of widths, and the widest; and the fastest of these with its data on the host. Plans are dropped
+after their first round if it takes twice as long as the fastest one's. `ratio_to_best_by_hand` is
+the time of the plan of `tune` over that of the fastest of all, by medians of the same turns.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from benchmarks.workloads import WORKLOADS, Workload, smoke
 from fedlp_jax.execution.plan import DEVICE, HOST, resolve
 from fedlp_jax.simulation.tuning import tune, words
 
-_DROPPED = 2.0  # times as slow as the quickest
-_TURN = 16  # rounds, so that the largest `rounds_at_once` fills a call; one, where they take long
+_DROPPED = 2.0  # times as slow as the fastest
+_TURN = 16  # rounds, if they are short; else one
 _TURN_SECONDS = 5.0
 
 
 def main() -> None:
-    """Runs the workloads asked for."""
+    """Runs one workload, or all."""
     parser = command.parser(__doc__)
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--seconds", type=float, default=120.0, help="of `tune`")
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def measure(workload: Workload, seconds: float, repeats: int) -> dict[str, Any]:
-    """Tunes one workload, then times what was found beside the grid."""
+    """Tunes one workload, then times its plan against the grid."""
     data = parts.dataset(workload)
     arguments: dict[str, Any] = {
         "algorithm": parts.algorithm(workload),
@@ -54,39 +53,38 @@ def measure(workload: Workload, seconds: float, repeats: int) -> dict[str, Any]:
         "clients": parts.partition(workload, data),
         "cohort": workload.cohort,
     }
-    found = tune(arguments, seconds)
-    plans = {words(plan): plan for plan in [found.best, *grid(workload.cohort)]}
+    tuning = tune(arguments, seconds)
+    plans = {words(plan): plan for plan in [tuning.best, *grid(workload.cohort)]}
     rivals = _prepared(arguments, plans)
-    quickest = plans[min(rivals, key=lambda name: rivals[name][1])]
-    others = [dataclasses.replace(quickest, data=HOST)]
-    others += [dataclasses.replace(quickest, rounds_at_once=rounds) for rounds in (4, 16)]
-    rivals |= _prepared(arguments, {words(p): p for p in others if words(p) not in rivals})
+    fastest = plans[min(rivals, key=lambda name: rivals[name][1])]
+    on_host = dataclasses.replace(fastest, data=HOST)
+    rivals |= _prepared(arguments, {words(on_host): on_host})
     least = min(first for _, first in rivals.values())
     turn = range(1, 1 + (_TURN if least * _TURN < _TURN_SECONDS else 1))
-    kept = {
+    remaining = {
         name: lambda once=once: once(turn) / len(turn)
         for name, (once, first) in rivals.items()
-        if first < _DROPPED * least or name == words(found.best)
+        if first < _DROPPED * least or name == words(tuning.best)
     }
-    times = alternate(kept, repeats)
+    times = alternate(remaining, repeats)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     best = min(medians, key=lambda name: medians[name])
     for name in sorted(medians, key=lambda name: medians[name]):
         print(f"  {1e3 * medians[name]:9.1f} ms a round  {name}")
     return {
-        "found": words(found.best),
-        "measured_by_tune": [words(trial.plan) for trial in found.trials],
+        "found": words(tuning.best),
+        "measured_by_tune": [words(trial.plan) for trial in tuning.trials],
         "best_by_hand": best,
-        "ratio_to_best_by_hand": medians[words(found.best)] / medians[best],
+        "ratio_to_best_by_hand": medians[words(tuning.best)] / medians[best],
         "measured_seconds": {name: spread(seconds) for name, seconds in times.items()},
         "dropped_first_round_seconds": {
-            name: first for name, (_, first) in rivals.items() if name not in kept
+            name: first for name, (_, first) in rivals.items() if name not in remaining
         },
     }
 
 
 def grid(cohort: int) -> list[fl.Plan]:
-    """The plans that one would try by hand first."""
+    """The plans that one would try first by hand."""
     default = resolve(fl.Plan(data=DEVICE, rounds_at_once=1), cohort)
     plans = []
     devices = default.devices or 1
@@ -103,7 +101,7 @@ def grid(cohort: int) -> list[fl.Plan]:
 def _prepared(
     arguments: dict[str, Any], plans: dict[str, fl.Plan]
 ) -> dict[str, tuple[Rounds, float]]:
-    """Each plan compiled, and the seconds of its first round after one that warms up."""
+    """Each plan compiled, and the seconds of its first round after a warm-up."""
     ready = {}
     for name, plan in plans.items():
         once = Rounds(**arguments, plan=plan)

@@ -1,12 +1,13 @@
-"""One contender in a process of its own: commands in on stdin, answers out on stdout.
+"""One contender in its own process: reads commands from stdin and answers on stdout.
 
-python -m benchmarks.worker NAME FOLDER SETTINGS
+    python -m benchmarks.worker NAME FOLDER SETTINGS
 
-An answer is a line of JSON. What goes wrong is one too, {"error": "..."}, and the last.
+`benchmarks.speed` starts it. An answer is a line of JSON; {"error": "..."} is the last.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -21,11 +22,18 @@ import numpy as np
 
 def main() -> None:
     """Sets the contender up, then answers until stdin ends."""
-    # Whatever a library prints must not get into the answers.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="ours, naive, torch or torch_cuda")
+    parser.add_argument("folder", type=Path, help="that stage.write filled")
+    parser.add_argument("settings", type=json.loads, help="JSON")
+    options = parser.parse_args()
+    # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
-        for answer in _answers(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])):
+        for answer in _answers(options.name, options.folder, options.settings):
             answers.write(json.dumps(answer) + "\n")
     except Exception as error:
         traceback.print_exc()
@@ -34,7 +42,7 @@ def main() -> None:
 
 
 def _answers(name: str, folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if "cores" in settings:  # before any library counts them
+    if "cores" in settings:  # before a library counts them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["cores"]])
     contender = _contender(name)(folder, settings)
     yield _readings(contender)
@@ -49,7 +57,7 @@ def _answers(name: str, folder: Path, settings: dict[str, Any]) -> Iterator[dict
 
 
 def _contender(name: str) -> Any:
-    # Imported here: a process holds one framework only.
+    # Imported here, so that a process loads one framework only.
     if name == "torch":
         from benchmarks.torch_contender import Torch
 
@@ -64,13 +72,13 @@ def _contender(name: str) -> Any:
 
 
 def _readings(contender: Any) -> dict[str, float]:
-    found = {"compile_s": contender.compile_seconds, "peak_rss_mb": _peak_mb()}
+    readings = {"compile_s": contender.compile_seconds, "peak_rss_mb": _peak_mb()}
     device = contender.peak_device_mb()
-    return found if device is None else found | {"peak_device_mb": device}
+    return readings if device is None else readings | {"peak_device_mb": device}
 
 
 def _peak_mb() -> float:
-    """Of this process and, for those that have any, its largest child times their number."""
+    """Of this process and all its children."""
     import multiprocessing
 
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

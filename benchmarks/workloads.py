@@ -1,11 +1,11 @@
-"""The four workloads that all contenders run, described without any framework.
+"""The four workloads that all contenders run, independent of a framework.
 
-W1  the reference CNN of FedLP on CIFAR-10, 10 clients of 500 images a round, Adam
-W2  an MLP on MNIST, 10 clients of 600 a round, SGD with momentum
-W3  the same MLP, 100 clients of 60 a round
-W4  a small CNN on CIFAR-10, 50 clients of 50 a round, SGD
+W1  the reference CNN of FedLP on CIFAR-10, 10 clients of 500 images per round, Adam
+W2  an MLP on MNIST, 10 clients of 600 per round, SGD with momentum
+W3  the same MLP, 100 clients of 60 per round
+W4  a small CNN on CIFAR-10, 50 clients of 50 per round, SGD
 
-One local epoch in batches of 10 each. A client-step is one optimizer step of one client.
+All train one local epoch in batches of 10. A client-step is one optimizer step of one client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Sizes and names; the contenders know what a model and an optimizer of that name are."""
+    """Sizes and names; each contender has its own model and optimizer of that name."""
 
     data: str
     model: str
@@ -30,7 +30,7 @@ class Workload:
     momentum: float = 0.0
     batch_size: int = 10
     image: tuple[int, ...] = (32, 32, 3)
-    dtype: str | None = None  # of activations, where the model lets it be chosen; None = float32
+    dtype: str | None = None  # of activations, if the model has a choice; None = float32
 
     @property
     def steps(self) -> int:
@@ -57,12 +57,12 @@ WORKLOADS = {
 
 
 def smoke(workload: Workload) -> Workload:
-    """A few clients with a few steps on made-up images, to see that everything runs."""
+    """A few clients with a few steps on generated images, as a test."""
     return dataclasses.replace(workload, data="synthetic", clients=4, per_client=20, cohort=2)
 
 
 def made_up(workload: Workload) -> Workload:
-    """Made-up images of the same number and shapes, where the data sets are not at hand."""
+    """Generated images of the same number and shapes, in place of the data set."""
     return dataclasses.replace(workload, data="synthetic")
 
 
