@@ -37,7 +37,7 @@ def main() -> None:
     """Entry point of the command `fedlp`."""
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     words = sys.argv[1:]
-    debug = ["--debug"] * ("--debug" in words)  # which may stand anywhere
+    debug = ["--debug"] * ("--debug" in words)  # in any position
     try:
         app([*debug, *(word for word in words if word != "--debug")], prog_name="fedlp")
     except SystemExit as ending:
@@ -54,12 +54,11 @@ def _end(code: int) -> None:
 
         connected = jax.distributed.is_initialized()
         if connected and code != FAILED:
-            # Wait for the others, which end alike: one that still reads the last exchange would
-            # otherwise lose this process in the middle of it.
+            # Wait for the other processes: one that still reads the last exchange needs this one.
             jax.distributed.shutdown()
     if code == INTERRUPTED or (connected and code == FAILED):
-        # Skip Python's clean-up, in which a compilation that still runs would crash, and jax's,
-        # in which a process that failed would wait for the others, and they for it.
+        # Skip Python's clean-up, which crashes a compilation that still runs, and jax's, in which
+        # a failed process and the others would wait for each other.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -133,7 +132,7 @@ def _report(error: BaseException) -> int:
         name = type(error).__name__
         code, text = FAILED, f"the run failed: {name}: {error}. The option --debug shows where."
     notes = () if code == BAD_INPUT else getattr(error, "__notes__", ())
-    for line in (*text.splitlines(), *notes):  # a note says where the rounds so far are
+    for line in (*text.splitlines(), *notes):  # notes say where the finished rounds are
         print(f"fedlp: {_printable(line)}", file=sys.stderr)
     return code
 
@@ -143,7 +142,7 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _printable(line: str) -> str:
-    """A line without characters that move the cursor or cannot be shown."""
+    """Escapes characters that move the cursor or cannot be displayed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 

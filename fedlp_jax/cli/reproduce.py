@@ -42,8 +42,8 @@ def paper(
     scale: Annotated[
         str,
         typer.Option(
-            help="paper: the published protocol. small: the same for 20 rounds, a row an hour on 2 "
-            "cores. smoke: a tiny one on embedded data, all cells in minutes."
+            help="paper: the published protocol. small: the same for 20 rounds, about an hour per "
+            "row on 2 cores. smoke: tiny, on embedded data, all cells in minutes."
         ),
     ] = "paper",
     seeds: Annotated[

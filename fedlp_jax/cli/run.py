@@ -30,7 +30,7 @@ Examples:
 
   fedlp run configs/paper/homo-0.5-iid.yaml --algorithm.keep 0.9
 
-Ctrl-C stops a run after the round in flight and saves it; this resumes it:
+Ctrl-C stops a run after the current round and saves it; this resumes it:
 
   fedlp run runs/quickstart-1 --resume
 
@@ -69,7 +69,7 @@ ConnectSeconds = Annotated[
     float,
     typer.Option(metavar="S", help="How long to wait for the others.", rich_help_panel=_PANEL),
 ]
-_SECOND_SIGNAL = 1.0  # seconds; sooner it is the same one, since GNU timeout sends two
+_SECOND_SIGNAL = 1.0  # seconds after the first; GNU timeout sends two at once, which are one
 
 
 def run(
@@ -133,7 +133,7 @@ def run(
 
 
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
-    """The checked configuration; then the settings of jax, before it is first used."""
+    """Reads the configuration, then sets up jax, before its first use."""
     from fedlp_jax.config.loading import load_config
     from fedlp_jax.execution.plan import setup
 
@@ -149,7 +149,7 @@ def _join(
     distributed: bool,
     seconds: float,
 ) -> None:
-    """Makes this process one of several, if an option says so.
+    """Connects this process to others, if an option asks for it.
 
     Raises:
       FedLPError: the options contradict each other, or jax cannot connect.
@@ -170,7 +170,7 @@ def _join(
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that is true after the first Ctrl-C or SIGTERM; a second one exits."""
+    """Yields a function that returns True after Ctrl-C or SIGTERM; a second one exits at once."""
     signals: list[float] = []
 
     def handle(*_: object) -> None:
@@ -182,11 +182,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             os._exit(130)
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    heard = [s for s, handler in before.items() if handler != signal.SIG_IGN]  # nohup ignores one
-    for number in heard:
+    handled = [s for s, handler in before.items() if handler != signal.SIG_IGN]  # nohup ignores one
+    for number in handled:
         signal.signal(number, handle)
     try:
         yield lambda: bool(signals)
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, before[number])

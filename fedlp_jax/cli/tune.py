@@ -41,15 +41,15 @@ def tune(
 
     file, overrides = split_words([config, *context.args])
     loaded = load(file, overrides, every_device=True)
-    # root may write to any file; the bit says what its owner wants.
+    # root may write to any file; the owner's bit decides.
     if not dry_run and not (os.access(file, os.W_OK) and os.stat(file).st_mode & stat.S_IWUSR):
         raise FedLPError(f"{file} is read-only; make it writable, or measure only, with --dry-run.")
     arguments = build(loaded)
     names = "  ".join(f"{field.name:>7}" for field in dataclasses.fields(Plan))
-    typer.echo(f"{names}  seconds a round  of the fastest before  compiled in", err=True)
+    typer.echo(f"{names}  seconds per round  of the fastest so far  compiled in", err=True)
     tuning = measure(arguments, seconds, _print_trial)
     for plan in tuning.left_out:
-        typer.echo(f"{_row(plan)}  not measured, as {seconds:g} seconds have passed", err=True)
+        typer.echo(f"{_row(plan)}  not measured: {seconds:g} seconds have passed", err=True)
     typer.echo(describe(tuning))
     if dry_run:
         typer.echo(f"{file} is unchanged.")
@@ -63,7 +63,7 @@ def _print_trial(trial: Trial) -> None:
         typer.echo(f"{_row(trial.plan)}  cannot run: {trial.error}", err=True)
         return
     typer.echo(
-        f"{_row(trial.plan)}  {trial.seconds:15.4f}  {trial.ratio:22.2f}  "
+        f"{_row(trial.plan)}  {trial.seconds:17.4f}  {trial.ratio:21.2f}  "
         f"{trial.compile_seconds:9.1f} s",
         err=True,
     )

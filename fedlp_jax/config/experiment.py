@@ -73,8 +73,7 @@ def execute(
 ) -> Outcome:
     """As `run`; also returns the directory and the summary.
 
-    `stop` is asked before every round. Once it is true, the run is saved, and KeyboardInterrupt
-    raised.
+    `stop` is called before every round. True saves the run and raises KeyboardInterrupt.
     """
     started = time.perf_counter()
     if resume and (overwrite or out is None):
@@ -127,14 +126,14 @@ def execute(
 
 
 class _Record:
-    """The rounds of a run so far, in memory and in its directory, which begins with the first."""
+    """Collects the rows of a run and writes them; the first one begins the directory."""
 
     def __init__(self, config: Config, directory: RunDirectory | None, rows: list[dict[str, Any]]):
         self.rows = rows
         self._config, self._directory, self._done = config, directory, tuple(rows)
 
     def compiled(self, plan: Plan) -> None:
-        """Notes the plan that the run has been compiled for."""
+        """Sets the plan that is written."""
         self._config = _with_plan(self._config, plan)
 
     def begin(self) -> None:
@@ -160,11 +159,9 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     rule, senders = arguments["algorithm"].layers, sum(result.costs.clients)
     faulty = (row for row in result.history if "chosen" in row)
     lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
-    complete = len(result.history) == arguments["rounds"]
-    status = "done" if complete else "interrupted"  # by Ctrl-C, see `simulate`
     return {
         "name": name,
-        "status": status,
+        "status": "done",
         "rounds": len(result.history),
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
@@ -191,7 +188,7 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
 
 
 def _common(config: Config) -> dict[str, Any]:
-    """The settings that all processes must share; the data may lie elsewhere for each."""
+    """The settings that all processes must share; each may have its own `data_dir`."""
     return config.model_dump(mode="json", exclude={"name": True, "data": {"data_dir"}})
 
 
@@ -203,7 +200,7 @@ def _with_plan(config: Config, plan: Plan) -> Config:
 def _note_failure(
     error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
 ) -> None:
-    """Writes the summary of an unfinished run, and notes what it left to the error."""
+    """Writes the summary of an unfinished run, and adds notes for its user to the error."""
     if directory.begun:
         statuses = {KeyboardInterrupt: "interrupted", DivergedError: "diverged"}
         status = statuses.get(type(error), "failed")

@@ -1,4 +1,4 @@
-"""What a configuration amounts to before it runs: layers, submodels, traffic of a round.
+"""A configuration in numbers before it runs: layers, submodels, traffic of a round.
 
 All numbers are modelled: counted from shapes, layer tables and probabilities.
 """

@@ -1,4 +1,4 @@
-"""What `--resume` means for a run directory: which run it holds, and where that continues."""
+"""`--resume`: which run a directory holds, and where it continues."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_checkpoint(config: Config, directory: Path, overwrite: bool = False) -> 
 
 
 def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
-    """Where a run continues; None without a checkpoint, with a warning if it had started.
+    """The last checkpoint; None if there is none, with a warning if the run had started.
 
     Raises:
       FedLPError: the directory holds another run, or all of its checkpoints are damaged.
@@ -46,7 +46,7 @@ def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
 
 
 def finished_rounds(config: Config, directory: Path) -> int:
-    """The rounds of a run that is done, or 0 if some of the requested ones are left.
+    """The rounds of a finished run; 0 if any of the requested ones is missing.
 
     Raises:
       FedLPError: the directory holds another run.
@@ -56,7 +56,7 @@ def finished_rounds(config: Config, directory: Path) -> int:
         summary = json.loads((directory / SUMMARY).read_text("utf-8"))
         done = int(summary["rounds"]) if summary["status"] == "done" else 0
     except Exception:  # malformed JSON can raise almost anything
-        return 0  # every run that is done has a summary
+        return 0  # a finished run has a good summary
     return done if done >= config.rounds else 0
 
 
@@ -110,7 +110,7 @@ def refuse_other_run(
 def _identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[str, Any]:
     """The settings that a resumed run must not change.
 
-    Files may move: a checkpoint has a digest of the data, so where it lies does not matter.
+    Data files may move: a checkpoint has a digest of the data.
     """
     settings = config.model_dump(mode="json", exclude=set(may_differ))
     settings["data"].pop("data_dir", None)

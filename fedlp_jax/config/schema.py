@@ -68,7 +68,7 @@ class Section(BaseModel):
         return raw
 
     def build(self, **arguments: Any) -> Any:
-        """Calls the section's function; `arguments` come on top of the fields."""
+        """Calls the section's function with its fields; `arguments` win over them."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
         built = {k: v.build() if isinstance(v, Section) else v for k, v in fields.items()}
         return type(self).factory(**built | arguments)
@@ -98,10 +98,10 @@ def derive(
     Args:
       name: of the section's class, shown in messages.
       *functions: the first is called by `Section.build`; the others contribute the arguments that
-        the first passes on as `**settings`. An argument that YAML cannot express, such as a
-        function, is no field.
-      without: arguments that are no fields.
-      **fields: fields that are added or replaced, as `(annotation, default)`.
+        the first passes on as `**settings`. Arguments that YAML cannot express, such as
+        functions, are left out.
+      without: further arguments to leave out.
+      **fields: fields to add or replace, as `(annotation, default)`.
     """
     derived = {
         argument: (annotation, default)
@@ -266,7 +266,7 @@ class Data(Section):
 
     name: Text
     data_dir: Text | None = None
-    options: dict[Text, Any] = {}  # what only some data sets take
+    options: dict[Text, Any] = {}  # arguments of some data sets
 
     def build(self, **arguments: Any) -> Dataset:
         """Loads the data set."""
@@ -286,7 +286,7 @@ def _folder_name(name: str) -> str:
 
 
 def _type(annotation: Any) -> Any:
-    """Lets a field that mypy sees as Any have a derived annotation."""
+    """A derived annotation, for a field that mypy sees as Any."""
     return GetPydanticSchema(lambda _, handler: handler(annotation))
 
 
@@ -310,7 +310,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_behaviour(cls, raw: Any) -> Any:
-        """Replaces `behaviour` by the settings that it stands for, where they are not given."""
+        """Replaces `behaviour` by its settings; a field that is set wins."""
         if not isinstance(raw, Mapping) or raw.get("behaviour") not in (None, *BEHAVIOURS):
             return raw
         preset = BEHAVIOURS[raw.get("behaviour") or DEFAULT]._asdict()

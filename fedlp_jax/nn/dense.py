@@ -1,4 +1,4 @@
-"""Dense layers whose kernel gradient XLA fuses into the optimizer step on CPUs.
+"""Dense layers with a kernel gradient that XLA fuses into the optimizer step on CPUs.
 
 With a batch of ten, a kernel's gradient is a product with inner dimension ten: little arithmetic,
 and as many outputs as the kernel has entries. A GEMM writes it to memory, and the optimizer reads

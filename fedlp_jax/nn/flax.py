@@ -1,6 +1,6 @@
 """Puts this package's convolutions and dense layers into flax modules, linen and nnx.
 
-A layer that has a function of its own (`conv_general_dilated=`, `dot_general=`) keeps it.
+A layer with its own function (`conv_general_dilated=`, `dot_general=`) keeps it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def interceptor(
         with nn.intercept_methods(interceptor):
             module.apply(variables, inputs)
 
-    Calls the layer's method on a shallow copy of the bound layer whose field is set; the layer
-    itself stays as it is. A layer that an inner interceptor also handles is left alone.
+    Sets the field on a shallow copy of the bound layer and calls the copy's method; the layer
+    itself is unchanged. A layer that an inner interceptor handles too is left alone.
     """
     module = context.module
     # A call of `module.clone()` would run the interceptors and capture the outputs twice.
@@ -52,7 +52,7 @@ def inject(module: NnxModule) -> NnxModule:
     """A copy of an nnx module that uses this package's convolutions and dense layers.
 
     Args:
-      module: any nnx module; stays as it is. The copy shares its arrays.
+      module: any nnx module; unchanged. The copy shares its arrays.
     """
     clone = nnx.clone(module)
     for _, part in nnx.iter_modules(clone):

@@ -1,4 +1,4 @@
-"""Max pooling whose gradient is fast in XLA's CPU backend, and correct for ties."""
+"""Max pooling with a gradient that is correct for ties and fast in XLA's CPU backend."""
 
 from __future__ import annotations
 

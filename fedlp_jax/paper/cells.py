@@ -1,4 +1,4 @@
-"""A directory of cells: what is done, what it will take, and running the rest.
+"""A directory of cells: their status, an estimate of the rest, and running it.
 
     DIR/cells/ROW-SPLIT-seedS/    a run directory per cell
 
@@ -102,9 +102,9 @@ def run_cells(
     Args:
       study: directory and scale.
       cells: to run, in this order.
-      progress: show the rounds of a cell, as in `experiment.execute`.
+      progress: as in `experiment.execute`.
       say: called with a line when a cell begins: its name and the expected time left.
-      stop: called before every round; True saves the cell and raises KeyboardInterrupt.
+      stop: as in `experiment.execute`.
 
     Raises:
       FedLPError: the directory holds another study, another process runs one of these cells, or the
@@ -120,7 +120,7 @@ def run_cells(
         path = study.path(cell)
         try:
             execute(study.config(cell), path, resume=path.exists(), progress=progress, stop=stop)
-        except DivergedError as error:  # and would again: a run is a function of its configuration
+        except DivergedError as error:  # and would again, so it is not repeated
             say(f"{cell.name} diverged: {error}")
         except BaseException as error:
             error.add_note(

@@ -72,7 +72,7 @@ def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
 
 
 def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
-    """Counts the cost of one row, for images of a shape."""
+    """Counts the cost of one row for images of this shape."""
     published, config = ROWS[row], cell_config(Cell(row, "iid"))
     layers, levels, backward = _levels(config.algorithm.name, shape)
     depths = getattr(config.algorithm, "depths", None)
@@ -123,7 +123,7 @@ def _levels(algorithm: str, shape: tuple[int, ...]) -> tuple[LayerTable, list[Le
 
 
 def _arguments(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The arguments of a cell's run on synthetic images, since only their shape matters."""
+    """The arguments of a cell's run, with synthetic images because only their shape matters."""
     images = Data(name="synthetic", options={"examples": 500, "shape": shape})
     return build(config.model_copy(update={"data": images}))
 

@@ -1,4 +1,4 @@
-"""Finished cells -> table.md, table.csv, table.json, and the same on a terminal.
+"""Finished cells -> table.md, table.csv, table.json, and tables for a terminal.
 
 Accuracies are of the test set, in percent. A cell that was not run has no number.
 """
@@ -62,12 +62,7 @@ def run_study(
 ) -> tuple[Table, list[str]]:
     """Runs the unfinished cells, writes the table after each, and draws the figures at the end.
 
-    Args:
-      study: directory and scale.
-      cells: to run.
-      progress: as in `run_cells`.
-      say: as in `run_cells`.
-      stop: as in `run_cells`.
+    Takes the arguments of `run_cells`.
 
     Returns:
       The table of all cells in the directory, and the names of its figures.

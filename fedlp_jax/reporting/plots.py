@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, one per round
 Run = Any  # rows, a `History`, or a `Result`
 
-# Two palettes that stay apart under the common colour blindnesses: Okabe and Ito's for lines
+# Two palettes that colour-blind readers can tell apart: Okabe and Ito's for lines
 # (without the yellow, too pale on white), Paul Tol's muted one for areas.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
@@ -205,9 +205,8 @@ def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
 def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """Writes a figure and returns it; None writes nothing.
 
-    The picture is written next to its place and moved there, so a reader never sees half of one,
-    and a link at `path` is replaced, not followed. Fonts in PDF are Type 42, which every printer
-    and journal accepts.
+    The file is replaced in one step, and a link at `path` is not followed. Fonts in PDF are Type
+    42, which every printer and journal accepts.
 
     Raises:
       FedLPError: no permission, or a suffix that matplotlib does not know.

@@ -78,9 +78,6 @@ class RunDirectory:
             self._acquire()
             self._refuse_other_run()
             check_writable(self.path)
-            for folder in _FOLDERS:
-                if (self.path / folder).exists():
-                    check_writable(self.path / folder)
         except BaseException:
             self.close()
             raise

@@ -222,7 +222,7 @@ def test_the_command_writes_the_plan_it_found(command):
     file, invoke = command
     done = invoke("--seconds", "0.001")
     assert done.exit_code == 0, done.output
-    assert "It is now the plan of" in done.output and "not measured" in done.output
+    assert "Written to" in done.output and "not measured" in done.output
     assert file.read_text().startswith(CONFIG.split("  devices: 1")[0])
     assert "# as it was" in file.read_text()
     plan = fl.load_config(file).plan
@@ -234,7 +234,7 @@ def test_a_dry_run_and_other_fields_leave_the_file(command):
     file, invoke = command
     done = invoke("--seconds", "0.001", "--dry-run", "--cohort", "8")
     assert done.exit_code == 0, done.output
-    assert "is left as it is" in done.output
+    assert "is unchanged" in done.output
     assert file.read_text() == CONFIG
     file.chmod(0o444)
     assert invoke("--seconds", "0.001", "--dry-run").exit_code == 0

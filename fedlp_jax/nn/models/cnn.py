@@ -63,8 +63,8 @@ class FedLPCNN(Model):
         """
         if x.ndim != 4 or x.shape[1] % 8 or x.shape[2] % 8:
             raise FedLPError(
-                f"FedLPCNN pools three times and needs images [B, H, W, channels] whose height and "
-                f"width are multiples of 8, not {list(x.shape)}; pad or crop them."
+                "FedLPCNN pools three times, so height and width of its images [B, H, W, channels] "
+                f"must be multiples of 8, not {list(x.shape)}; pad or crop them."
             )
         convolutions = len(_CHANNELS) if self.depth == _DEEPEST else self.depth + 1
         for i in range(1, convolutions + 1):
