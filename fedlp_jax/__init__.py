@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.reporting.variables import load_variables as load_variables
     from fedlp_jax.reporting.variables import save_variables as save_variables
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
+    from fedlp_jax.simulation.evaluation import evaluate as evaluate
     from fedlp_jax.simulation.loop import simulate as simulate
     from fedlp_jax.simulation.result import DivergedError as DivergedError
     from fedlp_jax.simulation.result import Result as Result
@@ -99,6 +100,7 @@ _HOMES = {
     "execution.plan": "Plan setup",
     "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
+    "simulation.evaluation": "evaluate",
     "simulation.loop": "simulate",
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",

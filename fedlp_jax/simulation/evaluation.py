@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,33 @@ import numpy as np
 
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.data.batching import example_of, slice_batch
+from fedlp_jax.data.dataset import Dataset
+from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.execution.map_clients import Level, map_sum
-from fedlp_jax.execution.plan import Plan
+from fedlp_jax.execution.plan import Plan, resolve
 from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.types import Array, ClientMetrics, Examples, Mean, Metrics, PyTree, Variables
+from fedlp_jax.simulation.staging import on_host
+from fedlp_jax.simulation.validation import check_outputs
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import (
+    Array,
+    Batch,
+    ClientMetrics,
+    Examples,
+    Mean,
+    Metrics,
+    PyTree,
+    Variables,
+)
 
 # Rows evaluated at once: small enough for a core's cache, large enough to fill an accelerator.
 _EVAL_BATCH = {"cpu": 64}
 _ACCELERATOR_EVAL_BATCH = 2048
+
+
+def _batch_size() -> int:
+    return _EVAL_BATCH.get(jax.default_backend(), _ACCELERATOR_EVAL_BATCH)
 
 
 def tested_levels(
@@ -40,7 +59,7 @@ def evaluator(
     Batches of the split take the place of clients, so evaluation is the same map and sum as a
     round: exact for any size of split, one division at the end, on the host.
     """
-    batch_size = _EVAL_BATCH.get(jax.default_backend(), _ACCELERATOR_EVAL_BATCH)
+    batch_size = _batch_size()
     devices = plan.devices or 1
 
     def evaluate(variables: Variables, examples: Examples) -> dict[str, Metrics]:
@@ -69,6 +88,86 @@ def evaluator(
         }
 
     return evaluate
+
+
+def evaluate(
+    task: Task,
+    variables: Variables,
+    data: Dataset,
+    clients: Partition | None = None,
+    *,
+    split: Literal["test", "train"] = "test",
+    plan: Plan | None = None,
+) -> dict[str, Any]:
+    """Measures a model on a split of the data, as a whole or for each client.
+
+    Args:
+      task: as in training.
+      variables: a model, such as `result.variables`.
+      data: what to measure on.
+      clients: a partition of that split, for numbers of each client.
+      split: "test" or "train".
+      plan: the devices to use; None = all.
+
+    Returns:
+      The mean of each of the task's metrics: a float, or `f64[K]` with one for each client.
+
+    Raises:
+      FedLPError: an unknown split, a partition of other examples, or a model that does not fit.
+    """
+    check_choice("split", split, ("test", "train"))
+    examples = getattr(data, split)
+    count = len(examples.labels)
+    if clients is not None and len(clients.labels) != count:
+        raise FedLPError(
+            f"the partition was made for {len(clients.labels):,} examples but the {split} split of "
+            f"'{data.name}' has {count:,}; partition data.{split}.labels, or give split=."
+        )
+    held = on_host(examples, data.normalize)
+    check_outputs(task, variables, example_of(held), data)
+    order = [np.arange(count, dtype=np.int32)]
+    if clients is not None:
+        order = np.split(clients.order, clients.offset[1:-1])
+    batch_size = min(_batch_size(), max(map(len, order)))
+    cuts = [np.split(rows, range(batch_size, len(rows), batch_size)) for rows in order]
+    batches = [batch for cut in cuts for batch in cut]
+    owner = np.repeat(np.arange(len(order)), [len(cut) for cut in cuts])
+    rows = np.stack([np.resize(batch, batch_size) for batch in batches])
+    sizes = np.asarray([len(batch) for batch in batches], np.int32)
+    sums = _sums_of_batches(task, variables, held, rows, sizes, resolve(plan, len(batches)))
+    metrics = {}
+    for name, mean in _loss_first(sums):
+        total, weight = (np.bincount(owner, np.asarray(x, np.float64)) for x in mean)
+        metrics[name] = float(total[0] / weight[0]) if clients is None else total / weight
+    return metrics
+
+
+def _sums_of_batches(
+    task: Task, variables: Variables, examples: Examples, rows: Any, sizes: Any, plan: Plan
+) -> Metrics:
+    """The metrics of batches of rows, `[N]`, as sums; `rows: i32[N, B]` of which `sizes` count."""
+    devices = plan.devices or 1
+    slots = -(-len(rows) // devices)
+    padding = devices * slots - len(rows)
+    rows, sizes = np.pad(rows, ((0, padding), (0, 0))), np.pad(sizes, (0, padding))
+
+    def run(shared: PyTree, batch: Any, own: Any, active: Array, bounds: Any) -> Any:
+        (variables, examples), (rows, size) = shared, batch
+        valid = jnp.arange(rows.shape[0], dtype=jnp.int32) < size
+        inputs, labels = examples.inputs[rows], examples.labels[rows]
+        measured = task.evaluate(variables, Batch(inputs, labels, valid, examples.normalize))
+        return (), measured, own
+
+    level = Level(run, bounds=lambda batch: (), embed=lambda shared, total: total)
+    segment = np.tile(np.asarray([[0, slots]], np.int32), (devices, 1))
+    mapped = jax.jit(
+        lambda shared, batches: map_sum(
+            [level], shared, batches, jnp.asarray(segment), Plan(devices, 1)
+        )[1]
+    )
+    # From the host, because the model may lie on other devices.
+    sums = mapped(jax.device_get((variables, examples)), (rows, sizes))
+    return jax.tree.map(lambda x: x[: len(x) - padding], jax.device_get(sums))
 
 
 def test_metrics(tested: dict[str, Metrics]) -> dict[str, float]:

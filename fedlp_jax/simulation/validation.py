@@ -105,9 +105,8 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
     """
     with _taking(data, example):
         variables = initial_shapes(algorithm.task, root, example)
-        outputs = jax.eval_shape(algorithm.task.outputs, variables, example)
     _check_kinds(variables)
-    algorithm.task.check(outputs.shape, example, data.num_classes)
+    check_outputs(algorithm.task, variables, example, data)
     with _taking(data, example):
         _, aux = jax.eval_shape(algorithm.task.loss, variables, example, root)
     if set(aux.metrics) != set(algorithm.task.metrics) or "loss" not in aux.metrics:
@@ -117,6 +116,17 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
         )
     _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
     return variables
+
+
+def check_outputs(task: Task, variables: Variables, example: Batch, data: Dataset) -> None:
+    """Refuses variables that do not run on the data, or outputs that do not fit the task.
+
+    Raises:
+      FedLPError: with the shape.
+    """
+    with _taking(data, example):
+        outputs = jax.eval_shape(task.outputs, variables, example)
+    task.check(outputs.shape, example, data.num_classes)
 
 
 def _check_step(before: Variables, after: Variables) -> None:
