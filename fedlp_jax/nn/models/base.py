@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.nn.conv import conv_general_dilated
 from fedlp_jax.nn.initializers import INITS, Init, initializers
+from fedlp_jax.types import Array
 
 
 class _InitKeyword(type):
@@ -78,6 +79,18 @@ def conv(
         name=name,
         **initializers(init, channels * math.prod(kernel_size)),
     )
+
+
+def check_tokens(model: str, x: Array) -> None:
+    """Refuses inputs that are not sequences of tokens.
+
+    Raises:
+      FedLPError: not integers `[B, T]`.
+    """
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise FedLPError(
+            f"{model} needs sequences of tokens, integers [B, T], not {x.dtype}{list(x.shape)}."
+        )
 
 
 def _is_float(dtype: Any) -> bool:
