@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.pruning import masks as masks
     from fedlp_jax.pruning import submodels as submodel
     from fedlp_jax.reporting import plots as plots
+    from fedlp_jax.reporting.compare import compare as compare
     from fedlp_jax.reporting.variables import load_variables as load_variables
     from fedlp_jax.reporting.variables import save_variables as save_variables
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
@@ -98,6 +99,7 @@ _HOMES = {
     "execution.processes": "connect",
     "errors": "FedLPError",
     "execution.plan": "Plan setup",
+    "reporting.compare": "compare",
     "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
     "simulation.evaluation": "evaluate",

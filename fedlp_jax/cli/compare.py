@@ -1,0 +1,66 @@
+"""`fedlp compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EXAMPLES = """
+Examples:
+
+  fedlp compare runs/*
+
+  fedlp compare runs/fedavg-* runs/homo-* --target 0.85 --format latex > table.tex
+
+  fedlp compare runs/* --target 0.85 --plots figures
+"""
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    target: Annotated[
+        float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Key of a row of metrics.jsonl.")] = "test_accuracy",
+    format: Annotated[
+        Literal["table", "md", "latex", "csv"], typer.Option(help="What to print.")
+    ] = "table",
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw the metric into this directory.")
+    ] = None,
+) -> None:
+    """Set runs next to each other; those that differ only in their seed become a mean."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fedlp_jax.reporting import compare as comparing
+    from fedlp_jax.reporting.plots import curves
+
+    paths = [Path(run).expanduser() for run in runs]
+    table = comparing.compare(paths, target=target, metric=metric)
+    if plots is not None:
+        experiments = comparing.by_configuration(paths)
+        rows = [row for seeds in experiments.values() for run in seeds for row in run]
+        timed = ("simulated_time",) if all("simulated_time" in row for row in rows) else ()
+        plots = plots.expanduser()
+        plots.mkdir(parents=True, exist_ok=True)
+        for x in ("round", "upload_megabytes", *timed):
+            curves(experiments, plots / f"{metric}_by_{x}.png", x, metric)
+    if format == "table":
+        console = Console()
+        lines = [table.header, *table.lines()]
+        widths = (max(map(len, column)) + 3 for column in zip(*lines, strict=True))
+        if sum(widths) >= console.width:  # an experiment a column instead of a line
+            lines = [list(column) for column in zip(*lines, strict=True)]
+        shown = Table(*map(escape, lines[0]))
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for line in lines[1:]:
+            shown.add_row(*map(escape, line))
+        console.print(shown)
+    else:
+        written = {"md": table.to_markdown, "latex": table.to_latex, "csv": table.to_csv}
+        typer.echo(written[format]().rstrip("\n"))

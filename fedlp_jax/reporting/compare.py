@@ -1,0 +1,292 @@
+"""compare: runs next to each other in one table, seeds of one experiment as a mean."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+
+from fedlp_jax.errors import FedLPError, nearest, shown
+from fedlp_jax.reporting.run_directory import CONFIG, METRICS, read_metrics
+
+Rows = Sequence[Mapping[str, Any]]
+Run = Any  # a `Result`, its history, rows as in metrics.jsonl, or the path of a run directory
+_INCIDENTAL = ("name", "seed", "plan", "checkpoint")  # sections in which seeds of one run differ
+_DIFFERENCES = 3  # settings named in a label, at most
+
+
+class Cell(NamedTuple):
+    """One number of an experiment, over its runs that have it."""
+
+    mean: float
+    deviation: float | None  # sample standard deviation; None for a single run
+    runs: int
+
+
+class Column(NamedTuple):
+    """One column of the table."""
+
+    title: str
+    unit: str
+    digits: int | None  # decimals; None = three digits that count
+    of: Callable[[Rows], float | None]  # the rows of a run -> its number; None = it has none
+
+
+class Comparison:
+    """A table with a line for each experiment.
+
+    Attributes:
+      columns: of the table.
+      cells: label -> a cell for each column; None where no run has the number.
+      runs: label -> how many runs.
+    """
+
+    def __init__(self, experiments: Mapping[str, Sequence[Rows]], columns: Sequence[Column]):
+        self.columns = list(columns)
+        self.runs = {label: len(runs) for label, runs in experiments.items()}
+        self.cells = {
+            label: [_cell([column.of(rows) for rows in runs]) for column in columns]
+            for label, runs in experiments.items()
+        }
+
+    @property
+    def header(self) -> list[str]:
+        """Titles with units."""
+        return ["run", "runs", *(f"{c.title}{c.unit and f' [{c.unit}]'}" for c in self.columns)]
+
+    def lines(self, plus_minus: str = "±", missing: str = "–") -> list[list[str]]:
+        """The table as text.
+
+        A number that only some runs have, such as the rounds to a target, says how many have it.
+        """
+        return [
+            [label, str(self.runs[label])]
+            + [
+                _text(cell, column.digits, self.runs[label], plus_minus) if cell else missing
+                for column, cell in zip(self.columns, cells, strict=True)
+            ]
+            for label, cells in self.cells.items()
+        ]
+
+    def to_markdown(self) -> str:
+        """A table of GitHub's Markdown."""
+        head, *rest = [self.header, *self.lines()]
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        rows = ([cell.replace("|", "\\|") for cell in line] for line in (head, rule, *rest))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def to_latex(self) -> str:
+        """A LaTeX tabular with the rules of booktabs."""
+        lines = self.lines(plus_minus=r"$\pm$", missing="--")
+        head, *body = [[_latex(cell) for cell in self.header]] + [
+            [_latex(label), *cells] for label, *cells in lines
+        ]
+        return "\n".join(
+            [
+                rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+                r"\toprule",
+                " & ".join(head) + r" \\",
+                r"\midrule",
+                *(" & ".join(row) + r" \\" for row in body),
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
+        )
+
+    def to_csv(self) -> str:
+        """Comma-separated values in full precision: mean, deviation and runs of each column."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        parts = ("", " deviation", " runs")
+        writer.writerow(["run", "runs", *(name + p for name in self.header[2:] for p in parts)])
+        for label, cells in self.cells.items():
+            numbers = [x for cell in cells for x in (cell or (None, None, 0))]
+            writer.writerow([label, self.runs[label], *numbers])
+        return text.getvalue()
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+def compare(
+    runs: Mapping[str, Run | Sequence[Run]] | Sequence[str | Path],
+    *,
+    target: float | None = None,
+    metric: str = "test_accuracy",
+) -> Comparison:
+    """Sets runs next to each other.
+
+    Args:
+      runs: label -> a run or several (seeds): results, histories, rows as in metrics.jsonl, or
+        paths of run directories. Or paths alone: those whose configurations differ only in seed,
+        name, plan and checkpoints count as seeds of one experiment.
+      target: a value of the metric; adds what it took to reach it: rounds, upload and time.
+      metric: key of a row. Smaller is better for a loss, greater for everything else.
+
+    Returns:
+      The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic and simulated time
+      are modelled, seconds are measured; all are sums over the rounds.
+
+    Raises:
+      FedLPError: a path holds no run, no run has the metric, or there is nothing to compare.
+    """
+    if not runs:
+        raise FedLPError("there is nothing to compare; give at least one run.")
+    experiments = (
+        {label: _all_rows(run) for label, run in runs.items()}
+        if isinstance(runs, Mapping)
+        else by_configuration(runs)
+    )
+    rows = [row for seeds in experiments.values() for run in seeds for row in run]
+    keys = sorted({key for row in rows for key in row})
+    if metric not in keys:
+        raise FedLPError(
+            f"no run has {metric!r}{nearest(metric, keys) or '.'} They have {', '.join(keys)}."
+        )
+    return Comparison(experiments, _columns(metric, target, set(keys)))
+
+
+def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
+    """Groups run directories into experiments, and labels each by its name and what differs.
+
+    Raises:
+      FedLPError: a path holds no run.
+    """
+    groups: dict[str, list[Path]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    for path in map(Path, paths):
+        if not (path / CONFIG).is_file() or not (path / METRICS).is_file():
+            raise FedLPError(
+                f"{path} holds no run: there is no {CONFIG} with {METRICS}; give directories that "
+                "`fedlp run` has written."
+            )
+        config = YAML(typ="safe", pure=True).load(path / CONFIG)
+        flat = {k: v for k, v in _flatten(config).items() if k.split(".")[0] not in _INCIDENTAL}
+        flat.pop("partition.seed", None)
+        key = repr(sorted(flat.items(), key=lambda item: item[0]))
+        groups.setdefault(key, []).append(path)
+        settings[key], names[key] = flat, str(config.get("name", path.name))
+    fields = dict.fromkeys(field for flat in settings.values() for field in flat)
+    differing = [f for f in fields if len({shown(flat.get(f)) for flat in settings.values()}) > 1]
+    labels = {key: _label(names[key], settings[key], differing) for key in groups}
+    if len(set(labels.values())) < len(labels):
+        labels = {key: str(members[0]) for key, members in groups.items()}
+    elif len(set(names.values())) == len(names):
+        labels = names
+    return {
+        labels[key]: [read_metrics(path) for path in members] for key, members in groups.items()
+    }
+
+
+def _label(name: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
+    words = [f"{f.split('.')[-1]}={shown(settings[f])}" for f in differing if f in settings]
+    return f"{name} ({', '.join(words[:_DIFFERENCES])})" if words else name
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    parts = (_flatten(value, f"{path}.{key}" if path else str(key)) for key, value in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _all_rows(runs: Run | Sequence[Run]) -> list[Rows]:
+    if isinstance(runs, list | tuple) and not (runs and isinstance(runs[0], Mapping)):
+        return [_rows(run) for run in runs]
+    return [_rows(runs)]
+
+
+def _rows(run: Run) -> Rows:
+    if isinstance(run, str | Path):
+        if not (Path(run) / METRICS).is_file():
+            raise FedLPError(f"{run} holds no run: there is no {METRICS}.")
+        return read_metrics(run)
+    rows: Rows = list(run.history if hasattr(run, "history") else run)
+    return rows
+
+
+def _columns(metric: str, target: float | None, keys: set[str]) -> list[Column]:
+    lower, name = "loss" in metric, metric.replace("_", " ")
+    best = min if lower else max
+    columns = [
+        Column("rounds", "", 0, lambda rows: rows[-1]["round"] if rows else None),
+        Column(f"final {name}", "", 4, lambda rows: next(reversed(_values(rows, metric)), None)),
+        Column(f"best {name}", "", 4, lambda rows: best(_values(rows, metric), default=None)),
+    ]
+    sums = [
+        ("upload", "MB", "upload_bytes", 1e-6),
+        ("download", "MB", "download_bytes", 1e-6),
+        ("simulated time", "s", "simulated_time", 1.0),
+        ("measured time", "s", "seconds", 1.0),
+    ]
+    sums = [column for column in sums if column[2] in keys]
+    for title, unit, key, factor in sums:
+        columns.append(Column(title, unit, None, _sum_of(key, factor, lambda rows: rows)))
+    if target is None:
+        return columns
+
+    def reached(rows: Rows) -> Rows | None:
+        """The rounds up to the first that reaches the target."""
+        for i, row in enumerate(rows):
+            value = row.get(metric)
+            if value is not None and (value <= target if lower else value >= target):
+                return rows[: i + 1]
+        return None
+
+    def rounds(rows: Rows) -> float | None:
+        until = reached(rows)
+        return None if until is None else float(until[-1]["round"])
+
+    columns.append(Column(f"rounds to {target:g}", "", 0, rounds))
+    for title, unit, key, factor in sums:
+        title = f"{title} to {target:g}"
+        columns.append(Column(title, unit, None, _sum_of(key, factor, reached)))
+    return columns
+
+
+def _values(rows: Rows, key: str) -> list[float]:
+    return [float(row[key]) for row in rows if row.get(key) is not None]
+
+
+def _sum_of(
+    key: str, factor: float, until: Callable[[Rows], Rows | None]
+) -> Callable[[Rows], float | None]:
+    def total(rows: Rows) -> float | None:
+        chosen = until(rows)
+        values = _values(chosen, key) if chosen else []
+        return factor * sum(values) if values else None
+
+    return total
+
+
+def _cell(values: Sequence[float | None]) -> Cell | None:
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return Cell(statistics.fmean(known), deviation, len(known))
+
+
+def _text(cell: Cell, digits: int | None, runs: int, plus_minus: str) -> str:
+    if digits is None:
+        digits = max(2 - math.floor(math.log10(abs(cell.mean) or 1)), 0)
+    text = f"{cell.mean:.{digits}f}"
+    if cell.deviation:
+        text += f" {plus_minus} {cell.deviation:.{digits}f}"
+    return text if cell.runs == runs else f"{text} ({cell.runs} of {runs})"
+
+
+def _latex(text: str) -> str:
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text
