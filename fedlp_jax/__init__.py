@@ -66,6 +66,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.result import Result as Result
     from fedlp_jax.simulation.run import Simulation as Simulation
     from fedlp_jax.tasks.classification import classification as classification
+    from fedlp_jax.tasks.multi_label import multi_label as multi_label
+    from fedlp_jax.tasks.next_token import next_token as next_token
+    from fedlp_jax.tasks.regression import regression as regression
     from fedlp_jax.tasks.task import Task as Task
 
 __version__ = "0.1.0"
@@ -107,6 +110,9 @@ _HOMES = {
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",
     "tasks.classification": "classification",
+    "tasks.multi_label": "multi_label",
+    "tasks.next_token": "next_token",
+    "tasks.regression": "regression",
     "tasks.task": "Task",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import gzip
 import io
 import json
 import os
@@ -113,6 +114,15 @@ def test_any_mapping_is_taken_or_refused_in_sentences(raw):
         assert all(line.isprintable() for line in str(error).splitlines())
     else:
         assert dump_config(parse_config(parse_yaml(dump_config(config)))) == dump_config(config)
+
+
+# Shakespeare; more in tests/data/test_shakespeare.py
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10_000, b'{"a": ["b"], "c": 1}', b"\xff"])
+def test_a_file_without_roles(tmp_path, content):
+    (tmp_path / "roles.json.gz").write_bytes(gzip.compress(content))
+    assert "roles.json.gz" in refusal(lambda: load("shakespeare", tmp_path))
 
 
 # .npz

@@ -17,6 +17,7 @@ from fedlp_jax.data.dataset import Split as Split
 from fedlp_jax.data.dataset import from_arrays as from_arrays
 from fedlp_jax.data.dataset import pixels
 from fedlp_jax.data.files import usable_memory
+from fedlp_jax.data.shakespeare import shakespeare
 from fedlp_jax.data.tfds import load_prepared
 from fedlp_jax.errors import FedLPError, nearest, shown, why
 from fedlp_jax.types import Normalize
@@ -39,12 +40,14 @@ def load(
       name: one of
         `digits`: 1,797 handwritten digits of 8 x 8 from scikit-learn, 1,437 of them to train on;
         `synthetic`: a seeded Gaussian mixture, see `fedlp_jax.data.builtin.synthetic`;
+        `shakespeare`: characters of the plays, see `fedlp_jax.data.shakespeare`;
         the path of an .npz file with `train_inputs`, `train_labels`, `test_inputs`, `test_labels`
         (or Keras' `x_train`, `y_train`, `x_test`, `y_test`) and perhaps `client`;
         any image-classification set that tensorflow-datasets has prepared in array_record.
       data_dir: where tensorflow-datasets prepares its sets; None means `$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`.
-      **options: of `synthetic`: `examples`, `test_examples`, `shape`, `num_classes`, `seed`. Of an
+        `~/tensorflow_datasets`. Of `shakespeare`, the directory of its file.
+      **options: of `synthetic`: `examples`, `test_examples`, `shape`, `num_classes`, `seed`. Of
+        `shakespeare`: `length`, `min_windows`. Of an
         .npz: `num_classes`, `normalize`, `add_channel`, `targets`, see `from_arrays`. Of
         tensorflow-datasets: `train_split`, `test_split`, and `image` and `label`, the features to
         read where there are several.
@@ -177,4 +180,19 @@ def _synthetic(
     return from_arrays(*arrays, num_classes=num_classes, normalize=pixels(0.5, 0.5), name=name)
 
 
-_BUILTIN: dict[str, Callable[..., Dataset]] = {"digits": _digits, "synthetic": _synthetic}
+def _shakespeare(
+    name: str,
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    length: int = 80,
+    min_windows: int = 10,
+) -> Dataset:
+    del name
+    return shakespeare(data_dir, length=length, min_windows=min_windows)
+
+
+_BUILTIN: dict[str, Callable[..., Dataset]] = {
+    "digits": _digits,
+    "synthetic": _synthetic,
+    "shakespeare": _shakespeare,
+}
