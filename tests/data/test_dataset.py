@@ -169,7 +169,8 @@ def test_floats_that_lose_digits_warn(column):
 def test_ordinary_floats_do_not_warn():
     inputs = np.random.default_rng(0).normal(100, 3, (8, 4))
     inputs[:, 1] = 0.1
-    from_arrays(inputs, [0, 1] * 4, inputs, [0, 1] * 4)
+    data = from_arrays(inputs, [0, 1] * 4, inputs, [0, 1] * 4)  # a warning would be an error
+    np.testing.assert_array_equal(data.train.inputs, inputs.astype(np.float32))
 
 
 def test_small_bytes_are_taken_for_pixels_with_a_warning():
