@@ -53,7 +53,7 @@ def environment_table() -> Table:
 
 
 def config_tables(config: Config, view: Overview) -> list[RenderableType]:
-    """Settings, partition, layers, submodels and the modelled traffic of a round."""
+    """Settings, partition, layers, submodels and the modelled traffic per round."""
     parts: list[RenderableType] = [
         escape(dump_config(config)),
         _partition_table(view),
@@ -67,9 +67,9 @@ def config_tables(config: Config, view: Overview) -> list[RenderableType]:
 def _partition_table(view: Overview) -> Table:
     sizes, held = view.clients.sizes, (view.clients.histogram > 0).sum(axis=1)
     rows = {
-        "clients": f"{view.clients.clients:,}, {view.cohort:,} a round",
-        "examples of a client": f"{sizes.min():,} to {sizes.max():,}, mean {sizes.mean():,.1f}",
-        "classes of a client": f"{held.min()} to {held.max()}, mean {held.mean():.1f}",
+        "clients": f"{view.clients.clients:,}, {view.cohort:,} per round",
+        "examples per client": f"{sizes.min():,} to {sizes.max():,}, mean {sizes.mean():,.1f}",
+        "classes per client": f"{held.min()} to {held.max()}, mean {held.mean():.1f}",
         "sha256": view.clients.hash[:16],
     }
     return two_columns(rows, title="Partition")
@@ -80,7 +80,7 @@ def _layer_table(view: Overview) -> Table:
     by_layer = macs_by_layer(macs, layers)
     return numbers_table(
         "Layers",
-        ("layer", "parameters", "statistics", "MACs an example"),
+        ("layer", "parameters", "statistics", "MACs per example"),
         (
             (escape(name), f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
             for name, params, statistics, count in zip(
@@ -99,7 +99,7 @@ def _layer_table(view: Overview) -> Table:
 def _level_table(view: Overview) -> Table:
     return numbers_table(
         "Submodels",
-        ("depth", "clients", "shared parameters", "held parameters", "MACs an example"),
+        ("depth", "clients", "shared parameters", "held parameters", "MACs per example"),
         (
             (
                 str(depth),
@@ -120,4 +120,4 @@ def _cost_table(view: Overview) -> Table:
     }
     if view.stacked_bytes is not None:
         rows["stacked updates"] = f"{view.stacked_bytes / 1e6:.1f} MB of memory, modelled"
-    return two_columns(rows, title="Traffic of a round, expected")
+    return two_columns(rows, title="Expected traffic per round")

@@ -376,5 +376,5 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
     else:
         bins = np.linspace(smallest, largest, 41)
     axes.hist(sizes, bins=bins.tolist(), color=_LINES[0])
-    axes.set(xlabel="examples of a client", ylabel="clients")
+    axes.set(xlabel="examples per client", ylabel="clients")
     axes.xaxis.set_major_formatter("{x:,.10g}")

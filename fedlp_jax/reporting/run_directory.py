@@ -1,7 +1,7 @@
 """The run directory: the files of one run, and a lock that keeps other runs out of it.
 
     config.yaml     the resolved configuration, which can itself be run
-    metrics.jsonl   one object a round
+    metrics.jsonl   one object per round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
     summary.json    last numbers, totals, versions, device, time
     checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`

@@ -278,7 +278,7 @@ def test_info_shows_what_a_config_amounts_to():
     said = fedlp("info", "small.yaml", "--algorithm.keep", "0.25")
     assert said.exit_code == 0, said.output
     assert "keep: 0.25" in said.stdout
-    assert "20, 4 a round" in said.stdout
+    assert "20, 4 per round" in said.stdout
     assert "650" in said.stdout  # parameters of the one layer
     assert "25.0% of FedAvg's" in said.stdout
 

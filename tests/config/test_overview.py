@@ -116,4 +116,4 @@ def test_the_tables_show_depths_only_where_there_are_some(capsys):
         show(*config_tables(config, view))
         text = capsys.readouterr().out
         assert ("Submodels" in text) == shown
-        assert "Traffic of a round" in text
+        assert "Expected traffic per round" in text
