@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.data.partition import Partition, by_owner
-from fedlp_jax.errors import FedLPError, check_choice
+from fedlp_jax.errors import FedLPError, check_choice, shown
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import MaskPolicy, Masks
 from fedlp_jax.types import Array, Cohort, PyTree
 
 Split = Literal["iid", "dirichlet", "mixed"]
-SEED = 25
+SEED = 25  # of the published runs
 DEPTHS = 5
 # One entry of the state dict each, in its order; the counter of batches has no layer here.
 _BLOCK = ("conv/kernel", "conv/bias", "norm/scale", "norm/bias", "norm/mean", "norm/var", None)
@@ -82,7 +82,7 @@ def reference_draws(
     clients: int = 100,
     cohort: int = 10,
     rounds: int = 200,
-    flag: int | None = None,
+    flag: int | str | None = None,
     keep: float | None = None,
     alpha: float = 1.0,
     ratio: float = 0.95,
@@ -96,7 +96,8 @@ def reference_draws(
       clients: K.
       cohort: C.
       rounds: R.
-      flag: 1 to 5 for FedLP-Hetero: the depth that six of ten clients are expected to have.
+      flag: for FedLP-Hetero: 1 to 5, the depth that six of ten clients are expected to have; or
+        "uniform", the row "u" of the table.
       keep: for FedLP-Homo, the layer-preserving rate. Neither of the two is FedAvg.
       alpha: of the Dirichlet split.
       ratio: of the mixed split, the share dealt in shards.
@@ -108,8 +109,8 @@ def reference_draws(
     check_choice("split", split, ("iid", "dirichlet", "mixed"))
     if flag is not None and keep is not None:
         raise FedLPError(f"flag={flag} is of FedLP-Hetero and keep={keep} of FedLP-Homo; give one.")
-    if flag is not None and flag not in range(1, DEPTHS + 1):
-        raise FedLPError(f"flag={flag} must be a depth from 1 to {DEPTHS}.")
+    if flag not in (None, "uniform", *range(1, DEPTHS + 1)):
+        raise FedLPError(f"flag={shown(flag)} must be 'uniform' or a depth from 1 to {DEPTHS}.")
     if not 0 < cohort <= clients:
         raise FedLPError(f"cohort={cohort} must lie between 1 and the {clients} clients.")
     labels = np.asarray(labels)
@@ -122,8 +123,10 @@ def reference_draws(
         holdings = _mixed(rng, labels, clients, ratio)
     depths = None
     if flag is not None:
-        chances = np.full(DEPTHS, 0.1)
-        chances[flag - 1] = 0.6
+        chances = np.full(DEPTHS, 0.2)
+        if isinstance(flag, int):
+            chances[:] = 0.1
+            chances[flag - 1] = 0.6
         drawn = [rng.choice(np.arange(1, DEPTHS + 1), 1, p=chances)[0] for _ in range(clients)]
         depths = np.asarray(drawn, np.int32)
     cohorts = np.stack([rng.choice(clients, cohort, replace=False) for _ in range(rounds)])
@@ -225,4 +228,8 @@ def _listed_masks(cohorts: np.ndarray, kept: np.ndarray, keep: float) -> MaskPol
         upload = (is_client[:, :, None] * masks[round - 1][None]).sum(axis=1) * coverage
         return Masks(coverage, upload, jnp.full_like(coverage, keep)), state
 
-    return MaskPolicy(init, sample)
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        del layers, clients
+        return np.full((1, 1), keep, np.float32)
+
+    return MaskPolicy(init, sample, expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from fedlp_jax.config import draws as reference
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.dataset import Dataset
 from fedlp_jax.data.partition import Partition
@@ -22,7 +24,11 @@ def build(config: Config) -> dict[str, Any]:
     """
     data = config.data.build()
     optimizer = config.algorithm.client_optimizer
-    algorithm = config.algorithm.build(
+    draws = reference.draw(config, data) if config.draws == "reference" else None
+    make: Any = config.algorithm.build
+    if draws is not None:
+        make = partial(reference.algorithm_with, config, draws)
+    algorithm = make(
         task=classification(config.model.build(num_classes=data.num_classes)),
         # The optimizer gets the rate 1, and the rate becomes `client_schedule`, a factor on its
         # updates: then the rate is an argument of the compiled round, and another one compiles
@@ -33,9 +39,9 @@ def build(config: Config) -> dict[str, Any]:
     return {
         "algorithm": algorithm,
         "data": data,
-        "clients": build_partition(config, data),
+        "clients": build_partition(config, data) if draws is None else draws.partition,
         "rounds": config.rounds,
-        "cohort": config.cohort,
+        "cohort": config.cohort if draws is None else draws.cohort,
         "seed": config.seed,
         "eval_every": config.eval_every,
         "faults": None if config.faults is None else config.faults.build(),

@@ -67,11 +67,14 @@ class Section(BaseModel):
                 raise FedLPError(f"{shown(field)} is not a field of {_kind_name(cls)}{hint}")
         return raw
 
+    def arguments(self) -> dict[str, Any]:
+        """The fields as arguments of the section's function."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        return {k: v.build() if isinstance(v, Section) else v for k, v in fields.items()}
+
     def build(self, **arguments: Any) -> Any:
         """Calls the section's function with its fields; `arguments` win over them."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
-        built = {k: v.build() if isinstance(v, Section) else v for k, v in fields.items()}
-        return type(self).factory(**built | arguments)
+        return type(self).factory(**self.arguments() | arguments)
 
 
 def _kind_name(cls: type[Section]) -> str:
@@ -301,6 +304,8 @@ class Config(Section):
     algorithm: Annotated[Any, _type(one_of(ALGORITHMS))]
     rounds: Whole
     cohort: Whole | Real  # clients of a round, or their share
+    # "reference" = partition, depths, cohorts and masks as the authors' code draws them
+    draws: Literal["own", "reference"] = "own"
     eval_every: Annotated[Whole, Field(ge=1)] | None = None  # rounds; null = the last only
     faults: Annotated[Any, _type(FaultsSection | None)] = None
     plan: Annotated[Any, _type(PlanSection)] = PlanSection()

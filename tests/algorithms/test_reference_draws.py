@@ -115,7 +115,7 @@ def test_masks_follow_the_client_and_the_entry():
 def test_refusals():
     with pytest.raises(fl.FedLPError, match="flag=1 is of FedLP-Hetero and keep=0.5 of FedLP-Homo"):
         reference_draws(FEW, flag=1, keep=0.5)
-    with pytest.raises(fl.FedLPError, match="flag=6 must be a depth from 1 to 5"):
+    with pytest.raises(fl.FedLPError, match="flag=6 must be 'uniform' or a depth from 1 to 5"):
         reference_draws(FEW, flag=6)
     with pytest.raises(fl.FedLPError, match="cohort=101 must lie between 1 and the 100 clients"):
         reference_draws(FEW, cohort=101)
