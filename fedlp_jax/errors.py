@@ -1,13 +1,16 @@
-"""Errors as sentences: what is wrong, with the numbers, and the way out."""
+"""Errors and warnings as sentences: what is wrong, with the numbers, and the way out."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import math
 import numbers
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,53 @@ import numpy as np
 
 class FedLPError(ValueError):
     """Bad input: the message says what is wrong, with the numbers, and the way out."""
+
+
+# The lists that `warn` adds to: one for each `collecting` around it, in this thread.
+_Lists = tuple[list[str], ...]
+_collections: contextvars.ContextVar[_Lists] = contextvars.ContextVar("collections", default=())
+
+
+def warn(sentence: str, category: type[Warning] = UserWarning, *, stacklevel: int = 2) -> None:
+    """Warns, and adds the sentence to the warnings of the run.
+
+    Args:
+      sentence: what is assumed or went wrong, and the way out.
+      category: as for `warnings.warn`.
+      stacklevel: as for `warnings.warn`; 1 is the caller.
+    """
+    note([sentence])
+    warnings.warn(sentence, category, stacklevel=stacklevel + 1)
+
+
+def note(sentences: Iterable[str]) -> None:
+    """Adds sentences that were said before, and still hold, to the warnings of the run."""
+    for found in _collections.get():
+        found.extend(sentence for sentence in sentences if sentence not in found)
+
+
+def warner() -> Callable[[str], None]:
+    """Returns a `warn` that only notes a sentence which it said before."""
+    said: list[str] = []
+
+    def warn_once(sentence: str) -> None:
+        if sentence in said:
+            return note([sentence])
+        said.append(sentence)
+        warn(sentence, stacklevel=3)
+
+    return warn_once
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[str]]:
+    """Yields the list that fills with the warnings given inside, each of them once."""
+    found: list[str] = []
+    token = _collections.set((*_collections.get(), found))
+    try:
+        yield found
+    finally:
+        _collections.reset(token)
 
 
 class _Short(reprlib.Repr):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 from fedlp_jax.clients.local_training import optimizer_step
-from fedlp_jax.errors import FedLPError, why
+from fedlp_jax.errors import FedLPError, warn, why
 from fedlp_jax.types import Array, PyTree
 
 # What some transforms of optax need and do not get here.
@@ -86,7 +85,7 @@ def warn_of_restarts(
     parts = [x for x in parts if getattr(x, "hyperparams_states", True)]  # empty for plain numbers
     new = "each client starts a new client_optimizer in each round"
     if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
-        warnings.warn(
+        warn(
             f"{new}, and it draws random numbers from a key in its state, so all clients draw the "
             "same ones in all rounds. Draw them in task.loss, from the key that it gets.",
             stacklevel=2,
@@ -95,20 +94,20 @@ def warn_of_restarts(
         return
     most, least = int(steps.max()), int(steps[steps > 0].min(initial=steps.max()))
     if not _moves(optimizer, params, most):
-        warnings.warn(
+        warn(
             f"{new}, and in the {most} local steps of a round it moves no parameter, so nothing is "
             "ever learnt. Let it collect fewer gradients or start its schedule above 0, or raise "
             "epochs or steps.",
             stacklevel=2,
         )
     elif not _moves(optimizer, params, least):
-        warnings.warn(
+        warn(
             f"{new}, and clients with few examples take only {least} steps a round, in which it "
             "moves no parameter. Let it collect fewer gradients, or raise epochs or steps.",
             stacklevel=2,
         )
     elif any(isinstance(part, _SCHEDULED) for part in parts):
-        warnings.warn(
+        warn(
             f"{new}, so its schedule starts again after at most {most} steps. For one that "
             "goes on, pass client_schedule=, a function of the round.",
             stacklevel=2,

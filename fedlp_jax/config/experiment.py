@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from fedlp_jax.config.loading import dump_config, load_config, parse_config
 from fedlp_jax.config.resume import last_snapshot, run_checkpoint
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, collecting
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.environment import environment
@@ -82,6 +82,7 @@ def execute(
     out = None if out is None else Path(out).expanduser()
     processes.agree("configuration", _common(config) | {"resume": resume})
     with contextlib.ExitStack() as stack:
+        said = stack.enter_context(collecting())
         directory: RunDirectory | None = None  # the first process alone writes
         with processes.together():
             if processes.is_first():
@@ -114,8 +115,9 @@ def execute(
                 directory.save(result.state.variables)
         except BaseException as error:  # an interruption too leaves its summary
             if directory is not None:
-                _note_failure(error, directory, record.rows)
+                _note_failure(error, directory, record.rows, said)
             raise
+        result.warnings = said  # those of the data too
         summary = summarize(config.name, arguments, result)
         summary["readings"]["total_seconds"] = time.perf_counter() - started
         if directory is not None:
@@ -176,6 +178,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         },
         "readings": dict(result.readings),
         "lowerings": result.lowerings,
+        "warnings": result.warnings,
     } | environment()
 
 
@@ -198,7 +201,10 @@ def _with_plan(config: Config, plan: Plan) -> Config:
 
 
 def _note_failure(
-    error: BaseException, directory: RunDirectory, rows: list[dict[str, Any]]
+    error: BaseException,
+    directory: RunDirectory,
+    rows: list[dict[str, Any]],
+    said: Sequence[str],
 ) -> None:
     """Writes the summary of an unfinished run, and adds notes for its user to the error."""
     if directory.begun:
@@ -206,7 +212,8 @@ def _note_failure(
         status = statuses.get(type(error), "failed")
         summary: dict[str, Any] = {"status": status, "rounds": len(rows), "error": str(error)}
         with contextlib.suppress(OSError, RuntimeError):  # which the error reports
-            directory.summarize(summary | {"final": rows[-1] if rows else {}} | environment())
+            summary |= {"final": rows[-1] if rows else {}, "warnings": said}
+            directory.summarize(summary | environment())
         error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
     else:
         error.add_note("Nothing was written.")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.schema import Config
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, warn
 from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
 
@@ -38,7 +37,7 @@ def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
     if start is None:
         refuse_other_run(config, directory)
         if (directory / METRICS).exists():
-            warnings.warn(
+            warn(
                 f"{directory} has no checkpoint, so the run starts from its first round.",
                 stacklevel=2,
             )

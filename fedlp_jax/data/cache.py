@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+
+from fedlp_jax.errors import warn
 
 
 def cache_dir() -> Path:
@@ -71,7 +72,7 @@ def cached(
     try:
         _store(cache_dir() / entry, arrays)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        warnings.warn(
+        warn(
             f"The decoded data set could not be cached ({error}), so the next start decodes it "
             "again; set FEDLP_CACHE_DIR to a directory that can be written.",
             stacklevel=2,

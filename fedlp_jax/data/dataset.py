@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, check_choice, shown, whole_number, why
+from fedlp_jax.errors import (
+    FedLPError,
+    check_choice,
+    collecting,
+    shown,
+    warn,
+    whole_number,
+    why,
+)
 from fedlp_jax.types import Normalize
 
 IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))
@@ -39,6 +46,7 @@ class Dataset:
     num_classes: int  # of class labels or tokens; 0 = the targets are real numbers
     normalize: Normalize  # from stored inputs to model inputs; integers stay as they are
     client: np.ndarray | None = None  # i64[N], client id of each training example, if known
+    warnings: tuple[str, ...] = ()  # what was assumed of the arrays, as `from_arrays` said
 
     @property
     def has_classes(self) -> bool:
@@ -117,8 +125,10 @@ def from_arrays(
         raise FedLPError(f"{name}: add_channel={shown(add_channel)} must be true, false or None.")
     check_choice("targets", targets, ("classes", "values"))
     read = class_labels if targets == "classes" else target_values
-    train = _split(name, "train", train_inputs, train_labels, add_channel, read)
-    test = _split(name, "test", test_inputs, test_labels, add_channel, read)
+    with collecting() as said:
+        train = _split(name, "train", train_inputs, train_labels, add_channel, read)
+        test = _split(name, "test", test_inputs, test_labels, add_channel, read)
+        given, normalize = normalize, normalize or _guess_normalize(name, train, test)
     alike = train.labels.shape[1:] == test.labels.shape[1:]
     if not alike or train.labels.dtype != test.labels.dtype:
         raise FedLPError(
@@ -130,22 +140,11 @@ def from_arrays(
             f"{name}: training examples are {train.inputs.dtype}{list(train.inputs.shape[1:])} but "
             f"test examples {test.inputs.dtype}{list(test.inputs.shape[1:])}; make them alike."
         )
-    if normalize is not None and train.inputs.dtype == np.int32:
+    if given is not None and train.inputs.dtype == np.int32:
         raise FedLPError(
             f"{name}: integer inputs such as tokens are not normalised; omit normalize, or cast "
             "the inputs with .astype(numpy.float32)."
         )
-    if normalize is None:
-        normalize = IDENTITY
-        if train.inputs.dtype == np.uint8:
-            normalize = pixels(0.5, 0.5)
-            largest = max(train.inputs.max(), test.inputs.max())
-            if largest < 128:
-                _warn(
-                    f"{name}: inputs are uint8 and go up to {largest}, and are taken for pixels of "
-                    "0 to 255: the model gets x / 127.5 - 1. Pass normalize=(1, 0) for the numbers "
-                    "themselves, or normalize=(1 / 127.5, -1) if they are pixels."
-                )
     return Dataset(
         name=name,
         train=train,
@@ -153,6 +152,7 @@ def from_arrays(
         num_classes=_class_count(name, num_classes, train.labels, test.labels),
         normalize=_affine(name, normalize, train.inputs.shape),
         client=None if client is None else client_ids(client, len(train.labels)),
+        warnings=tuple(said),
     )
 
 
@@ -357,6 +357,20 @@ def _single(what: str, inputs: np.ndarray) -> np.ndarray:
     return single
 
 
+def _guess_normalize(name: str, train: Split, test: Split) -> Normalize:
+    """uint8 is taken for pixels, which small numbers may not be."""
+    if train.inputs.dtype != np.uint8:
+        return IDENTITY
+    largest = max(train.inputs.max(), test.inputs.max())
+    if largest < 128:
+        _warn(
+            f"{name}: inputs are uint8 and go up to {largest}, and are taken for pixels of 0 to "
+            "255: the model gets x / 127.5 - 1. Pass normalize=(1, 0) for the numbers themselves, "
+            "or normalize=(1 / 127.5, -1) if they are pixels."
+        )
+    return pixels(0.5, 0.5)
+
+
 def _class_count(
     name: str, num_classes: int | None, train_labels: np.ndarray, test_labels: np.ndarray
 ) -> int:
@@ -413,4 +427,4 @@ def _as_array(what: str, values: Any) -> np.ndarray:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warn(message, UserWarning, stacklevel=4)

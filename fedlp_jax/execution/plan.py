@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from fedlp_jax.errors import FedLPError, check_choice, whole_number
+from fedlp_jax.errors import FedLPError, check_choice, warn, whole_number
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import keep_programs
 
@@ -213,7 +212,7 @@ def compile_to_fit(
             f"a round of width {plan.width} {sizes}; width {fitting.width} fits, with "
             f"{size(need)}: set plan.width to it, or leave it open."
         )
-    warnings.warn(
+    warn(
         f"a round of width {plan.width} {sizes}; it runs at width {fitting.width}, with "
         f"{size(need)}.",
         stacklevel=2,

@@ -6,7 +6,6 @@ an argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both ar
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, check_array
+from fedlp_jax.errors import FedLPError, check_array, warn
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, Cohort, PyTree
@@ -140,7 +139,7 @@ def _warn_of_unsent(matrix: np.ndarray, layers: LayerTable) -> None:
     unsent = np.broadcast_to((matrix == 0).all(axis=0), (len(layers),))
     if unsent.any() and not unsent.all():
         names = [name for name, never in zip(layers.names, unsent, strict=True) if never]
-        warnings.warn(
+        warn(
             f"keep=0 for {', '.join(names)}: no client ever sends it, so the server's copy, from "
             "which every client starts, keeps its first values. Give a keep above 0 to train it.",
             RuntimeWarning,

@@ -7,7 +7,6 @@ matplotlib is imported by the first plot.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedlp_jax.data.files import replacing
-from fedlp_jax.errors import FedLPError, nearest, shown
+from fedlp_jax.errors import FedLPError, nearest, shown, warn
 from fedlp_jax.reporting.progress import headline
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
             for x in ("round", "upload_megabytes", *timed):
                 curves({name: rows}, folder / f"{y.removeprefix('test_')}_by_{x}.png", x, y)
     except Exception as error:
-        warnings.warn(
+        warn(
             f"The plots in {folder} are incomplete: {error} Everything else is written.",
             stacklevel=2,
         )

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +29,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 import fedlp_jax
 from fedlp_jax.data.files import check_writable
-from fedlp_jax.errors import FedLPError, check_number, shown, why
+from fedlp_jax.errors import FedLPError, check_number, shown, warn, why
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.types import Array, PyTree, ServerState
@@ -115,9 +114,7 @@ class Checkpoint:
             except FedLPError:
                 raise
             except Exception as error:  # a damaged file can raise almost anything
-                warnings.warn(
-                    f"the checkpoint {folder} is damaged and skipped: {why(error)}.", stacklevel=2
-                )
+                warn(f"the checkpoint {folder} is damaged and skipped: {why(error)}.", stacklevel=2)
         if rounds:
             raise FedLPError(
                 f"all checkpoints in {self.directory} are damaged (after rounds "
@@ -318,7 +315,7 @@ def _check_version(facts: Mapping[str, Any], folder: Path) -> None:
         f"{name} {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
     if other:
-        warnings.warn(
+        warn(
             f"{folder} was written with {', '.join(other)}: the bits of later rounds may differ.",
             stacklevel=4,
         )
@@ -392,7 +389,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
         f"{plan.devices} devices of width {plan.width}" for plan in (snapshot.plan, run.plan)
     )
     if now != before or (run.lowerings and snapshot.lowerings != run.lowerings):
-        warnings.warn(
+        warn(
             f"the run resumes with {now}, but started with {before}; where plans or convolution "
             "algorithms differ, sums are taken in another order.",
             stacklevel=3,

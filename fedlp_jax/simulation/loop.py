@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import jax
 
@@ -17,6 +17,7 @@ from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import collecting, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.map_clients import open_connections
 from fedlp_jax.execution.plan import Plan
@@ -25,13 +26,32 @@ from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 from fedlp_jax.simulation.cohorts import CohortRule
-from fedlp_jax.simulation.result import Result, Row
+from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
 from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
+_P = ParamSpec("_P")
 
 
+def _with_warnings(simulate: Callable[_P, Result]) -> Callable[_P, Result]:
+    """Adds the warnings of a run to its result."""
+
+    @functools.wraps(simulate)
+    def collected(*arguments: _P.args, **settings: _P.kwargs) -> Result:
+        with collecting() as said:
+            try:
+                result = simulate(*arguments, **settings)
+            except DivergedError as error:
+                error.result.warnings = said
+                raise
+        result.warnings = said
+        return result
+
+    return collected
+
+
+@_with_warnings
 def simulate(
     algorithm: Algorithm,
     data: Dataset,
@@ -137,7 +157,7 @@ def simulate(
             _run_rounds(run, left, listeners, callbacks, saver, ends)
     if pressed() and run.reached < run.last_round:
         after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
-        warnings.warn(f"{after}; the result holds the rounds so far.", stacklevel=2)
+        warn(f"{after}; the result holds the rounds so far.", stacklevel=3)
     return run.result()
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.errors import collecting, note
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.execution.packing import Packed
@@ -47,6 +48,7 @@ class Compiled(NamedTuple):
     program: Any
     seconds: dict[str, float]  # of "trace", "lowering" and "compile"
     lowerings: dict[str, str]  # of its convolutions, see `conv.recording`
+    warnings: tuple[str, ...]  # given while it was traced
 
 
 def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
@@ -129,19 +131,21 @@ def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...
     settings = conv.current()  # jax does not see it
     traced = _traceable(name, _Same(algorithm), dataclasses.astuple(plan), devices, settings)
     start = time.perf_counter()
-    with conv.recording() as lowerings:
+    with conv.recording() as lowerings, collecting() as said:
         trace = traced.jitted.trace(*shapes)
     lowering = time.perf_counter()
     # jax returns the jaxpr of before if the shapes and all its own settings are those of before.
     for jaxpr, compiled in traced.compiled:
         if jaxpr is trace.jaxpr:
+            note(compiled.warnings)
             return compiled._replace(seconds=dict.fromkeys(compiled.seconds, 0.0))
     lowered = trace.lower()
     compiling = time.perf_counter()
     program = executable(lowered, devices)
     seconds = (lowering - start, compiling - lowering, time.perf_counter() - compiling)
     names = ("trace", "lowering", "compile")
-    compiled = Compiled(program, dict(zip(names, seconds, strict=True)), lowerings)
+    timed = dict(zip(names, seconds, strict=True))
+    compiled = Compiled(program, timed, lowerings, tuple(said))
     traced.compiled.append((trace.jaxpr, compiled))
     return compiled
 

@@ -75,6 +75,7 @@ class Result:
       layers: the layer table of what is exchanged.
       readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
       lowerings: the form that each convolution took, by its shapes.
+      warnings: what was assumed of model, data and environment, or went wrong, as it was said.
     """
 
     variables: Variables
@@ -85,6 +86,7 @@ class Result:
     layers: LayerTable
     readings: dict[str, float]
     lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
         """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure.

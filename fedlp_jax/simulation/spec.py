@@ -15,6 +15,7 @@ from fedlp_jax.clients.failures import Exposure, Faults
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
+from fedlp_jax.errors import note
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.client_state import check_memory
 from fedlp_jax.execution.packing import size_bytes
@@ -91,6 +92,7 @@ def specify(
     Raises:
       FedLPError: bad input, with the numbers and a way out.
     """
+    note(data.warnings)
     checks.check_partition(clients, data)
     population, root = clients.clients, root_key(seed)
     cohorts = Cohorts(cohort, population, seed, first_round, max_cohort)

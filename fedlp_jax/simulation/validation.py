@@ -156,7 +156,7 @@ def _taking(data: Dataset, example: Batch) -> Iterator[None]:
     """Turns whatever a model says while it is traced into a sentence about the data."""
     try:
         yield
-    except FedLPError:
+    except (FedLPError, Warning):  # a warning that is an error by the user's filters
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, warner
 from fedlp_jax.nn import flax as lowered
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.tasks.padding import SCOPE, mixes_rows, row_mask
@@ -28,6 +27,19 @@ from fedlp_jax.types import Array, Variables
 
 _TRAIN = ("train", "training", "is_training")  # switches that are True while training
 _EVALUATE = ("deterministic", "use_running_average", "inference")  # and False while training
+
+
+_IDLE = (
+    "the model has batch statistics or dropout but uses neither in training; switch it by an "
+    f"argument of __call__ named {' or '.join(_TRAIN + _EVALUATE)}. (If that is on purpose, ignore "
+    "this.)"
+)
+_MIXING = (
+    "the model may combine rows of a batch outside of BatchNorm, and some batches are padded, so "
+    "padding rows may enter; choose a batch_size that divides the number of examples of every "
+    "client, or compute each row by itself."
+)
+_STATISTICS = "batch_stats"
 
 
 class Apply(Protocol):
@@ -58,8 +70,10 @@ class Network(NamedTuple):
     depth: int = 1  # number of submodels, depths 1 to `depth`; the deepest is the whole model
 
 
-# As `Apply`, and whether the module has dropout but dropped nothing.
-_Run = Callable[[Variables, Array, "Array | None", "Array | None"], tuple[Any, Variables, bool]]
+# As `Apply`, and sentences to say if this is training.
+_Run = Callable[
+    [Variables, Array, "Array | None", "Array | None"], tuple[Any, Variables, list[str]]
+]
 
 
 def network(module: Any) -> Network:
@@ -95,37 +109,27 @@ def network(module: Any) -> Network:
 
 
 def _with_warnings(run: _Run) -> Apply:
-    """Adds warnings about models that ignore the training switch or padding."""
-
-    @functools.cache  # once each
-    def warn(sentence: str) -> None:
-        warnings.warn(sentence, stacklevel=2)
-
-    checked = False
+    """Says what is assumed of a model: of its training switch, padding and variables."""
+    warn = warner()
+    mixing: bool | None = None
 
     def apply(
         variables: Variables, inputs: Array, key: Array | None, valid: Array | None
     ) -> tuple[Any, Variables]:
-        nonlocal checked
-        outputs, statistics, idle = run(variables, inputs, key, valid)
+        nonlocal mixing
+        outputs, statistics, sentences = run(variables, inputs, key, valid)
         if key is None:
             return outputs, statistics
-        if idle or _unchanged(variables, statistics):
-            warn(
-                "the model has batch statistics or dropout but uses neither in training; switch "
-                f"it by an argument of __call__ named {' or '.join(_TRAIN + _EVALUATE)}. "
-                "(If that is on purpose, ignore this.)"
-            )
-        if valid is not None and not checked:
-            checked = True
-            if mixes_rows(
-                lambda rest, x, v: run(rest[0], x, rest[1], v), (variables, key), inputs, valid
-            ):
-                warn(
-                    "the model may combine rows of a batch outside of BatchNorm, and some batches "
-                    "are padded, so padding rows may enter; choose a batch_size that divides the "
-                    "number of examples of every client, or compute each row by itself."
-                )
+        if _unchanged(variables, statistics):
+            sentences.append(_IDLE)
+        if valid is not None:
+            if mixing is None:
+                rest = (variables, key)
+                mixing = mixes_rows(lambda r, x, v: run(r[0], x, r[1], v)[:2], rest, inputs, valid)
+            if mixing:
+                sentences.append(_MIXING)
+        for sentence in dict.fromkeys(sentences):
+            warn(sentence)
         return outputs, statistics
 
     return apply
@@ -172,7 +176,7 @@ def _linen(module: nn.Module) -> Network:
 
     def run(
         variables: Variables, inputs: Array, key: Array | None, valid: Array | None
-    ) -> tuple[Any, Variables, bool]:
+    ) -> tuple[Any, Variables, list[str]]:
         train = key is not None
         statistics = [name for name in variables if name != "params"]
         dropouts: list[bool] = []
@@ -188,9 +192,18 @@ def _linen(module: nn.Module) -> Network:
                 mutable=statistics if train else [],
                 **arguments(train),
             )
-        idle = bool(dropouts) and not any(dropouts)
+        sentences = [_IDLE] if dropouts and not any(dropouts) else []
         # A collection that this call did not touch stays as it was.
-        return outputs, {name: updated.get(name, variables[name]) for name in statistics}, idle
+        kept = {name: updated.get(name, variables[name]) for name in statistics}
+        sentences += [
+            f"the model's collection '{name}' is taken for batch statistics: updated in training "
+            f"and averaged over clients. Call it {_STATISTICS} if it is that, or keep it out of "
+            "the model's variables."
+            for name in statistics
+            if name != _STATISTICS
+            and jax.tree.structure(kept[name]) == jax.tree.structure(variables[name])
+        ]
+        return outputs, kept, sentences
 
     depth = getattr(module, "depth", None)
     if not isinstance(depth, int) or isinstance(depth, bool):
@@ -227,7 +240,7 @@ def _layer_interceptor(valid: Array | None, dropouts: list[bool]) -> Callable[..
 
 # --- nnx ------------------------------------------------------------------------------------
 
-_STATISTICS = "batch_stats"
+_KNOWN = (nnx.Param, nnx.BatchStat, nnx.RngState, nnx.Intermediate)
 
 
 def _nnx(module: nnx.Module) -> Network:
@@ -241,7 +254,7 @@ def _nnx(module: nnx.Module) -> Network:
 
     def run(
         variables: Variables, inputs: Array, key: Array | None, valid: Array | None
-    ) -> tuple[Any, Variables, bool]:
+    ) -> tuple[Any, Variables, list[str]]:
         params_now, statistics_now = jax.tree.map(lambda x: x, (params, statistics))
         nnx.replace_by_pure_dict(params_now, variables["params"])
         if statistics:
@@ -250,15 +263,33 @@ def _nnx(module: nnx.Module) -> Network:
         _set_mode(model, key is not None, valid)
         streams = [] if key is None else _reseed(model, key)
         counts = [stream.count.get_value() for stream in streams]
+        others = _other_variables(model)
         with _any_promotion():
             outputs = model(inputs, **arguments(key is not None))
         used = [s.count.get_value() is not c for s, c in zip(streams, counts, strict=True)]
-        idle = bool(used) and not any(used)
-        if not statistics:
-            return outputs, {}, idle
-        return outputs, {_STATISTICS: nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}, idle
+        sentences = [_IDLE] if used and not any(used) else []
+        sentences += [
+            f"the model changes its {type(variable).__name__} '{path}' in training, but between "
+            "steps only nnx.Param and nnx.BatchStat are kept; derive it from nnx.BatchStat to keep "
+            "it, and average it over clients."
+            for path, (variable, value) in others.items()
+            if variable.get_value() is not value
+        ]
+        updated = {}
+        if statistics:
+            updated[_STATISTICS] = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return outputs, updated, sentences
 
     return Network(lambda key, inputs: variables, _with_warnings(run))
+
+
+def _other_variables(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+    """Path -> variable and its value, of those that a run neither trains nor averages."""
+    return {
+        ".".join(map(str, path)): (node, node.get_value())
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable) and not isinstance(node, _KNOWN)
+    }
 
 
 def _nnx_factory(make: Callable[..., nnx.Module]) -> Network:

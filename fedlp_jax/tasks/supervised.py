@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, warner
 from fedlp_jax.tasks.flax_adapter import Network
 from fedlp_jax.tasks.padding import mixes_rows
 from fedlp_jax.tasks.task import Aux, Task
@@ -50,9 +49,7 @@ def supervised(
     def init(key: Array, batch: Batch) -> Variables:
         return net.init(key, inputs_of(batch, jnp.float32))
 
-    @functools.cache
-    def warn(sentence: str) -> None:
-        warnings.warn(sentence, stacklevel=2)
+    warn = warner()
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         inputs = inputs_of(batch, _input_dtype(variables))
