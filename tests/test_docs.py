@@ -1,5 +1,6 @@
 """Every page beside the README does what it says."""
 
+import ast
 import pathlib
 import re
 
@@ -45,6 +46,35 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     for link in links:
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_the_table_of_warnings_is_complete_and_names_their_tests():
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split(" | ")]
+        for line in (ROOT / "docs" / "warnings.md").read_text().splitlines()
+        if "::test_" in line
+    ]
+    texts, given = [], []
+    for path in (ROOT / "fedlp_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant | ast.JoinedStr):
+                texts.append(text_of(node))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("warn"):
+                given.append(text_of(node.args[0]))
+    for fragment, _, _, test in rows:
+        assert any(fragment in text for text in texts), fragment
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), test
+    assert len(given) > 15
+    for text in filter(None, given):
+        assert any(row[0] in text for row in rows), text
+
+
+def text_of(node):
+    """A string, or the constant parts of an f-string; None for another expression."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def test_examples_to_copy_have_at_most_sixty_lines():

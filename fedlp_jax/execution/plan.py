@@ -15,7 +15,7 @@ import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from fedlp_jax.errors import FedLPError, check_choice, warn, whole_number
+from fedlp_jax.errors import FedLPError, check_choice, note, warn, whole_number
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import keep_programs
 
@@ -131,6 +131,19 @@ def setup(cpu_devices: int | None = None) -> None:
         ) from error
     keep_programs()
     processes.gather()  # opens the connections, which processes must do within half a minute
+
+
+def note_other_kernels() -> None:
+    """Adds to the warnings of a run that a GPU may compute other bits the next time."""
+    if jax.default_backend() == "gpu" and _DETERMINISTIC_FLAG not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        note(
+            [
+                "XLA chooses a GPU's kernels by timing them, so another process may compute other "
+                f"bits. Call fl.setup() first, or set {_DETERMINISTIC_FLAG} in XLA_FLAGS."
+            ]
+        )
 
 
 def replicated(plan: Plan) -> NamedSharding:

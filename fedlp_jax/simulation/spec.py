@@ -19,7 +19,7 @@ from fedlp_jax.errors import note
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.client_state import check_memory
 from fedlp_jax.execution.packing import size_bytes
-from fedlp_jax.execution.plan import HOST, Plan, resolve, with_place
+from fedlp_jax.execution.plan import HOST, Plan, note_other_kernels, resolve, with_place
 from fedlp_jax.execution.scheduling import with_even_chunks
 from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
@@ -93,6 +93,7 @@ def specify(
       FedLPError: bad input, with the numbers and a way out.
     """
     note(data.warnings)
+    note_other_kernels()
     checks.check_partition(clients, data)
     population, root = clients.clients, root_key(seed)
     cohorts = Cohorts(cohort, population, seed, first_round, max_cohort)

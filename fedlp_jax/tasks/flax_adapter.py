@@ -201,7 +201,7 @@ def _linen(module: nn.Module) -> Network:
             "the model's variables."
             for name in statistics
             if name != _STATISTICS
-            and jax.tree.structure(kept[name]) == jax.tree.structure(variables[name])
+            and len(jax.tree.leaves(kept[name])) == len(jax.tree.leaves(variables[name]))
         ]
         return outputs, kept, sentences
 

@@ -77,6 +77,20 @@ def test_a_run_writes_its_directory(done):
     assert len(result.history) == 2
 
 
+def test_the_summary_has_the_warnings(done, tmp_path):
+    path, result = done
+    assert result.warnings == json.loads((path / "summary.json").read_text())["warnings"] == []
+    bits = np.tile(np.array([[0], [1]], np.uint8), (6, 1))
+    names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+    np.savez(tmp_path / "bits.npz", **dict(zip(names, (bits, bits[:, 0]) * 2, strict=True)))
+    settings = small(data__name=str(tmp_path / "bits.npz"), partition__clients=4, rounds=1)
+    with pytest.warns(UserWarning, match="taken for pixels"):
+        result = experiment.run(settings, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["warnings"] == result.warnings
+    assert "taken for pixels" in result.warnings[0]
+
+
 def test_the_written_config_runs_to_the_same_numbers(done, tmp_path):
     path, first = done
     second = experiment.run(path / "config.yaml", tmp_path / "again")

@@ -9,6 +9,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
+from fedlp_jax import errors
 from fedlp_jax.execution import client_state
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.simulation import validation as checks
@@ -54,6 +55,20 @@ def test_an_open_width_is_lowered_and_the_result_is_the_same(needs, monkeypatch)
     assert narrow.plan == fl.Plan(1, 4, "device", 1)
     assert found == [narrow.plan]
     np.testing.assert_allclose(flat(narrow.variables), flat(wide.variables), rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_chosen_by_timing_are_noted(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for backend, count in (("cpu", 0), ("gpu", 1)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        with errors.collecting() as said:
+            plans.note_other_kernels()
+        assert len(said) == count
+    assert "Call fl.setup() first" in said[0]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")  # on purpose
+    with errors.collecting() as said:
+        plans.note_other_kernels()
+    assert not said
 
 
 def test_a_width_that_was_asked_for_is_refused_with_one_that_fits(needs, monkeypatch):

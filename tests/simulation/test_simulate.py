@@ -309,6 +309,34 @@ def test_an_optimizer_that_cannot_work_is_refused_and_one_that_never_steps_is_wa
         fl.Simulation(server, DATA, CLIENTS, rounds=1, cohort=4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_result_has_the_warnings_of_its_run_and_of_its_data_each_once():
+    bits = np.tile(np.array([[0], [1]], np.uint8), (6, 1))
+    data = fl.from_arrays(bits, [0, 1] * 6, bits, [0, 1] * 6)
+    clients = fl.partition.iid(data.train.labels, clients=2)
+    task = fl.classification(nn.Sequential([lambda x: x[::-1], nn.Dense(2)]))  # mixes rows
+    algorithm = fl.fedavg(
+        task, client_optimizer=optax.MultiSteps(optax.sgd(0.1), 9), steps=2, batch_size=4
+    )
+    for _ in range(2):  # the second run traces nothing, and assumes as much
+        warnings = run(algorithm, data, clients, rounds=1, cohort=2).warnings
+        assert len(warnings) == 3
+        assert "taken for pixels" in warnings[0] and "moves no parameter" in warnings[1]
+        assert "rows of a batch" in warnings[2]
+    assert run(fl.fedavg(TASK, **COMMON), rounds=1).warnings == []
+
+
+def test_a_run_that_diverges_has_its_warnings_too():
+    nothing = poisoned(range(12))
+    optimizer = optax.MultiSteps(optax.sgd(0.1), 9)
+    with (
+        pytest.warns(UserWarning, match="moves no parameter"),
+        pytest.raises(fl.DivergedError) as caught,
+    ):
+        run(fl.fedavg(TASK, client_optimizer=optimizer, steps=1), data=nothing, rounds=1)
+    assert len(caught.value.result.warnings) in (1, 2)
+
+
 # --- clients that fail ----------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """linen and nnx modules as pure functions, and rows that pad a batch."""
 
+import re
 import warnings
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from flax import nnx
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
+from fedlp_jax import errors
 from fedlp_jax.tasks.flax_adapter import network
 from fedlp_jax.types import Batch, Normalize
 
@@ -265,6 +267,51 @@ def test_rows_that_may_mix_with_padding_cost_one_warning(kind):
         net.apply(variables, x, KEY, jnp.arange(7) < 4)
         net.apply(variables, x, KEY, jnp.arange(7) < 4)
     assert len(caught) == 1
+
+
+class OtherCollection(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        level = self.variable("levels", "level", jnp.zeros, ())
+        if train:
+            level.value = level.value + 1.0
+        return nn.Dense(3)(x)
+
+
+class NnxLevel(nnx.Variable):
+    pass
+
+
+class NnxOtherVariable(nnx.Module):
+    def __init__(self, rngs, kind):
+        self.level = kind(jnp.zeros(()))
+        self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        self.level.value = self.level.value + 1.0
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (OtherCollection(), "collection 'levels' is taken for batch statistics: .* averaged over"),
+        (
+            lambda rngs: NnxOtherVariable(rngs, NnxLevel),
+            "changes its NnxLevel 'level' in training, but between steps only nnx.Param",
+        ),
+        (lambda rngs: NnxOtherVariable(rngs, nnx.BatchStat), None),
+    ],
+)
+def test_what_is_done_with_other_variables_is_said(module, message):
+    net = network(module)
+    variables = net.init(KEY, jnp.asarray(X))
+    with errors.collecting() as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net.apply(variables, jnp.asarray(X), KEY, None)
+        net.apply(variables, jnp.asarray(X), None, None)  # evaluation says nothing
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message, said[0])
 
 
 class RowByRow(nn.Module):
