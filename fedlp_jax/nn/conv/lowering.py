@@ -1,8 +1,7 @@
 """A drop-in for `jax.lax.conv_general_dilated` that chooses a lowering for each convolution.
 
-"patches" and the Winograd forms are products of matrices, forward and backward. "auto" takes the
-form that is fastest at the nearest shape of `table.json`, which `benchmarks/convolutions.py`
-writes.
+"patches" and "winograd_4x4" are products of matrices, forward and backward. "auto" takes the faster
+one at the nearest shape of `table.json`, which `benchmarks/convolutions.py` writes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ from fedlp_jax.nn.conv.im2col import Window, out_shape, patches, reach
 from fedlp_jax.nn.conv.winograd import supported, winograd
 from fedlp_jax.types import Array
 
-AUTO, DIRECT, PATCHES = "auto", "direct", "patches"
-WINOGRAD = {f"winograd_{h}x{w}": (h, w) for h in (1, 2, 4) for w in (1, 2, 4) if (h, w) != (1, 1)}
-LOWERINGS = (AUTO, DIRECT, PATCHES, *WINOGRAD)
-_TOLERANCE = 1.1  # a form that compiles sooner may be this much slower than the fastest
+LOWERINGS = AUTO, DIRECT, PATCHES, WINOGRAD = ("auto", "direct", "patches", "winograd_4x4")
+_TOLERANCE = 1.1  # "patches" compiles sooner, and may be this much slower
 
 
 class _Tracing(NamedTuple):
@@ -47,13 +44,13 @@ def using(lowering: str) -> Iterator[None]:
     """Sets the lowering of all convolutions traced inside the block, where it covers them.
 
         with conv.using("patches"):
-            jax.jvp(...)  # the Winograd forms have no forward mode
+            jax.jvp(...)  # the Winograd form has no forward mode
 
     `jax.jit` keeps what it traced earlier. A `recording` outside the block does not see inside.
 
     Args:
-      lowering: "auto", "patches", "winograd_HxW" with tiles of 1, 2 or 4, or "direct": plain
-        `lax` for convolutions, and for dense layers too (`fedlp_jax.nn.dense`).
+      lowering: "auto", "patches", "winograd_4x4", or "direct": plain `lax` for convolutions, and
+        for dense layers too (`fedlp_jax.nn.dense`).
 
     Raises:
       FedLPError: the lowering is unknown.
@@ -157,8 +154,7 @@ def conv_general_dilated(
         )
     if form == PATCHES:
         return patches(lhs, rhs, window, precision, preferred_element_type)
-    tiles = WINOGRAD[form]
-    return winograd(lhs, rhs, window, precision, preferred_element_type, tiles=tiles)
+    return winograd(lhs, rhs, window, precision, preferred_element_type)
 
 
 def _window(
@@ -192,19 +188,16 @@ def _window(
 
 
 def _choose(name: str, lhs: Array, rhs: Array, window: Window) -> str:
-    """The form of a covered convolution; "patches" where a Winograd form does not apply."""
+    """The form of a covered convolution; "patches" where the Winograd form does not apply."""
     if name == AUTO:
         name = _fastest(lhs, rhs, window)
-    if name not in WINOGRAD or not supported(lhs, rhs, window, WINOGRAD[name]):
-        return PATCHES
-    return name
+    return name if name == WINOGRAD and supported(lhs, rhs, window) else PATCHES
 
 
 def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
-    """The fastest form at the nearest pixels, channels and features of the table.
+    """The faster form at the nearest pixels, channels and features of the table.
 
-    Among those nearly as fast it takes the one that compiles soonest. The table holds 3 x 3 kernels
-    in float32; in float64 "patches" keeps more digits.
+    The table holds 3 x 3 kernels in float32; in float64 "patches" keeps more digits.
     """
     rows = _table().get(jax.default_backend(), [])
     measured = lhs.dtype == jnp.float32 and lhs.ndim == 4 and rhs.shape[:2] == (3, 3)
@@ -217,9 +210,7 @@ def _fastest(lhs: Array, rhs: Array, window: Window) -> str:
         return sum(math.log2(a / b) ** 2 for a, b in zip(here, there, strict=True))
 
     times: dict[str, float] = min(rows, key=distance)["milliseconds"]
-    limit = _TOLERANCE * min(times.values())
-    fast = (name for name, time in times.items() if time <= limit)
-    return min(fast, key=lambda name: (_products(name), times[name]))
+    return PATCHES if times[PATCHES] <= _TOLERANCE * times[WINOGRAD] else WINOGRAD
 
 
 @functools.cache
@@ -228,11 +219,6 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     text = resources.files("fedlp_jax.nn.conv").joinpath("table.json").read_text()
     rows: dict[str, list[dict[str, Any]]] = json.loads(text)["backends"]
     return rows
-
-
-def _products(name: str) -> int:
-    """Matrix products of a form for a 3 x 3 kernel; compile time grows with them."""
-    return math.prod(m + 2 if m > 1 else 1 for m in WINOGRAD.get(name, (1, 1)))
 
 
 def _shapes(lhs: Array, rhs: Array, window: Window | None) -> str:

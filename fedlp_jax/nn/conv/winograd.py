@@ -1,9 +1,8 @@
-"""Winograd convolutions: fewer multiplications, one axis at a time.
+"""Winograd convolutions: fewer multiplications, in tiles of 4 x 4 results.
 
-Each spatial axis is cut into tiles of m results, computed by n = m + r - 1 products instead of m r,
-or, at m = 1, unfolded into the channels as in `patches`. With m = 4 and r = 3, tiles on both axes
-take a quarter of the multiplications of `patches` and write a quarter of its unfolded inputs. Tiles
-on one axis take half of both, in 6 products instead of 36, which may win for small images.
+Each spatial axis is cut into tiles of m = 4 results, computed by n = m + r - 1 products instead of
+m r. For 3 x 3 kernels that takes a quarter of the multiplications of `patches` and writes a quarter
+of its unfolded inputs.
 
 Every product is a separate dot, `[pixels, channels] @ [channels, features]`, also under `vmap`: one
 batched dot would write its operands twice. Reverse mode is written by hand, so that it reads and
@@ -28,7 +27,8 @@ from fedlp_jax.nn.conv.im2col import Window, out_shape
 from fedlp_jax.nn.xla import materialize
 from fedlp_jax.types import Array
 
-Grid = list[list[Array]]  # one array for each product of the outer and the inner axis
+TILE = 4  # m, the fastest of 2 and 4 on one axis and on both (`benchmarks.convolutions`)
+Grid = list[list[Array]]  # one array for each product of the vertical and the horizontal axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,148 +40,106 @@ class Axis:
     kernel: int  # r
     out: int
     low: int  # zeros before the first input; negative crops
-    tile: int  # m
 
     @property
     def tiles(self) -> int:
         """Number of tiles that cover the results."""
-        return -(-self.out // self.tile)
+        return -(-self.out // TILE)
 
     @property
     def matrices(self) -> Toom:
-        """The matrices of F(m, r)."""
-        return toom(self.tile, self.kernel)
+        """The matrices of F(4, r)."""
+        return toom(TILE, self.kernel)
 
     def split(self, x: Array) -> list[Array]:
         """Inputs -> one operand per product, `tiles` long on this axis."""
-        x = _pad(x, self.axis, self.low, self.tiles * self.tile + self.kernel - 1)
-        reach = self.tile + self.kernel - 1
-        parts = [_every(x, self.axis, i, self.tiles, self.tile) for i in range(reach)]
-        if self.tile == 1:
-            return [lax.concatenate(parts, x.ndim - 1)]
+        reach = TILE + self.kernel - 1
+        x = _pad(x, self.axis, self.low, self.tiles * TILE + self.kernel - 1)
+        parts = [_every(x, self.axis, i, self.tiles, TILE) for i in range(reach)]
         return _mix(self.matrices.data, parts)
 
     def split_transposed(self, products: Sequence[Array]) -> Array:
-        """The transpose of `split`; at `tile` 1 it takes gradients of `widened` results."""
-        if self.tile == 1:
-            (unfolded,) = products
-            channels = unfolded.shape[-1] // self.kernel
-            # Shifted slices only, which XLA reads in place; `widened` added the zeros.
-            parts = [
-                lax.slice_in_dim(
-                    lax.slice_in_dim(unfolded, i * channels, (i + 1) * channels, axis=-1),
-                    self.kernel - 1 - i,
-                    self.kernel - 1 - i + self.size,
-                    axis=self.axis,
-                )
-                for i in range(self.kernel)
-            ]
-            return functools.reduce(jnp.add, parts)
+        """The transpose of `split`."""
         phases = []
         weights = self.matrices.data.T
-        for i in range(self.tile):
+        for i in range(TILE):
             phase = _pad(_combine(weights[i], products), self.axis, 0, self.tiles + 1)
             if i < self.kernel - 1:  # a tile's last r - 1 inputs are the first of the next tile
-                tail = _combine(weights[i + self.tile], products)
+                tail = _combine(weights[i + TILE], products)
                 phase = phase + _pad(tail, self.axis, 1, self.tiles + 1)
             phases.append(phase)
         return _pad(_interleave(phases, self.axis), self.axis, -self.low, self.size)
 
-    def widened(self, y: Array) -> Array:
-        """Pads results with a zero for each further input that a kernel at the edge reaches."""
-        if self.tile > 1:
-            return y
-        return _pad(y, self.axis, self.kernel - 1 - self.low, self.size + self.kernel - 1)
-
     def join(self, products: Sequence[Array]) -> Array:
         """Products -> results."""
-        if self.tile == 1:
-            return products[0]
         phases = _mix(self.matrices.inverse, products)
         return _pad(_interleave(phases, self.axis), self.axis, 0, self.out)
 
     def join_transposed(self, y: Array) -> list[Array]:
         """The transpose of `join`."""
-        if self.tile == 1:
-            return [y]
-        y = _pad(y, self.axis, 0, self.tiles * self.tile)
-        phases = [_every(y, self.axis, i, self.tiles, self.tile) for i in range(self.tile)]
-        return self.join_phases(phases)
+        y = _pad(y, self.axis, 0, self.tiles * TILE)
+        return self.join_phases([_every(y, self.axis, i, self.tiles, TILE) for i in range(TILE)])
 
     def join_phases(self, phases: list[Array]) -> list[Array]:
         """`join_transposed` of results split into phases: phase i holds the i-th of every tile."""
-        return phases if self.tile == 1 else _mix(self.matrices.inverse.T, phases)
+        return _mix(self.matrices.inverse.T, phases)
 
 
-def supported(lhs: Array, rhs: Array, window: Window, tiles: tuple[int, int]) -> bool:
-    """Whether tiles of this size can compute a convolution that `patches` covers."""
+def supported(lhs: Array, rhs: Array, window: Window) -> bool:
+    """Whether tiles can compute a convolution that `patches` covers."""
     if lhs.ndim != 4 or lhs.dtype not in (jnp.float32, jnp.float64):
         return False  # short floats would lose most of their digits in the transforms
     if window.strides != (1, 1) or window.dilation != (1, 1):
         return False
     # Overlaps reach the next tile only, and there are points for n up to 8.
-    return all(
-        m == 1 or (2 <= r <= m + 1 and m + r - 1 <= 8)
-        for m, r in zip(tiles, rhs.shape[:2], strict=True)
-    )
+    return all(2 <= r <= TILE + 1 for r in rhs.shape[:2])
 
 
-def winograd(
-    lhs: Array,
-    rhs: Array,
-    window: Window,
-    precision: Any,
-    preferred: Any,
-    *,
-    tiles: tuple[int, int],
-) -> Array:
-    """A convolution `[B, H, W, in] x [kh, kw, in, out]` in tiles of `(m_h, m_w)` results."""
+def winograd(lhs: Array, rhs: Array, window: Window, precision: Any, preferred: Any) -> Array:
+    """A convolution `[B, H, W, in] x [kh, kw, in, out]` in tiles."""
     out = out_shape(lhs, rhs, window)
     vertical, horizontal = (
-        Axis(1 + i, lhs.shape[1 + i], rhs.shape[i], out[i], window.pads[i][0], tiles[i])
-        for i in (0, 1)
+        Axis(1 + i, lhs.shape[1 + i], rhs.shape[i], out[i], window.pads[i][0]) for i in (0, 1)
     )
-    # Unfolding makes the most data, so it comes last on the way in and first on the way back.
-    outer, inner = (vertical, horizontal) if vertical.tile > 1 else (horizontal, vertical)
     if precision is None and jax.default_backend() != "cpu":
         # A TPU multiplies float32 in bfloat16, a recent GPU in TF32: the transforms would lose too
         # many digits.
         precision = lax.Precision.HIGHEST
-    y = _convolution(outer, inner, precision)(lhs, rhs)
+    y = _convolution(vertical, horizontal, precision)(lhs, rhs)
     return y if preferred is None else y.astype(preferred)
 
 
 @functools.cache
-def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Array]:
+def _convolution(vertical: Axis, horizontal: Axis, precision: Any) -> Callable[..., Array]:
     """The convolution over these axes, with its gradients."""
     dot = functools.partial(lax.dot_general, precision=precision)
     depth, features = (((3,), (0,)), ((), ())), (((3,), (1,)), ((), ()))
     pixels = (((1,), (0,)), ((), ()))
 
-    def kept(row: Array) -> Array:
-        # With tiles on both axes, XLA would repeat the outer sums for each product.
-        return materialize(row) if inner.tile > 1 else row
-
     def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-        tiles = [inner.split(kept(row)) for row in outer.split(x)]
-        filters = _filters(outer, inner, kernel)
+        # In memory once, or XLA would repeat the vertical sums for each product.
+        tiles = [horizontal.split(materialize(row)) for row in vertical.split(x)]
+        filters = _filters(vertical, horizontal, kernel)
         grid = _each(lambda tile, i, j: dot(tile, filters[i][j], depth), tiles)
-        y = outer.join([inner.join(row) for row in grid])
+        y = vertical.join([horizontal.join(row) for row in grid])
         return y, (tiles, filters)
 
     def backward(saved: Any, dy: Array) -> tuple[Array, Array]:
         tiles, filters = saved
         # XLA's CPU backend computes a filter's gradient as [out, depth] twice as fast as its
         # transpose, unless it transposes every product: so dy is transposed once.
-        turned = _turned(outer, inner, dy)
-        grid = [inner.join_phases(list(kept(row))) for row in outer.join_phases(list(turned))]
+        turned = _turned(vertical, horizontal, dy)
+        grid = [
+            horizontal.join_phases(list(materialize(row)))
+            for row in vertical.join_phases(list(turned))
+        ]
         d_filters = _each(lambda d, i, j: dot(d, tiles[i][j].reshape(d.shape[1], -1), pixels), grid)
         grid = [
-            inner.join_transposed(kept(row)) for row in outer.join_transposed(inner.widened(dy))
+            horizontal.join_transposed(materialize(row)) for row in vertical.join_transposed(dy)
         ]
         d_tiles = _each(lambda d, i, j: dot(d, filters[i][j], features), grid)
-        dx = outer.split_transposed([inner.split_transposed(row) for row in d_tiles])
-        return dx, _filters_transposed(outer, inner, d_filters)
+        dx = vertical.split_transposed([horizontal.split_transposed(row) for row in d_tiles])
+        return dx, _filters_transposed(vertical, horizontal, d_filters)
 
     @jax.custom_vjp
     def convolution(x: Array, kernel: Array) -> Array:
@@ -191,40 +149,31 @@ def _convolution(outer: Axis, inner: Axis, precision: Any) -> Callable[..., Arra
     return convolution
 
 
-def _turned(outer: Axis, inner: Axis, y: Array) -> Array:
-    """`[B, H, W, out] -> [m of outer, m of inner, out, B * tiles of H * tiles of W]`.
+def _turned(vertical: Axis, horizontal: Axis, y: Array) -> Array:
+    """`[B, H, W, out] -> [m, m, out, B * tiles of H * tiles of W]`: the phases of both axes first.
 
     In this memory order a phase is contiguous, so that sums of phases stream through memory.
     Transposed slices of tiles would be read number by number.
     """
-    low, high = (outer, inner) if outer.axis < inner.axis else (inner, outer)
-    for axis in (low, high):
-        y = _pad(y, axis.axis, 0, axis.tiles * axis.tile)
-    y = y.reshape(y.shape[0], low.tiles, low.tile, high.tiles, high.tile, y.shape[-1])
-    phases = (2, 4) if outer is low else (4, 2)
-    y = materialize(jnp.transpose(y, (*phases, 5, 0, 1, 3)))
+    for axis in (vertical, horizontal):
+        y = _pad(y, axis.axis, 0, axis.tiles * TILE)
+    y = y.reshape(y.shape[0], vertical.tiles, TILE, horizontal.tiles, TILE, y.shape[-1])
+    y = materialize(jnp.transpose(y, (2, 4, 5, 0, 1, 3)))
     return y.reshape(*y.shape[:3], -1)
 
 
-def _filters(outer: Axis, inner: Axis, kernel: Array) -> Grid:
-    """`[kh, kw, in, out]` -> `[depth, out]` per product; the depth includes an unfolded axis."""
-    if outer.axis > inner.axis:
-        kernel = jnp.swapaxes(kernel, 0, 1)
-    rows = _mix(outer.matrices.kernel, list(kernel))
-    if inner.tile == 1:
-        return [[row.reshape(-1, row.shape[-1])] for row in rows]
-    return [_mix(inner.matrices.kernel, list(row)) for row in rows]
+def _filters(vertical: Axis, horizontal: Axis, kernel: Array) -> Grid:
+    """`[kh, kw, in, out]` -> `[in, out]` per product."""
+    rows = _mix(vertical.matrices.kernel, list(kernel))
+    return [_mix(horizontal.matrices.kernel, list(row)) for row in rows]
 
 
-def _filters_transposed(outer: Axis, inner: Axis, grid: Grid) -> Array:
-    """The transpose of `_filters`, from `[out, depth]`."""
-    if inner.tile == 1:
-        rows = [row[0] for row in grid]
-    else:
-        rows = [jnp.concatenate(_mix(inner.matrices.kernel.T, row), axis=1) for row in grid]
-    kernel = jnp.stack(_mix(outer.matrices.kernel.T, rows))
-    kernel = kernel.reshape(*kernel.shape[:2], inner.kernel, -1).transpose(0, 2, 3, 1)
-    return jnp.swapaxes(kernel, 0, 1) if outer.axis > inner.axis else kernel
+def _filters_transposed(vertical: Axis, horizontal: Axis, grid: Grid) -> Array:
+    """The transpose of `_filters`, from `[out, in]`."""
+    weights = horizontal.matrices.kernel.T
+    rows = [jnp.concatenate(_mix(weights, row), axis=1) for row in grid]
+    kernel = jnp.stack(_mix(vertical.matrices.kernel.T, rows))
+    return kernel.reshape(*kernel.shape[:2], horizontal.kernel, -1).transpose(0, 2, 3, 1)
 
 
 def _each(f: Callable[[Array, int, int], Array], grid: Grid) -> Grid:
