@@ -99,10 +99,24 @@ class ClientMetrics(NamedTuple):
     finite: Array  # bool[], False = the update held a NaN or infinity and was left out
 
 
-class ServerState(NamedTuple):
-    """Everything a run carries from round to round, besides the clients' private variables.
+class Terms(NamedTuple):
+    """What an algorithm adds to the model: the server's state, what clients read, what they send.
 
-    A resumed run needs only this, those variables, the configuration and the seed.
+    A tree has the structure of the parameters, so that a submodel gets its part of it, and a layer
+    that nobody sent keeps its part.
+    """
+
+    numbers: dict[str, Any]  # such as FedProx's mu
+    trees: dict[str, PyTree]  # such as SCAFFOLD's control variate
+
+
+NO_TERMS = Terms({}, {})
+
+
+class ServerState(NamedTuple):
+    """Everything a run carries from round to round, besides the state of the clients.
+
+    A resumed run needs only this, that state, the configuration and the seed.
     """
 
     variables: Variables  # what the server holds: the deepest model (and shared heads)
@@ -112,6 +126,7 @@ class ServerState(NamedTuple):
     client_scale: Array  # f32[], factor on the client optimizer's updates
     round: Array  # i32[], rounds done
     halted: Array  # bool[], a round left no finite model; later rounds change nothing
+    algorithm: Any = ()  # the `Terms` of its ServerRule, if the algorithm has one
 
 
 class RoundMetrics(NamedTuple):

@@ -6,7 +6,7 @@ clock.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,16 +16,43 @@ from fedlp_jax.types import Variables
 BYTES = 4  # of a parameter or statistic on the wire: float32
 
 
+class Wire(NamedTuple):
+    """Bytes of what a client exchanges with the server in a round."""
+
+    upload: np.ndarray  # i64[L], of each layer that it sends
+    download: np.ndarray  # i64[L], of each layer that it receives
+    header: int  # of an upload, whatever layers are in it
+
+
+def wire_of(layers: LayerTable, upload: int = 0, download: int = 0, numbers: int = 0) -> Wire:
+    """What an algorithm exchanges: the model, and trees like its parameters beside it.
+
+    Every number takes 4 bytes, and the mask of an upload one bit per layer.
+
+    Args:
+      layers: the layer table.
+      upload: trees beside an update, such as SCAFFOLD's change of the control variate.
+      download: trees beside the model, such as SCAFFOLD's control variate.
+      numbers: single numbers beside an update, such as FedNova's.
+    """
+    beside = BYTES * layers.params
+    size = layer_bytes(layers)
+    header = mask_bytes(layers) + BYTES * numbers
+    return Wire(size + upload * beside, size + download * beside, header)
+
+
 class Ledger:
     """Parameters and bytes, up and down, by layer, client and round.
 
     A client downloads what its submodel shares with the server and uploads the layers that it
     keeps. `*_params` count learnable parameters, as the FedLP paper does. `*_bytes` count
-    everything exchanged: parameters and batch statistics at 4 bytes each and, for an upload, one
-    bit per layer for its mask. An upload that the aggregate leaves out (NaN) still counts as sent.
+    everything exchanged: parameters and batch statistics at 4 bytes each, what an algorithm sends
+    beside them and, for an upload, one bit per layer for its mask. An upload that the aggregate
+    leaves out (NaN) still counts as sent.
 
     Attributes:
       layers: the layer table.
+      wire: bytes of each layer, up and down.
       senders: for each round `i64[L]`, clients that sent each layer.
       receivers: for each round `i64[L]`, clients that received each layer.
       clients: for each round, clients that reported: C unless some fail.
@@ -33,8 +60,9 @@ class Ledger:
       client_download_bytes: `i64[K]`, over all rounds.
     """
 
-    def __init__(self, layers: LayerTable, clients: int):
+    def __init__(self, layers: LayerTable, clients: int, wire: Wire | None = None):
         self.layers = layers
+        self.wire = wire or wire_of(layers)
         self.senders: list[np.ndarray] = []
         self.receivers: list[np.ndarray] = []
         self.clients: list[int] = []
@@ -66,10 +94,11 @@ class Ledger:
         self.senders.append(upload.sum(axis=0))
         self.receivers.append(download.sum(axis=0))
         self.clients.append(int(arrived.sum()))
-        size, mask = layer_bytes(self.layers), mask_bytes(self.layers)
-        self.client_upload_bytes[client] += upload @ size + mask * arrived
-        self.client_download_bytes[client] += download @ size
-        row = modelled_traffic(self.layers, self.senders[-1], self.receivers[-1], self.clients[-1])
+        self.client_upload_bytes[client] += upload @ self.wire.upload + self.wire.header * arrived
+        self.client_download_bytes[client] += download @ self.wire.download
+        row = modelled_traffic(
+            self.layers, self.senders[-1], self.receivers[-1], self.clients[-1], self.wire
+        )
         return {name: int(value) for name, value in row.items()}
 
     @property
@@ -77,7 +106,7 @@ class Ledger:
         """The same four numbers, summed over all rounds."""
         booked = self.arrays()
         rounds = modelled_traffic(
-            self.layers, booked["senders"], booked["receivers"], booked["clients"]
+            self.layers, booked["senders"], booked["receivers"], booked["clients"], self.wire
         )
         return {name: int(values.sum()) for name, values in rounds.items()}
 
@@ -117,7 +146,11 @@ def mask_bytes(layers: LayerTable) -> int:
 
 
 def modelled_traffic(
-    layers: LayerTable, senders: np.ndarray, receivers: np.ndarray, clients: Any
+    layers: LayerTable,
+    senders: np.ndarray,
+    receivers: np.ndarray,
+    clients: Any,
+    wire: Wire | None = None,
 ) -> dict[str, Any]:
     """Traffic of a round, from the number of clients that exchange each layer.
 
@@ -128,16 +161,17 @@ def modelled_traffic(
       senders: `[..., L]`, clients that send each layer.
       receivers: `[..., L]`, clients that receive each layer.
       clients: `[...]` or a number, clients that send a mask.
+      wire: bytes of each layer; None = of the model alone.
 
     Returns:
       `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, each `[...]`.
     """
-    size = layer_bytes(layers)
+    wire = wire or wire_of(layers)
     return {
         "upload_params": senders @ layers.params,
         "download_params": receivers @ layers.params,
-        "upload_bytes": senders @ size + clients * mask_bytes(layers),
-        "download_bytes": receivers @ size,
+        "upload_bytes": senders @ wire.upload + clients * wire.header,
+        "download_bytes": receivers @ wire.download,
     }
 
 

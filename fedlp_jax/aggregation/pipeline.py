@@ -3,6 +3,9 @@
     clip each update -> reduce the cohort -> add noise
 
 Only the middle step is always there.
+
+What an algorithm sends beside the update travels as one more collection of it, cut into the same
+layers, so every reducer takes it as it takes batch statistics.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fedlp_jax.aggregation import privacy as private
@@ -17,7 +21,48 @@ from fedlp_jax.aggregation.privacy import Privacy
 from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, Cohort, PyTree, Variables
+from fedlp_jax.types import Array, Cohort, PyTree, Terms, Variables
+
+_EXTRAS = "(extras)"  # a collection that no model has
+
+
+def joined(update: Variables, extras: Terms) -> Variables:
+    """An update and what is sent beside it, in one tree.
+
+    Args:
+      update: with the collections of a model.
+      extras: a number becomes a tree of scalars, one for each parameter.
+    """
+    numbers = {
+        name: jax.tree.map(lambda _, number=number: number, update["params"])
+        for name, number in extras.numbers.items()
+    }
+    kinds = {"numbers": numbers, "trees": extras.trees}
+    present = {kind: trees for kind, trees in kinds.items() if trees}
+    return {**update, _EXTRAS: present} if present else update
+
+
+def separated(payload: Variables) -> tuple[Variables, Terms]:
+    """The inverse of `joined`, but for numbers, which stay trees."""
+    extras = payload.get(_EXTRAS, {})
+    update = {name: tree for name, tree in payload.items() if name != _EXTRAS}
+    return update, Terms(extras.get("numbers", {}), extras.get("trees", {}))
+
+
+def layers_of_payload(layers: LayerTable, payload: Variables) -> LayerTable:
+    """A layer table that also indexes what is sent beside the update.
+
+    Args:
+      layers: of the model or a submodel.
+      payload: of any submodel; only its names are read.
+    """
+    if _EXTRAS not in payload:
+        return layers
+    extras = {
+        kind: dict.fromkeys(trees, layers.index["params"])
+        for kind, trees in payload[_EXTRAS].items()
+    }
+    return dataclasses.replace(layers, index={**layers.index, _EXTRAS: extras})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +92,7 @@ class UpdatePipeline:
 
     def prepare(
         self,
-        update: Variables,
+        payload: Variables,
         upload: UploadInfo,
         counted: Array,
         bound: Array | None,
@@ -56,15 +101,17 @@ class UpdatePipeline:
         """What ONE client contributes.
 
         Args:
-          update: `x_k - x` of the client's submodel.
+          payload: `x_k - x` of the client's submodel, and what is sent beside it, see `joined`.
           upload: its weight and masks.
           counted: `bool[]`, False = contribute nothing, whatever the update holds.
           bound: see `bound`.
-          layers: the layer table of the submodel.
+          layers: of the submodel, see `layers_of_payload`.
         """
         if bound is not None:
-            update = private.clipped(update, upload.mask, bound, layers)
-        return self.reducer.prepare(update, upload, counted, layers)
+            beside = {name: tree for name, tree in payload.items() if name == _EXTRAS}
+            update, _ = separated(payload)
+            payload = private.clipped(update, upload.mask, bound, layers) | beside
+        return self.reducer.prepare(payload, upload, counted, layers)
 
     def reduce(
         self,
@@ -84,9 +131,23 @@ class UpdatePipeline:
           counted: `bool[D * P]`.
           cohort: the clients.
           state: from `init`.
-          layers: the layer table of the server's variables.
+          layers: of the server's variables, see `layers_of_payload`.
           plan: resolved.
         """
+        aggregate = self._reduced(contributions, uploads, counted, cohort, state, layers, plan)
+        update, extras = separated(aggregate.update)
+        return aggregate._replace(update=update, extras=extras)
+
+    def _reduced(
+        self,
+        contributions: Any,
+        uploads: UploadInfo,
+        counted: Array,
+        cohort: Cohort,
+        state: PyTree,
+        layers: LayerTable,
+        plan: Plan,
+    ) -> Aggregate:
         inner = state.inner if self.clips else state
         if self.privacy is None:
             return self.reducer.reduce(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.types import Array, PyTree, Variables
+from fedlp_jax.types import NO_TERMS, Array, PyTree, Terms, Variables
 
 
 class UploadInfo(NamedTuple):
@@ -29,6 +29,7 @@ class Aggregate(NamedTuple):
     update: Variables  # like the server's variables; 0 in a layer that nobody sent
     gate: Array  # bool[L], False = the layer keeps its value
     cohort_weight: Array  # f32[], sum of a_k over the clients that count; 0 = nobody
+    extras: Terms = NO_TERMS  # what clients sent beside their updates, averaged as these are
 
 
 class Reducer(NamedTuple):

@@ -1,6 +1,12 @@
-"""The server's step: an optax transform fed with the aggregated update as a gradient."""
+"""The server's step: an optax transform fed with the aggregated update as a gradient.
+
+Before it, an algorithm may have a `ServerRule` of its own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +14,46 @@ import optax
 
 from fedlp_jax.clients.local_training import optimizer_step
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, PyTree, Variables
+from fedlp_jax.types import Array, PyTree, Terms, Variables
+
+
+class Reduced(NamedTuple):
+    """What a cohort sent, reduced to one, as a server rule sees it."""
+
+    update: Variables  # the aggregate, of any float dtype; 0 in a layer that nobody sent
+    # What was sent beside the update, averaged as the update's layers are, with the weights of the
+    # clients that sent the layer: a number becomes a tree of scalars, one for each parameter.
+    extras: Terms
+    senders: PyTree  # f32[] for each parameter: clients that sent its layer and count
+
+
+class ServerRule(NamedTuple):
+    """What an algorithm keeps on the server, lets clients read, and makes of the aggregate.
+
+    The engine sees to the rest: a layer that nobody sent keeps its part of every tree, a run that
+    halted keeps all, and the server optimizer gets the update that `step` returns.
+    """
+
+    init: Callable[[PyTree, int], Terms]  # (params, K) -> terms before the first round
+    # terms -> what clients read; its trees are downloaded with the layers that a client receives
+    broadcast: Callable[[Terms], Terms]
+    # (terms, what the cohort sent) -> (update, terms); None = the update as it is, fixed terms
+    step: Callable[[Terms, Reduced], tuple[Variables, Terms]] | None = None
+
+
+def gated(terms: Terms, old: Terms, opened: PyTree) -> Terms:
+    """The new terms where a layer was sent, the old ones elsewhere.
+
+    Args:
+      terms: after the rule's step.
+      old: before it.
+      opened: `bool[]` for each parameter.
+    """
+
+    def kept(new: PyTree, before: PyTree) -> PyTree:
+        return jax.tree.map(lambda s, n, o: jnp.where(s, n, o), opened, new, before)
+
+    return Terms(terms.numbers, {name: kept(x, old.trees[name]) for name, x in terms.trees.items()})
 
 
 def server_step(

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedlp_jax.accounting.ledger import Wire, wire_of
 from fedlp_jax.aggregation.privacy import Privacy
+from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerRule, LayerTable
@@ -27,10 +29,10 @@ class Algorithm(NamedTuple):
     task: Task
     # (root key, example, K, initial variables or None) -> state
     init: Callable[[Array, Batch, int, Variables | None], ServerState]
-    # (state, private variables of the slots, split, cohort, root key, plan)
-    #   -> (state, private variables, metrics)
-    # New private variables are ignored if the run has halted. Slots that are empty, or have nothing
-    # private, hold stale data: do not read them.
+    # (state, what the clients of the slots keep, split, cohort, root key, plan)
+    #   -> (state, what the clients keep, metrics)
+    # New client state is ignored if the run has halted. Slots that are empty, or whose clients keep
+    # nothing, hold stale data: do not read them.
     round: Callable[
         [ServerState, Packed, Examples, Cohort, Array, Plan],
         tuple[ServerState, Packed, RoundMetrics],
@@ -42,7 +44,9 @@ class Algorithm(NamedTuple):
     assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
     # (layers, K) -> probability that a client sends a layer it holds, f32[1 or K, 1 or L]
     upload_rates: Callable[[LayerTable, int], np.ndarray] = always
-    persist: bool = False  # private variables are stored between rounds
+    wire: Callable[[LayerTable], Wire] = wire_of  # bytes of what is exchanged
+    # (variables or shapes, example) -> what clients of each level keep; None = nothing
+    client_state: Callable[[Variables, Batch], tuple[ClientState, ...]] | None = None
     shared_heads: bool = False  # every level can be tested from the server's variables
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side

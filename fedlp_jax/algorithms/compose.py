@@ -13,10 +13,12 @@ from fedlp_jax.aggregation import means, robust
 from fedlp_jax.aggregation.pipeline import UpdatePipeline
 from fedlp_jax.aggregation.privacy import Privacy, check_clip, check_privacy
 from fedlp_jax.aggregation.reducer import Reducer
+from fedlp_jax.aggregation.server import ServerRule
 from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
-from fedlp_jax.algorithms.round import Parts, initial_state, run_round
-from fedlp_jax.clients.local_training import LocalWork, check_work, local_steps
+from fedlp_jax.algorithms.client_round import Parts
+from fedlp_jax.algorithms.round import client_states, initial_state, run_round
+from fedlp_jax.clients.local_training import LocalTraining, LocalWork, check_work, local_steps
 from fedlp_jax.clients.optimizers import check_optimizer, warn_of_restarts
 from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.pruning import masks
@@ -52,6 +54,8 @@ def compose(
     layers: LayerRule | None = None,
     client_schedule: float | Callable[[Array], Any] | None = None,
     train_loss: Literal["examples", "batches"] | None = None,
+    local_training: LocalTraining | None = None,
+    server_rule: ServerRule | None = None,
 ) -> Algorithm:
     """Builds an algorithm. Every named one is a short call of this.
 
@@ -84,6 +88,8 @@ def compose(
         of the compiled round and not a constant in it, or a function of the round (`i32[]`).
       train_loss: "examples" reports the mean over all examples seen; "batches" the mean over
         clients of the mean over steps of the batch's loss.
+      local_training: what the algorithm changes of a client's training; None = nothing.
+      server_rule: what it keeps on the server, and makes of the aggregate; None = nothing.
 
     Raises:
       FedLPError: a setting that is out of range or unknown.
@@ -109,17 +115,31 @@ def compose(
         by_examples=weighting == "examples",
         layers=layers,
         client_schedule=client_schedule,
+        local_training=local_training or LocalTraining(),
+        server_rule=server_rule,
     )
+    return _algorithm(parts, privacy, train_loss)
+
+
+def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algorithm:
+    """The functions of an algorithm that consists of these parts."""
+    if privacy is not None and parts.local_training.finish is not None:
+        raise FedLPError(
+            "privacy covers the update alone, but this algorithm decides itself what a client "
+            "sends, which may leak; use fl.fedavg or fl.fedlp_homo with privacy."
+        )
+    stateful = parts.submodels.persist or parts.local_training.init is not None
     return Algorithm(
-        task,
+        parts.task,
         init=partial(initial_state, parts),
         round=partial(run_round, parts),
-        layers=layers,
-        local_steps=lambda sizes: local_steps(sizes, work),
-        levels=partial(parts.submodels.levels, task),
-        assign=partial(parts.submodels.assign, task),
+        layers=parts.layers,
+        local_steps=lambda sizes: local_steps(sizes, parts.work),
+        levels=partial(parts.submodels.levels, parts.task),
+        assign=partial(parts.submodels.assign, parts.task),
         upload_rates=parts.policy.expected,
-        persist=parts.submodels.persist,
+        wire=parts.wire,
+        client_state=partial(client_states, parts) if stateful else None,
         shared_heads=parts.submodels.shared_heads,
         faults=True,
         stacked=parts.pipeline.reducer.stacked,

@@ -1,50 +1,50 @@
-"""One round of a composed algorithm: `train_client` for ONE client, `run_round` for the cohort."""
+"""One round of a composed algorithm: `run_round` for the cohort, on `train_client` for each."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from fedlp_jax.aggregation.pipeline import UpdatePipeline
+from fedlp_jax.aggregation.pipeline import layers_of_payload
 from fedlp_jax.aggregation.reducer import Aggregate, UploadInfo
-from fedlp_jax.aggregation.server import server_step
+from fedlp_jax.aggregation.server import Reduced, gated, server_step
+from fedlp_jax.algorithms.client_round import (
+    Broadcast,
+    ClientInput,
+    ClientProgram,
+    Parts,
+    client_state,
+    payload_like,
+    train_client,
+)
 from fedlp_jax.clients.local_training import (
-    Bounds,
     Client,
-    LocalWork,
     is_finite,
-    local_update,
     loop_bounds,
 )
 from fedlp_jax.clients.outcomes import (
     ClientOutcome,
     ClientStatus,
     Outcomes,
-    corrupted,
     draw_outcomes,
-    with_flipped_labels,
     with_outcomes,
 )
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.errors import FedLPError
+from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.map_clients import Level, map_sum
-from fedlp_jax.execution.packing import Packed, pack, unpack
+from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key, head_key
+from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
-from fedlp_jax.pruning.masks import MaskPolicy
-from fedlp_jax.pruning.submodels import Submodel, Submodels
-from fedlp_jax.tasks.task import Task
+from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import (
+    NO_TERMS,
     Array,
     Batch,
-    ClientMetrics,
     Cohort,
     Examples,
     PyTree,
@@ -52,55 +52,6 @@ from fedlp_jax.types import (
     ServerState,
     Variables,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """The parts of an algorithm, as `compose` puts them together."""
-
-    task: Task
-    work: LocalWork
-    client_optimizer: optax.GradientTransformation
-    submodels: Submodels
-    policy: MaskPolicy
-    pipeline: UpdatePipeline
-    server_optimizer: optax.GradientTransformation
-    by_examples: bool  # a_k is the number of examples, else 1
-    layers: LayerRule
-    client_schedule: float | Callable[[Array], Any] | None
-
-
-class Broadcast(NamedTuple):
-    """What every client of a round reads."""
-
-    variables: Variables
-    examples: Examples
-    key: Array  # the run's root key
-    round: Array  # i32[], from 1
-    scale: Array | None  # f32[], factor on client updates
-    bound: Array | None  # f32[], largest norm of an upload
-
-
-class ClientInput(NamedTuple):
-    """What one client of a round reads for itself; with a leading slot axis, the cohort."""
-
-    client: Client
-    upload: UploadInfo
-    outcome: ClientOutcome | None  # None = a run without faults
-
-
-@dataclasses.dataclass(frozen=True)
-class ClientProgram:
-    """What all clients at one submodel level have in common, known when the round is traced."""
-
-    parts: Parts
-    submodel: Submodel
-    layers: LayerTable  # of the submodel, indexed as those of the server's variables
-    example: Batch  # one row
-    corruption: str | None  # kind, of `fedlp_jax.clients.outcomes.KINDS`
-    even_size: int | None  # the size of every client, if it is the same
-    alone: bool  # clients are not vmapped with others
-    lost_skip: bool  # lost clients take no step
 
 
 def initial_state(
@@ -124,13 +75,22 @@ def initial_state(
         client_scale=jnp.asarray(parts.client_schedule if fixed else 1.0, jnp.float32),
         round=jnp.zeros((), jnp.int32),
         halted=jnp.zeros((), bool),
+        algorithm=()
+        if parts.server_rule is None
+        else parts.server_rule.init(variables["params"], clients),
     )
+
+
+def client_states(parts: Parts, variables: Variables, example: Batch) -> tuple[ClientState, ...]:
+    """What clients of each level keep between rounds; see `Algorithm.client_state`."""
+    levels = parts.submodels.levels(parts.task, variables, example)
+    return tuple(client_state(parts, level, variables, example) for level in levels)
 
 
 def run_round(
     parts: Parts,
     state: ServerState,
-    private: Packed,
+    clients: Packed,
     examples: Examples,
     cohort: Cohort,
     key: Array,
@@ -150,20 +110,15 @@ def run_round(
     # Train every client at its level, unless it is lost. Sum or stack what they send.
     outcomes = None
     if cohort.conditions is not None:
-        outcomes = draw_outcomes(key, number, cohort, masks, table, levels, parts.work, example)
+        wire = parts.wire(table)
+        outcomes = draw_outcomes(key, number, cohort, masks, wire, levels, parts.work, example)
     a = cohort.size.astype(jnp.float32)
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
-    broadcast = Broadcast(
-        state.variables,
-        examples,
-        key,
-        number,
-        scale=_client_scale(parts, state, number),
-        bound=parts.pipeline.bound(state.aggregator),
-    )
-    summed, (metrics, stacked), private = map_sum(
+    broadcast = _broadcast(parts, state, number, examples, key)
+    payload = payload_like(parts, state.variables, broadcast.terms)
+    summed, (metrics, stacked), clients = map_sum(
         [
-            _level(parts, level, layers, example, cohort, plan)
+            _level(parts, level, layers_of_payload(layers, payload), payload, example, cohort, plan)
             for level, layers in zip(levels, tables, strict=True)
         ],
         broadcast,
@@ -171,108 +126,39 @@ def run_round(
         cohort.segment,
         plan,
         sharded=_sharded(plan),
-        client_state=private,
+        client_state=clients,
     )
 
     # Reduce the cohort, and step the server.
     pipeline = parts.pipeline
     contributions = stacked if pipeline.reducer.stacked else summed
+    of_payload = layers_of_payload(table, payload)
     aggregate = pipeline.reduce(
-        contributions, uploads, metrics.finite, cohort, state.aggregator, table, plan
+        contributions, uploads, metrics.finite, cohort, state.aggregator, of_payload, plan
     )
     aggregate = pipeline.privatize(aggregate, uploads, cohort, state.aggregator, key, number, table)
-    state = _step_server(parts, state, number, policy, aggregate, outcomes, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted)
-    return state, private, reported if outcomes is None else with_outcomes(reported, outcomes)
-
-
-def train_client(
-    program: ClientProgram,
-    broadcast: Broadcast,
-    inputs: ClientInput,
-    private: Packed,
-    active: Array,
-    bounds: Bounds,
-) -> tuple[PyTree, tuple[ClientMetrics, PyTree], Packed]:
-    """ONE client's round: train its submodel and prepare its upload.
-
-    Args:
-      program: of its level.
-      broadcast: what all clients read.
-      inputs: what it reads for itself.
-      private: its private variables, packed; empty if none are stored.
-      active: `bool[]`, False = an idle lane.
-      bounds: loop bounds of the clients that are vmapped together.
-
-    Returns:
-      What is summed over clients; its metrics and what is stacked; its new private variables.
-      A contribution is either summed or stacked, and the other is `()`.
-    """
-    parts, level, outcome = program.parts, program.submodel, inputs.outcome
-    task = level.task
-    if program.corruption == "label_flip" and outcome is not None:
-        task = with_flipped_labels(task, outcome)
-    train = local_update(
-        task,
-        parts.client_optimizer,
-        parts.work,
-        program.even_size,
-        alone=program.alone,
-        all_train=not program.lost_skip,
-    )
-
-    # Start from the server's variables and the client's head.
-    start = level.extract(broadcast.variables)
-    if parts.submodels.persist:
-        head = unpack(private, level.private_shapes)
-    else:
-        head = level.private(head_key(broadcast.key, inputs.client.id), program.example)
-    end, metrics = train(
-        level.merge(start, head),
-        broadcast.examples,
-        inputs.client,
-        bounds,
-        broadcast.key,
-        broadcast.round,
-        broadcast.scale,
-    )
-    end, new_head = level.split(end)
-
-    # Send the update, unless the client is lost or its result is not finite.
-    update = jax.tree.map(jnp.subtract, end, start)
-    counted = active
-    if outcome is not None:
-        attack = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.ATTACK)
-        update = corrupted(program.corruption, update, outcome, attack)
-        counted = counted & outcome.arrives
-    counted = is_finite((update, new_head)) & counted
-    contribution = parts.pipeline.prepare(
-        update, inputs.upload, counted, broadcast.bound, program.layers
-    )
-    summed, stacked = contribution, ()
-    if parts.pipeline.reducer.stacked:  # alike at all levels, to lie in one stack
-        embedded = parts.pipeline.reducer.embed(contribution, level, broadcast.variables)
-        summed, stacked = (), embedded
-
-    if parts.submodels.persist:
-        new_head = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new_head, head)
-        private = pack(new_head, {dtype: x.size for dtype, x in private.items()})
-    return summed, (metrics._replace(finite=counted), stacked), private
+    state = _step_server(parts, state, number, policy, aggregate, reported, outcomes, table)
+    reported = reported._replace(halted=state.halted)
+    return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
 
 
 def _level(
     parts: Parts,
     level: Submodel,
     layers: LayerTable,
+    payload: Variables,
     example: Batch,
     cohort: Cohort,
     plan: Plan,
 ) -> Level:
     """The work of one level, as `map_sum` runs it."""
+    kept = client_state(parts, level, payload, example)
     program = ClientProgram(
         parts,
         level,
         layers,
+        kept.shapes,
         example,
         corruption=None if cohort.conditions is None else cohort.conditions.kind,
         even_size=cohort.even_size,
@@ -283,12 +169,29 @@ def _level(
     def embed(broadcast: Broadcast, summed: PyTree) -> PyTree:
         if parts.pipeline.reducer.stacked:
             return summed
-        return parts.pipeline.reducer.embed(summed, level, broadcast.variables)
+        like = payload_like(parts, broadcast.variables, broadcast.terms)
+        return parts.pipeline.reducer.embed(summed, level, like)
 
     return Level(
         partial(train_client, program),
         lambda inputs: loop_bounds(inputs.client.size, parts.work),
         embed,
+    )
+
+
+def _broadcast(
+    parts: Parts, state: ServerState, number: Array, examples: Examples, key: Array
+) -> Broadcast:
+    """What every client of a round reads."""
+    rule = parts.server_rule
+    return Broadcast(
+        state.variables,
+        examples,
+        key,
+        number,
+        scale=_client_scale(parts, state, number),
+        bound=parts.pipeline.bound(state.aggregator),
+        terms=NO_TERMS if rule is None else rule.broadcast(state.algorithm),
     )
 
 
@@ -328,6 +231,7 @@ def _step_server(
     number: Array,
     policy: PyTree,
     aggregate: Aggregate,
+    metrics: RoundMetrics,
     outcomes: Outcomes | None,
     table: LayerTable,
 ) -> ServerState:
@@ -336,16 +240,17 @@ def _step_server(
     A round halts the run if nobody counted or its result is not finite. Everything then stands
     still until the host, which reads metrics a round late, finds it as it was.
     """
+    update, terms = _apply_rule(parts, old.algorithm, aggregate, metrics, table)
     variables, optimizer = server_step(
         parts.server_optimizer,
         old.optimizer,
         old.variables,
-        aggregate.update,
+        update,
         aggregate.gate,
         table,
     )
     unchanged = old._replace(policy=policy, round=number)
-    new = unchanged._replace(variables=variables, optimizer=optimizer)
+    new = unchanged._replace(variables=variables, optimizer=optimizer, algorithm=terms)
     nobody = aggregate.cohort_weight <= 0
     if outcomes is not None:
         # If no honest client arrived, the model is not to blame: time passes, the run continues.
@@ -354,9 +259,23 @@ def _step_server(
             void = nobody & ~expected
             new = jax.tree.map(lambda n, o: jnp.where(void, o, n), new, unchanged)
         nobody = nobody & expected
-    halted = old.halted | nobody | ~is_finite(variables)
+    halted = old.halted | nobody | ~is_finite((variables, terms))
     new, old = (x._replace(halted=halted) for x in (new, old))
     return jax.tree.map(lambda n, o: jnp.where(halted, o, n), new, old)
+
+
+def _apply_rule(
+    parts: Parts, terms: Any, aggregate: Aggregate, metrics: RoundMetrics, table: LayerTable
+) -> tuple[Variables, Any]:
+    """The update and the terms after the algorithm's rule for the server."""
+    if parts.server_rule is None or parts.server_rule.step is None:
+        return aggregate.update, terms
+    senders = jnp.where(metrics.client.finite[:, None], metrics.upload, 0.0).sum(axis=0)
+    reduced = Reduced(aggregate.update, aggregate.extras, table.expand(senders)["params"])
+    with jax.numpy_dtype_promotion("standard"):
+        update, new = parts.server_rule.step(terms, reduced)
+    new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, terms)
+    return update, gated(new, terms, table.expand(aggregate.gate)["params"])
 
 
 def _client_scale(parts: Parts, state: ServerState, number: Array) -> Array | None:

@@ -1,4 +1,8 @@
-"""Local training of ONE client: epochs of stochastic gradient steps with any optax optimizer."""
+"""Local training of ONE client: epochs of stochastic gradient steps with any optax optimizer.
+
+`LocalTraining` is what an algorithm changes of it: the gradient of each step, and what the client
+sends and keeps at the end.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, Mean, PyTree, Variables
+from fedlp_jax.types import (
+    Array,
+    Batch,
+    ClientMetrics,
+    Examples,
+    Mean,
+    PyTree,
+    Terms,
+    Variables,
+)
 
 
 class LocalWork(NamedTuple):
@@ -23,6 +37,45 @@ class LocalWork(NamedTuple):
     batch_size: int  # B; the last batch of an epoch may be smaller
     epochs: int | None = 1
     steps: int | None = None  # in place of epochs; a client starts a new epoch when it must
+
+
+class Step(NamedTuple):
+    """One step of ONE client, as a gradient rule sees it. Trees are of parameters."""
+
+    gradient: PyTree  # of the loss
+    params: PyTree  # where the gradient was taken
+    start: PyTree  # what the client received; a private head is not in it
+    number: Array  # i32[], from 0
+
+
+class Trained(NamedTuple):
+    """What the training of ONE client came to. Trees are of what it shares with the server."""
+
+    start: PyTree  # parameters as received
+    update: Variables  # what the training added, batch statistics included
+    steps: Array  # i32[], steps taken
+    scale: Array  # f32[], factor on the optimizer's updates, see `client_schedule` of `compose`
+    sent: PyTree  # bool[] for each parameter: its layer will be sent
+
+
+class LocalTraining(NamedTuple):
+    """What an algorithm changes of the training of ONE client; a None leaves plain training.
+
+    `terms` is what the client reads of the server's `Terms`. State and terms have trees of the
+    parameters that the client shares with the server, without its private head: `on_common` maps
+    over what two trees have in common.
+    """
+
+    # shared params or their shapes -> state before the client's first round
+    init: Callable[[PyTree], PyTree] | None = None
+    # (step, terms, state) -> gradient for the optimizer
+    gradient: Callable[[Step, Terms, PyTree], PyTree] | None = None
+    # (trained, terms, state) -> (update to send, what is sent beside it, state)
+    finish: Callable[[Trained, Terms, PyTree], tuple[Variables, Terms, PyTree]] | None = None
+
+
+# (gradient, params, number of the step i32[]) -> gradient
+GradientRule = Callable[[PyTree, PyTree, Array], PyTree]
 
 
 class Client(NamedTuple):
@@ -101,6 +154,7 @@ def local_update(
     even_size: int | None,
     alone: bool,
     all_train: bool,
+    gradient_rule: GradientRule | None = None,
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
@@ -116,6 +170,8 @@ def local_update(
       all_train: no client skips its training, as lost clients do whose `size` is set to 0. With
         `even_size`, trip counts are then constants of the program, so an accelerator need not ask
         the host after every step whether to continue.
+      gradient_rule: `(gradient, params, number i32[]) -> gradient`, applied in each step before
+        the optimizer; None = the gradient of the loss.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
@@ -149,9 +205,9 @@ def local_update(
             def step(in_epoch: Array, carry: Any) -> Any:
                 number = index * per_epoch + in_epoch
                 batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
-                new = _sgd_step(
-                    task, optimizer, carry, batch, jax.random.fold_in(key_train, number), scale
-                )
+                rule = None if gradient_rule is None else _at(gradient_rule, number)
+                key = jax.random.fold_in(key_train, number)
+                new = _sgd_step(task, optimizer, carry, batch, key, scale, rule)
                 if not select:
                     return new
                 due = (in_epoch < per_epoch) & (number < steps)
@@ -215,6 +271,7 @@ def _sgd_step(
     batch: Batch,
     key: Array,
     scale: Array | None,
+    gradient_rule: Callable[[PyTree, PyTree], PyTree] | None,
 ) -> Any:
     variables, state, metrics = carry
     params = variables["params"]
@@ -223,6 +280,8 @@ def _sgd_step(
         return task.loss({**variables, "params": params}, batch, key)
 
     (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    if gradient_rule is not None:
+        gradient = gradient_rule(gradient, params)
     # optax's adam, adamw and schedules fail under the user's strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         updates, state = optimizer_step(
@@ -240,10 +299,32 @@ def _sgd_step(
     return {**aux.statistics, "params": params}, state, metrics
 
 
+def _at(rule: GradientRule | None, number: Array) -> Callable[[PyTree, PyTree], PyTree] | None:
+    """The rule for one step."""
+    return None if rule is None else lambda gradient, params: rule(gradient, params, number)
+
+
 def _zero_metrics(names: Sequence[str]) -> ClientMetrics:
     zero = jnp.zeros((), jnp.float32)
     means = {name: Mean(zero, zero) for name in names}
     return ClientMetrics(means, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def on_common(rule: Callable[..., Array], tree: PyTree, *parts: PyTree) -> PyTree:
+    """Maps over the leaves that nested dictionaries have in common; `tree` keeps its others.
+
+    Args:
+      rule: (leaf of `tree`, leaf of each part) -> leaf.
+      tree: such as the gradient of a model with a private head.
+      *parts: such as control variates, which a head has not.
+    """
+    leaves, others = flatten_dict(tree), [flatten_dict(part) for part in parts]
+    return unflatten_dict(
+        {
+            path: rule(x, *(part[path] for part in others)) if path in others[0] else x
+            for path, x in leaves.items()
+        }
+    )
 
 
 def is_finite(tree: Any) -> Array:

@@ -26,12 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.accounting.ledger import layer_bytes, mask_bytes
+from fedlp_jax.accounting.ledger import Wire
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.clients.devices import PASSES, Machines
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.prng import Purpose, client_key
-from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Masks
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Task
@@ -86,7 +85,7 @@ def draw_outcomes(
     round: Array,
     cohort: Cohort,
     masks: Masks,
-    layers: LayerTable,
+    wire: Wire,
     levels: Sequence[Submodel],
     work: LocalWork,
     example: Batch,
@@ -98,7 +97,7 @@ def draw_outcomes(
       round: `i32[]`, from 1.
       cohort: with conditions.
       masks: of this round; a layer that is not sent takes no time.
-      layers: the layer table.
+      wire: bytes of each layer.
       levels: of the scheme.
       work: how much a client trains.
       example: a batch of one row.
@@ -119,7 +118,7 @@ def draw_outcomes(
     drops = answers & (chance < c.dropout)
     corrupt = draws(Purpose.CORRUPTION, 1)[0] < c.corruption
 
-    begin, train, send = _durations(c.machines, masks, layers, macs)
+    begin, train, send = _durations(c.machines, masks, wire, macs)
     finish = begin + train + send
     end = jnp.where(drops, begin + share * train, finish)
     in_time = answers & ~drops & (finish <= c.deadline)
@@ -159,15 +158,15 @@ def _training_macs(
 
 
 def _durations(
-    machines: Machines | None, masks: Masks, layers: LayerTable, macs: Array
+    machines: Machines | None, masks: Masks, wire: Wire, macs: Array
 ) -> tuple[Array, Array, Array]:
     """Seconds of download, training and upload, `f32[C]` each."""
     if machines is None:
         return (jnp.zeros_like(macs),) * 3
-    size = jnp.asarray(layer_bytes(layers), jnp.float32)
+    received, sent = (jnp.asarray(x, jnp.float32)[None] for x in (wire.download, wire.upload))
     # Sums rather than products of matrices, which accelerators round.
-    down = (masks.download * size[None]).sum(axis=1)
-    up = (masks.upload * size[None]).sum(axis=1) + mask_bytes(layers)
+    down = (masks.download * received).sum(axis=1)
+    up = (masks.upload * sent).sum(axis=1) + wire.header
     return down / machines.download, macs / machines.compute, up / machines.upload
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedlp_jax.accounting.ledger import fedavg_traffic, layer_bytes, mask_bytes
+from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.aggregation.robust import stacked_bytes
 from fedlp_jax.algorithms.base import Algorithm
@@ -82,7 +82,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     number = np.bincount(assigned, minlength=len(levels))
     keep = algorithm.upload_rates(table, clients.clients)
     received = np.stack([level.table.covered for level in levels])[assigned]  # f32[K, L]
-    size = layer_bytes(table)
+    wire = algorithm.wire(table)
     cohort = cohort_size(config.cohort, clients.clients)
     deepest = algorithm.levels(variables, example)[-1].extract(variables)
     # Over-selection: the first C of the chosen clients count.
@@ -92,8 +92,8 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         cohort,
         table,
         tuple(level._replace(clients=int(n)) for level, n in zip(levels, number, strict=True)),
-        upload_bytes=cohort * float((received * keep @ size).mean() + mask_bytes(table)),
-        download_bytes=chosen * float((received @ size).mean()),
+        upload_bytes=cohort * float((received * keep @ wire.upload).mean() + wire.header),
+        download_bytes=chosen * float((received @ wire.download).mean()),
         fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
         stacked_bytes=stacked_bytes(variables, table, chosen, arguments["plan"])
         if algorithm.stacked

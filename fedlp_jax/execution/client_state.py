@@ -1,4 +1,4 @@
-"""What clients keep between rounds: private variables, one stack per level.
+"""What clients keep between rounds: a tree of their own, one stack per level.
 
 The store lies outside the round, whole on every device. A round takes its cohort's rows and changes
 them in place, so the cost of copying depends on the cohort, not on the population. The next time a
@@ -8,8 +8,9 @@ block. The row buffer is reused, because allocating megabytes per round dominate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,54 +22,57 @@ from fedlp_jax.execution.map_clients import entry, of_all_devices, on_each_devic
 from fedlp_jax.execution.packing import Packed, pack, room, room_bytes, size_bytes, unpack
 from fedlp_jax.execution.plan import Plan, free_bytes, over_clients, replicated, size
 from fedlp_jax.execution.scheduling import slots_per_device
-from fedlp_jax.prng import head_key
-from fedlp_jax.pruning.submodels import Submodel
-from fedlp_jax.types import Array, Batch, PyTree
+from fedlp_jax.types import Array, PyTree
 
 # Bytes of the rows that each device sends at once: every device has room for the blocks of all, and
-# a block is one message. Tens of heads of kilobytes or a few of megabytes (not tuned).
+# a block is one message. Tens of trees of kilobytes or a few of megabytes (not tuned).
 _BLOCK_BYTES = 4 * 2**20
 
 
-class PrivateStore:
-    """Private variables of all clients, on the device.
+class ClientState(NamedTuple):
+    """What each client of one level keeps."""
+
+    init: Callable[[Array, Array], PyTree]  # (root key, client i32[]) -> state before any round
+    shapes: PyTree  # of what `init` returns
+
+
+class ClientStore:
+    """The state of all clients, on the device.
 
     Attributes:
       stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level. A level without
         clients has one unused row, because loops over no slots still need an array.
-      row_bytes: bytes of one slot, which has room for the private variables of any level.
+      row_bytes: bytes of one slot, which has room for the state of any level.
     """
 
     def __init__(
         self,
-        levels: Sequence[Submodel],
+        levels: Sequence[ClientState],
         assigned: np.ndarray,
         root: Array,
-        example: Batch,
         plan: Plan,
     ):
-        """Draws every client's first private variables from (seed, client).
+        """Makes every client's first state from (seed, client).
 
         Args:
           levels: G levels.
           assigned: `i32[K]`, the level of each client.
           root: the run's root key.
-          example: a batch for shapes.
           plan: resolved.
 
         Raises:
-          FedLPError: a level's private variables differ from its `private_shapes`.
+          FedLPError: the state that a level makes differs from its `shapes`.
         """
-        shapes = [level.private_shapes for level in levels]
-        _check_shapes(levels, shapes, root, example)
+        shapes = [level.shapes for level in levels]
+        _check_shapes(levels, root)
         self._row = np.zeros(len(assigned), np.int32)
         self.stacks: tuple[PyTree, ...] = ()
         for g, level in enumerate(levels):
             members = np.flatnonzero(assigned == g)
             self._row[members] = np.arange(len(members), dtype=np.int32)
 
-            def draw(client: Array, level: Submodel = level) -> PyTree:
-                return level.private(head_key(root, client), example)
+            def draw(client: Array, level: ClientState = level) -> PyTree:
+                return level.init(root, client)
 
             stack = jax.jit(
                 lambda ids, draw=draw: jax.lax.map(draw, ids), out_shardings=replicated(plan)
@@ -86,15 +90,15 @@ class PrivateStore:
         self._scatter = jax.jit(partial(_scatter, shapes=shapes, plan=plan), donate_argnums=(0, 3))
 
     def rows(self, client: np.ndarray, segment: np.ndarray) -> Packed:
-        """The private variables of a cohort.
+        """The state of a cohort.
 
         Args:
           client: `i32[D * P]`, of each slot.
           segment: `i32[D, G + 1]`, the slots of each level.
 
         Returns:
-          `[D * P, n]` for each dtype. An empty slot, and a slot of a level without private
-          variables, hold stale data of an earlier cohort; do not read them.
+          `[D * P, n]` for each dtype. An empty slot, and a slot of a level without state, hold
+          stale data of an earlier cohort; do not read them.
         """
         rows, self._spare = self._spare, None
         if rows is None or any(len(x) != len(client) for x in rows.values()):
@@ -121,7 +125,7 @@ class PrivateStore:
 
 
 def check_memory(
-    levels: Sequence[Submodel], assigned: np.ndarray, cohort: int, plan: Plan, other_bytes: int
+    levels: Sequence[ClientState], assigned: np.ndarray, cohort: int, plan: Plan, other_bytes: int
 ) -> int:
     """Refuses client state that does not fit the devices, each of which holds that of all clients.
 
@@ -139,9 +143,9 @@ def check_memory(
     Raises:
       FedLPError: with both sizes.
     """
-    shapes = [level.private_shapes for level in levels]
+    shapes = [level.shapes for level in levels]
     row = room_bytes(room(shapes))
-    per_client = [size_bytes(heads) for heads in shapes]
+    per_client = [size_bytes(tree) for tree in shapes]
     store = int(np.dot(per_client, np.bincount(assigned, minlength=len(levels))))
     devices = plan.devices or 1
     slots = slots_per_device(cohort, devices)
@@ -150,10 +154,10 @@ def check_memory(
     free = processes.least(free_bytes(plan))
     if free is not None and need + other_bytes > free:
         raise FedLPError(
-            f"heads='persist' keeps {size(store)} for {len(assigned)} clients, and takes "
-            f"{size(need)} on each of {devices} device(s), where {size(free)} are free and data "
-            f"and model take {size(other_bytes)}; use heads='shared' or 'reset_to_init', or fewer "
-            "clients."
+            f"what {len(assigned)} clients keep between rounds ({_kept(shapes)}) is {size(store)}, "
+            f"and takes {size(need)} on each of {devices} device(s), where {size(free)} are free "
+            f"and data and model take {size(other_bytes)}; use fewer clients, a smaller model, or "
+            "an algorithm whose clients keep nothing (for heads: 'shared' or 'reset_to_init')."
         )
     return need
 
@@ -168,17 +172,22 @@ def rows_at_once(slots: int, row_bytes: int) -> int:
     return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))
 
 
-def _check_shapes(
-    levels: Sequence[Submodel], shapes: Sequence[PyTree], root: Array, example: Batch
-) -> None:
-    for depth, (level, expected) in enumerate(zip(levels, shapes, strict=True), 1):
-        made = jax.eval_shape(level.private, root, example)
+def _kept(shapes: Sequence[PyTree]) -> str:
+    """The parts of the state in words, by the names at the top of its trees."""
+    names = {name for tree in shapes if isinstance(tree, dict) for name in tree}
+    return ", ".join(sorted(names)) or "their state"
+
+
+def _check_shapes(levels: Sequence[ClientState], root: Array) -> None:
+    for depth, level in enumerate(levels, 1):
+        made = jax.eval_shape(level.init, root, jax.ShapeDtypeStruct((), jnp.int32))
         words = [
-            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)) for tree in (made, expected)
+            str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree))
+            for tree in (made, level.shapes)
         ]
         if words[0] != words[1]:
             raise FedLPError(
-                f"level {depth} makes private variables {words[0]}, but its private_shapes are "
+                f"clients of level {depth} begin with state {words[0]}, but its shapes are "
                 f"{words[1]}; give both the same structure."
             )
 
@@ -186,7 +195,7 @@ def _check_shapes(
 def _gather(
     stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed, plan: Plan
 ) -> Packed:
-    """Copies each slot's head once, level by level; a `gather` would read one of every level."""
+    """Copies each slot's state once, level by level; a `gather` would read one of every level."""
     sizes = {dtype: x.shape[1] for dtype, x in rows.items()}
 
     def on_device(stacks: tuple[PyTree, ...], row: Array, segment: Array, rows: Packed) -> Packed:
@@ -213,7 +222,7 @@ def _scatter(
     shapes: Sequence[PyTree],
     plan: Plan,
 ) -> tuple[tuple[PyTree, ...], Packed]:
-    """Every device copies the heads of all slots into its own store, block by block."""
+    """Every device copies the state of all slots into its own store, block by block."""
     devices = plan.devices or 1
     slots = len(row) // devices
     block = rows_at_once(slots, room_bytes({dtype: x.shape[1] for dtype, x in rows.items()}))
@@ -232,8 +241,8 @@ def _scatter(
 
                 def of_device(d: Array, stack: PyTree, g: int = g, like: PyTree = like) -> PyTree:
                     def copy(slot: Array, stack: PyTree) -> PyTree:
-                        head = unpack(entry(gathered, d * block + slot - first), like)
-                        return with_entry(stack, row[d * slots + slot], head)
+                        tree = unpack(entry(gathered, d * block + slot - first), like)
+                        return with_entry(stack, row[d * slots + slot], tree)
 
                     start = jnp.maximum(segment[d, g], i * block)
                     stop = jnp.minimum(segment[d, g + 1], first + block)

@@ -1,8 +1,9 @@
 """Trees of any structure as flat vectors, one per dtype.
 
-Exit heads of different depths have different structures. Packed, a slot of a cohort has room for
-the largest of them; otherwise it would hold one of every depth and use only its own. (jax's
-`ravel_pytree` makes one vector of one dtype, in which an int32 of over 24 bits loses digits.)
+What clients keep at different depths, such as an exit head, has different structures. Packed, a
+slot of a cohort has room for the largest of them; otherwise it would hold one of every depth and
+use only its own. (jax's `ravel_pytree` makes one vector of one dtype, in which an int32 of over 24
+bits loses digits.)
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fedlp_jax.simulation.result import Row
     from fedlp_jax.simulation.run import Run
 
-FORMAT = 3
+FORMAT = 4
 _ARRAYS, _FACTS = "arrays", "facts"
 _ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
 _FIRST_SECONDS = 30.0  # from the start of a run to its first checkpoint, compilation included
@@ -153,7 +153,7 @@ class Snapshot(NamedTuple):
     """A run after a round, on the host.
 
     Its arrays are the server's state (variables, and the states of policy, aggregator and server
-    optimizer), the clients' private variables and the ledger. Random draws need only the seed and
+    optimizer), what the clients keep and the ledger. Random draws need only the seed and
     the round, so they leave nothing to save.
     """
 
@@ -409,7 +409,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     trees = tree_map_with_path(filled, _trees(run))
     run.state = trees["state"]
     if run.stage.store is not None:
-        run.stage.store.stacks = trees["private"]
+        run.stage.store.stacks = trees["clients"]
     run.ledger.load({name: arrays[f"ledger {name}"] for name in run.ledger.arrays()})
     run.history.rows = list(snapshot.rows)
     run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
@@ -507,7 +507,7 @@ def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, An
 
 def _trees(run: Run) -> dict[str, PyTree]:
     store = run.stage.store
-    return {"state": run.state, "private": () if store is None else store.stacks}
+    return {"state": run.state, "clients": () if store is None else store.stacks}
 
 
 def _leaves(run: Run) -> dict[str, Array]:

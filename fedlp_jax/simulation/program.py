@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
 def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
     """The rounds of one dispatch, to be traced.
 
-    `(state, private, examples, cohorts, count, key) -> (state, private, metrics)`. Arrays of
+    `(state, clients, examples, cohorts, count, key) -> (state, clients, metrics)`. Arrays of
     cohorts and metrics have the round as second axis, `[D * P, R, ...]`; R is the plan's
     `rounds_at_once`. The first `count` rounds run, in a loop with a traced trip count, so their
     bits do not depend on how many there are. With R = 1 `count` is None and there is no loop: on a
@@ -64,41 +64,41 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
 
     def run(
         state: ServerState,
-        private: Packed,
+        clients: Packed,
         examples: Examples,
         cohorts: Cohort,
         count: Array | None,
         key: Array,
     ) -> tuple[ServerState, Packed, RoundMetrics]:
         @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
-        def one(state: ServerState, private: Packed, cohort: Cohort) -> Any:
-            return algorithm.round(state, private, examples, cohort, key, plan)
+        def one(state: ServerState, clients: Packed, cohort: Cohort) -> Any:
+            return algorithm.round(state, clients, examples, cohort, key, plan)
 
         if count is None:
-            state, private, metrics = one(state, private, _at(cohorts, 0))
+            state, clients, metrics = one(state, clients, _at(cohorts, 0))
             halted: Any = metrics.halted[None]
             stacked = jax.tree.map(lambda x: x[:, None], metrics._replace(halted=cast(Any, ())))
-            return state, private, stacked._replace(halted=halted)
+            return state, clients, stacked._replace(halted=halted)
 
         def body(i: Array, carry: Any) -> Any:
-            state, private, stack, halted = carry
-            state, private, metrics = one(state, private, _at(cohorts, i))
+            state, clients, stack, halted = carry
+            state, clients, metrics = one(state, clients, _at(cohorts, i))
             halted = halted.at[i].set(metrics.halted)
             metrics = metrics._replace(halted=cast(Any, ()))
             stack = jax.tree.map(
                 lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, i, 1), stack, metrics
             )
-            return state, private, stack, halted
+            return state, clients, stack, halted
 
         most = cohorts.client.shape[1]
-        shapes = jax.eval_shape(one, state, private, _at(cohorts, 0))[2]
+        shapes = jax.eval_shape(one, state, clients, _at(cohorts, 0))[2]
         stack = jax.tree.map(
             lambda x: jnp.zeros((x.shape[0], most, *x.shape[1:]), x.dtype),
             shapes._replace(halted=()),
         )
-        carry = (state, private, stack, jnp.zeros(most, bool))
-        state, private, stack, halted = jax.lax.fori_loop(0, count, body, carry)
-        return state, private, stack._replace(halted=halted)
+        carry = (state, clients, stack, jnp.zeros(most, bool))
+        state, clients, stack, halted = jax.lax.fori_loop(0, count, body, carry)
+        return state, clients, stack._replace(halted=halted)
 
     # The host of every process reads the metrics of all clients.
     of_slots: Any = split if processes.count() == 1 else everywhere

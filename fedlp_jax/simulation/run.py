@@ -108,7 +108,10 @@ class Run:
         self.state: ServerState = processes.put(
             jax.tree.map(jnp.copy, state), replicated(self.plan)
         )
-        self.ledger, self.history = Ledger(spec.layers, self.population), History()
+        self.ledger, self.history = (
+            Ledger(spec.layers, self.population, spec.algorithm.wire(spec.layers)),
+            History(),
+        )
         self.program: Program | None = None
         self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes
         self.padded_share = self.imbalance = 0.0  # sums over rounds
@@ -170,15 +173,15 @@ class Run:
         staged = self.stage(round, count)
         self.padded_share = sum((x.padded_share for x in staged.layouts), self.padded_share)
         self.imbalance = sum((x.imbalance for x in staged.layouts), self.imbalance)
-        self.state, private, metrics = self.program.round(
+        self.state, clients, metrics = self.program.round(
             self.state,
-            staged.private,
+            staged.clients,
             staged.examples,
             staged.cohorts,
             None if self.plan.rounds_at_once == 1 else np.int32(count),
             self.stage.key,
         )
-        self.stage.keep(staged, private, metrics.halted)
+        self.stage.keep(staged, clients, metrics.halted)
         last, tested = round + count - 1, None
         if last % self.eval_every == 0 or last == self.last_round:
             tested = self.program.test(self.state.variables, self.stage.test)
@@ -301,10 +304,10 @@ class Run:
 
     def round_shapes(self, plan: Plan) -> tuple[Any, ...]:
         """Shapes and shardings of the arguments of `rounds_of`."""
-        private, examples, cohorts = self.stage.shapes()
+        clients, examples, cohorts = self.stage.shapes()
         count = None if plan.rounds_at_once == 1 else jax.ShapeDtypeStruct((), np.int32)
         state, key = _shapes_of(self.state), _shapes_of(self.stage.key)
-        return state, private, examples, cohorts, count, key
+        return state, clients, examples, cohorts, count, key
 
 
 class Simulation(Run):

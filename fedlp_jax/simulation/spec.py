@@ -17,7 +17,7 @@ from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import note
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.client_state import check_memory
+from fedlp_jax.execution.client_state import ClientState, check_memory
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import HOST, Plan, note_other_kernels, resolve, with_place
 from fedlp_jax.execution.scheduling import with_even_chunks
@@ -47,6 +47,7 @@ class Spec:
       example: a batch for shapes.
       assigned: `i32[K]`, submodel level of each client.
       levels: G submodels.
+      client_state: what clients of each level keep between rounds; () = nothing.
       layers: the layer table.
       predicted: bytes that a run keeps besides its model.
       epsilon: rounds -> epsilon of differential privacy; None = no privacy.
@@ -64,6 +65,7 @@ class Spec:
     example: Batch
     assigned: np.ndarray
     levels: tuple[Submodel, ...]
+    client_state: tuple[ClientState, ...]
     layers: LayerTable
     predicted: dict[str, float]
     epsilon: Callable[[int], float] | None
@@ -118,9 +120,11 @@ def specify(
     if variables is not None:  # NumPy's float64 becomes what jax computes in
         variables = jax.tree.map(jnp.asarray, variables)
     layers = layer_table(shapes, algorithm.layers)
-    # Private variables take the dtype of the given ones.
-    levels = algorithm.levels(shapes if variables is None else variables, example)
-    predicted = _predicted(algorithm, data, shapes, layers, levels, assigned, cohorts, resolved)
+    # Client state takes the dtype of the given variables.
+    begun = shapes if variables is None else variables
+    levels = algorithm.levels(begun, example)
+    kept = () if algorithm.client_state is None else algorithm.client_state(begun, example)
+    predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
     epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
     return Spec(
         algorithm,
@@ -135,6 +139,7 @@ def specify(
         example,
         assigned,
         levels,
+        kept,
         layers,
         predicted,
         epsilon,
@@ -146,7 +151,7 @@ def _predicted(
     data: Dataset,
     shapes: Variables,
     layers: LayerTable,
-    levels: tuple[Submodel, ...],
+    client_state: tuple[ClientState, ...],
     assigned: np.ndarray,
     cohorts: Cohorts,
     plan: Plan,
@@ -155,17 +160,17 @@ def _predicted(
     predicted: dict[str, float] = {}
     if algorithm.stacked:
         predicted["stacked_bytes"] = checks.check_stack(shapes, layers, cohorts.size, plan)
-    if algorithm.persist:
+    if client_state:
         train = 0 if plan.data == HOST else data.train.nbytes
         beside = size_bytes(shapes) + train + data.test.nbytes
-        private = check_memory(levels, assigned, cohorts.size, plan, beside)
-        predicted["private_bytes"] = private
+        kept = check_memory(client_state, assigned, cohorts.size, plan, beside)
+        predicted["client_state_bytes"] = kept
     return predicted
 
 
 def _resolve(plan: Plan | None, cohort: int, algorithm: Algorithm, data: Dataset) -> Plan:
     """The plan with its open fields filled: devices, width, place of the data, rounds at once."""
     plan = with_place(resolve(plan, cohort), data.train.nbytes, data.test.nbytes)
-    if algorithm.persist or plan.data == HOST or processes.count() > 1:
+    if algorithm.client_state is not None or plan.data == HOST or processes.count() > 1:
         return dataclasses.replace(plan, rounds_at_once=1)  # the host has work between rounds
     return plan

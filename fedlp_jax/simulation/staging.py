@@ -11,7 +11,7 @@ import numpy as np
 from fedlp_jax.accounting.macs import relative_work
 from fedlp_jax.data.dataset import Split
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.client_state import PrivateStore
+from fedlp_jax.execution.client_state import ClientStore
 from fedlp_jax.execution.packing import Packed, room
 from fedlp_jax.execution.plan import HOST, Plan, over_clients, replicated
 from fedlp_jax.execution.scheduling import Layout, slots_per_device
@@ -27,7 +27,7 @@ class Staged(NamedTuple):
 
     examples: Examples  # on the devices: the training split, or each device's own part of it
     cohorts: Cohort  # on the devices, [D * P, R, ...]; empty after the last round
-    private: Packed  # [D * P, n], on the devices; empty if nothing is stored
+    clients: Packed  # what they keep, [D * P, n], on the devices; empty if nothing is stored
     hosts: list[Cohort]  # the cohort of each round, numpy
     layouts: list[Layout]
 
@@ -39,7 +39,7 @@ class Stage:
       key: the run's root key, on the devices.
       train: the training split, on the devices or (`plan.data == "host"`) in numpy.
       test: the test split, on the devices.
-      store: private variables that persist between rounds, if there are any.
+      store: what clients keep between rounds, if they keep anything.
       builder: lays cohorts out.
     """
 
@@ -47,7 +47,7 @@ class Stage:
         """Puts the data where the plan says.
 
         Raises:
-          FedLPError: as `PrivateStore`.
+          FedLPError: as `ClientStore`.
         """
         plan, data = spec.plan, spec.data
         self._spec = spec
@@ -57,9 +57,9 @@ class Stage:
         if plan.data != HOST:
             self.train = processes.put(self.train, everywhere)
         self.test = processes.put(on_host(data.test, data.normalize), everywhere)
-        self.store: PrivateStore | None = None
-        if spec.algorithm.persist:
-            self.store = PrivateStore(spec.levels, spec.assigned, spec.root, spec.example, plan)
+        self.store: ClientStore | None = None
+        if spec.client_state:
+            self.store = ClientStore(spec.client_state, spec.assigned, spec.root, plan)
         tasks = [level.task for level in spec.levels]
         self._level_cost = relative_work(tasks, spec.root, spec.example)
         self.lay_on(plan)
@@ -80,7 +80,7 @@ class Stage:
 
     @property
     def round_bytes(self) -> int:
-        """Bytes on each device for one round: its examples and the next round's, private rows."""
+        """Bytes on each device for one round: its examples and the next round's, client state."""
         one = sum(x[:1].nbytes for x in (self.train.inputs, self.train.labels))
         row = 0 if self.store is None else self.store.row_bytes
         slots = slots_per_device(self._spec.cohorts.size, self._plan.devices or 1)
@@ -90,30 +90,30 @@ class Stage:
         """Stages rounds `first` to `first + count - 1`; waits for nothing."""
         built = [self._cohort(round) for round in range(first, first + count)]
         cohorts, layouts = [cohort for cohort, _ in built], [layout for _, layout in built]
-        private: Packed = {}
+        kept: Packed = {}
         if self.store is not None:
             (cohort,) = cohorts
-            private = self.store.rows(np.asarray(cohort.client), np.asarray(cohort.segment))
+            kept = self.store.rows(np.asarray(cohort.client), np.asarray(cohort.segment))
         examples = self.train
         if self._plan.data == HOST:
             (cohort,) = cohorts
             examples, cohort = self._sent(cohort)
             cohorts = [cohort]
         stack = processes.put(self._stacked(cohorts), over_clients(self._plan))
-        return Staged(examples, stack, private, cohorts, layouts)
+        return Staged(examples, stack, kept, cohorts, layouts)
 
     def shapes(self) -> tuple[Packed, Examples, Cohort]:
-        """Shapes and shardings of what a dispatch stages: private variables, examples, cohorts."""
+        """Shapes and shardings of what a dispatch stages: client state, examples, cohorts."""
         split, everywhere = over_clients(self._plan), replicated(self._plan)
         ids = np.arange(self._spec.cohorts.size)
         cohort = self._exposed(self.builder.build(ids)[0], round=1)
         slots = len(cohort.client)
-        private: Any = {}
+        state: Any = {}
         if self.store is not None:
-            heads = room(level.private_shapes for level in self._spec.levels)
-            private = {
+            kept = room(level.shapes for level in self._spec.client_state)
+            state = {
                 dtype: jax.ShapeDtypeStruct((slots, n), dtype, sharding=split)
-                for dtype, n in heads.items()
+                for dtype, n in kept.items()
             }
         examples: Any = _shapes(self.train, everywhere)
         if self._plan.data == HOST:
@@ -124,20 +124,20 @@ class Stage:
                 cast(Any, _shape((rows, *labels.shape[1:]), labels.dtype, split)),
                 examples.normalize,
             )
-        return private, examples, _shapes(self._stacked([cohort]), split)
+        return state, examples, _shapes(self._stacked([cohort]), split)
 
-    def keep(self, staged: Staged, private: Packed, halted: Array) -> None:
-        """Stores the private variables that a round returned, unless the run has halted.
+    def keep(self, staged: Staged, clients: Packed, halted: Array) -> None:
+        """Stores the client state that a round returned, unless the run has halted.
 
         Args:
           staged: the round's input.
-          private: `[D * P, n]` for each dtype.
+          clients: `[D * P, n]` for each dtype.
           halted: `bool[1]`.
         """
         if self.store is not None:
             (cohort,) = staged.hosts
             client, segment = np.asarray(cohort.client), np.asarray(cohort.segment)
-            self.store.put(client, segment, private, halted)
+            self.store.put(client, segment, clients, halted)
 
     def _cohort(self, round: int) -> tuple[Cohort, Layout]:
         """The cohort of a round, in numpy."""

@@ -1,7 +1,5 @@
 """What clients keep between rounds."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from small import Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.execution import client_state as store_module
-from fedlp_jax.execution.client_state import PrivateStore
+from fedlp_jax.execution.client_state import ClientState, ClientStore
 from fedlp_jax.execution.packing import unpack
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import lay_out
@@ -29,7 +27,14 @@ TWO = Plan(2, 1)
 
 def make(plan=TWO):
     levels = fl.submodel.by_depth(1, "persist").levels(TASK, TASK.init(ROOT, EXAMPLE), EXAMPLE)
-    return levels, PrivateStore(levels, ASSIGNED, ROOT, EXAMPLE, plan)
+    return levels, ClientStore([with_head(level) for level in levels], ASSIGNED, ROOT, plan)
+
+
+def with_head(level):
+    """What a client of this level keeps."""
+    return ClientState(
+        lambda root, client: level.private(head_key(root, client), EXAMPLE), level.private_shapes
+    )
 
 
 def slots_of(ids, plan):
@@ -172,13 +177,13 @@ def test_heads_stand_still_with_a_run_that_halts():
 
 
 def level(shapes):
-    """A level with heads of these shapes, drawn from the key."""
+    """A level whose clients keep arrays of these shapes, drawn from (root, client)."""
     like = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
 
-    def private(key, example):
-        return {k: jax.random.normal(key, s) for k, s in shapes.items()}
+    def init(root, client):
+        return {k: jax.random.normal(head_key(root, client), s) for k, s in shapes.items()}
 
-    return SimpleNamespace(private=private, private_shapes=like)
+    return ClientState(init, like)
 
 
 MIXED = [level({"a": (3,), "b": (2, 2)}), level({"a": (4, 5)}), level({})]
@@ -195,8 +200,8 @@ def check_heads(rows, client, factor):
     """That each slot has its client's first head, times the factor of that client."""
     for slot in np.flatnonzero(client >= 0):
         of = MIXED[OF_MIXED[client[slot]]]
-        got = unpack({"float32": rows["float32"][slot]}, of.private_shapes)
-        expected = of.private(head_key(ROOT, client[slot]), EXAMPLE)
+        got = unpack({"float32": rows["float32"][slot]}, of.shapes)
+        expected = of.init(ROOT, client[slot])
         for name in expected:
             np.testing.assert_array_equal(
                 np.asarray(got[name]), factor[client[slot]] * np.asarray(expected[name])
@@ -205,7 +210,7 @@ def check_heads(rows, client, factor):
 
 @pytest.mark.parametrize("plan", [Plan(1, 1), Plan(2, 1), Plan(4, 1)])
 def test_heads_of_different_structures_share_the_rows(plan):
-    store = PrivateStore(MIXED, OF_MIXED, ROOT, EXAMPLE, plan)
+    store = ClientStore(MIXED, OF_MIXED, ROOT, plan)
     client, segment = mixed_slots([1, 2, 3, 5], plan)
     rows = store.rows(client, segment)
     assert rows["float32"].shape == (len(client), 20)
@@ -221,7 +226,7 @@ def test_heads_of_different_structures_share_the_rows(plan):
 
 
 def test_a_cohort_of_another_size_has_rows_of_its_own():
-    store = PrivateStore(MIXED, OF_MIXED, ROOT, EXAMPLE, Plan(1, 1))
+    store = ClientStore(MIXED, OF_MIXED, ROOT, Plan(1, 1))
     client, segment = mixed_slots([1, 2], Plan(1, 1))
     store.put(client, segment, store.rows(client, segment), jnp.asarray(False))
     client, segment = mixed_slots([0, 1, 2, 5], Plan(1, 1))
@@ -231,7 +236,6 @@ def test_a_cohort_of_another_size_has_rows_of_its_own():
 
 
 def test_a_level_that_names_other_shapes_than_it_makes_is_refused():
-    wrong = level({"a": (3,)})
-    wrong.private_shapes = {"a": jax.ShapeDtypeStruct((4,), jnp.float32)}
-    with pytest.raises(fl.FedLPError, match=r"level 1 makes private variables .*\(3,\).*\(4,\)"):
-        PrivateStore([wrong], np.zeros(2, np.int32), ROOT, EXAMPLE, Plan(1, 1))
+    wrong = level({"a": (3,)})._replace(shapes={"a": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    with pytest.raises(fl.FedLPError, match=r"level 1 begin with state .*\(3,\).*\(4,\)"):
+        ClientStore([wrong], np.zeros(2, np.int32), ROOT, Plan(1, 1))

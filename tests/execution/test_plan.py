@@ -127,7 +127,7 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
     store = sum(x.nbytes for x in jax.tree.leaves(run.stage.store.stacks))
     # And the rows of a device's 8 slots; then the same from both devices, and its own in a block.
     need = store + (8 + 3 * 8) * 4 * (512 + 1) * 3
-    assert run.readings["private_bytes"] == need
+    assert run.readings["client_state_bytes"] == need
     assert run.stage.round_bytes == 8 * 4 * (512 + 1) * 3  # the rows, while it is compiled
     # They lie there beside the data and the model.
     model = sum(x.nbytes for x in jax.tree.leaves(run.state.variables))
@@ -136,7 +136,7 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_drawn(monkeypatch)
     fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
     monkeypatch.setattr(client_state, "free_bytes", lambda plan: need + beside - 1)
     with pytest.raises(
-        fl.FedLPError, match=r"heads='persist' keeps .* MiB for 12 clients, .* 2 dev"
+        fl.FedLPError, match=r"what 12 clients keep between rounds \(head\) is .* MiB, .* 2 dev"
     ):
         fl.Simulation(*arguments, rounds=1, cohort=8, plan=fl.Plan(2, 1))
 

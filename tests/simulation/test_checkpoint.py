@@ -195,10 +195,10 @@ def test_other_settings_are_refused_with_every_field_that_differs(two):
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 4)
+    monkeypatch.setattr(checkpoint, "FORMAT", 5)
     write(Checkpoint(tmp_path / "c"), 1)
     monkeypatch.undo()
-    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 4, but .* reads format 3"):
+    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 5, but .* reads format 4"):
         Checkpoint(tmp_path / "c").latest()
 
 

@@ -1,0 +1,294 @@
+"""One client's round: what it reads, trains, sends and keeps. Written for ONE client."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedlp_jax.accounting.ledger import Wire, wire_of
+from fedlp_jax.aggregation.pipeline import UpdatePipeline, joined
+from fedlp_jax.aggregation.reducer import UploadInfo
+from fedlp_jax.aggregation.server import ServerRule
+from fedlp_jax.clients.local_training import (
+    Bounds,
+    Client,
+    LocalTraining,
+    LocalWork,
+    Step,
+    Trained,
+    is_finite,
+    local_update,
+)
+from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
+from fedlp_jax.execution.client_state import ClientState
+from fedlp_jax.execution.packing import Packed, pack, unpack
+from fedlp_jax.prng import Purpose, client_key, head_key
+from fedlp_jax.pruning.layers import LayerRule, LayerTable
+from fedlp_jax.pruning.masks import MaskPolicy
+from fedlp_jax.pruning.submodels import Submodel, Submodels
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import (
+    NO_TERMS,
+    Array,
+    Batch,
+    ClientMetrics,
+    Examples,
+    PyTree,
+    Terms,
+    Variables,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of an algorithm, as `compose` puts them together."""
+
+    task: Task
+    work: LocalWork
+    client_optimizer: optax.GradientTransformation
+    submodels: Submodels
+    policy: MaskPolicy
+    pipeline: UpdatePipeline
+    server_optimizer: optax.GradientTransformation
+    by_examples: bool  # a_k is the number of examples, else 1
+    layers: LayerRule
+    client_schedule: float | Callable[[Array], Any] | None
+    local_training: LocalTraining
+    server_rule: ServerRule | None
+
+    def wire(self, layers: LayerTable) -> Wire:
+        """Bytes of what is exchanged: the model, and what the algorithm adds to it."""
+        variables = {"params": {"any": jax.ShapeDtypeStruct((), jnp.float32)}}
+        read, sent = jax.eval_shape(self._terms_exchanged, variables)
+        return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers))
+
+    def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
+        """What a client reads besides the model, and sends beside its update."""
+        read = NO_TERMS
+        if self.server_rule is not None:
+            read = self.server_rule.broadcast(self.server_rule.init(variables["params"], 1))
+        return read, _extras_like(self, variables, read)
+
+
+class Broadcast(NamedTuple):
+    """What every client of a round reads."""
+
+    variables: Variables
+    examples: Examples
+    key: Array  # the run's root key
+    round: Array  # i32[], from 1
+    scale: Array | None  # f32[], factor on client updates
+    bound: Array | None  # f32[], largest norm of an upload
+    terms: Terms  # what the algorithm lets clients read
+
+
+class ClientInput(NamedTuple):
+    """What one client of a round reads for itself; with a leading slot axis, the cohort."""
+
+    client: Client
+    upload: UploadInfo
+    outcome: ClientOutcome | None  # None = a run without faults
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientProgram:
+    """What all clients at one submodel level have in common, known when the round is traced."""
+
+    parts: Parts
+    submodel: Submodel
+    layers: LayerTable  # of a payload of the submodel, indexed as those of the server's variables
+    state_shapes: PyTree  # of what a client keeps; {} = nothing
+    example: Batch  # one row
+    corruption: str | None  # kind, of `fedlp_jax.clients.outcomes.KINDS`
+    even_size: int | None  # the size of every client, if it is the same
+    alone: bool  # clients are not vmapped with others
+    lost_skip: bool  # lost clients take no step
+
+
+def train_client(
+    program: ClientProgram,
+    broadcast: Broadcast,
+    inputs: ClientInput,
+    packed: Packed,
+    active: Array,
+    bounds: Bounds,
+) -> tuple[PyTree, tuple[ClientMetrics, PyTree], Packed]:
+    """ONE client's round: train its submodel and prepare its upload.
+
+    Args:
+      program: of its level.
+      broadcast: what all clients read.
+      inputs: what it reads for itself.
+      packed: what it keeps between rounds; empty if nothing.
+      active: `bool[]`, False = an idle lane.
+      bounds: loop bounds of the clients that are vmapped together.
+
+    Returns:
+      What is summed over clients; its metrics and what is stacked; what it keeps now.
+      A contribution is either summed or stacked, and the other is `()`.
+    """
+    parts, level, outcome = program.parts, program.submodel, inputs.outcome
+
+    # Start from the server's variables and what the client kept, such as its head.
+    start = level.extract(broadcast.variables)
+    kept = unpack(packed, program.state_shapes)
+    head = kept.get("head")
+    if head is None:
+        head = level.private(head_key(broadcast.key, inputs.client.id), program.example)
+    end, metrics = _trained(program, broadcast, inputs, bounds, level.merge(start, head), kept)
+    end, new_head = level.split(end)
+
+    # Send the update, unless the client is lost or its result is not finite.
+    update = jax.tree.map(jnp.subtract, end, start)
+    payload, training = _finished(program, broadcast, inputs, start, update, metrics.steps, kept)
+    counted = active
+    if outcome is not None:
+        attack = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.ATTACK)
+        payload = corrupted(program.corruption, payload, outcome, attack)
+        counted = counted & outcome.arrives
+    counted = is_finite((payload, new_head, training)) & counted
+    contribution = parts.pipeline.prepare(
+        payload, inputs.upload, counted, broadcast.bound, program.layers
+    )
+    summed, stacked = contribution, ()
+    if parts.pipeline.reducer.stacked:  # alike at all levels, to lie in one stack
+        like = payload_like(parts, broadcast.variables, broadcast.terms)
+        summed, stacked = (), parts.pipeline.reducer.embed(contribution, level, like)
+
+    if kept:
+        new = {name: {"head": new_head, "training": training}[name] for name in kept}
+        new_kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new, kept)
+        packed = pack(new_kept, {dtype: x.size for dtype, x in packed.items()})
+    return summed, (metrics._replace(finite=counted), stacked), packed
+
+
+def client_state(
+    parts: Parts, level: Submodel, variables: Variables, example: Batch
+) -> ClientState:
+    """What a client of one level keeps: its head, and the state of its local training."""
+    first = parts.local_training.init
+    shared = jax.eval_shape(lambda v: level.extract(v)["params"], variables)
+
+    def init(root: Array, client: Array) -> PyTree:
+        state = {}
+        if parts.submodels.persist:
+            state["head"] = level.private(head_key(root, client), example)
+        if first is not None:
+            state["training"] = first(shared)
+        return state
+
+    shapes: dict[str, PyTree] = {}
+    if parts.submodels.persist:
+        shapes["head"] = level.private_shapes
+    if first is not None:
+        shapes["training"] = jax.eval_shape(lambda: first(shared))
+    return ClientState(init, shapes)
+
+
+def _trained(
+    program: ClientProgram,
+    broadcast: Broadcast,
+    inputs: ClientInput,
+    bounds: Bounds,
+    variables: Variables,
+    kept: dict[str, PyTree],
+) -> tuple[Variables, ClientMetrics]:
+    """The variables of ONE client, its head included, after its local training."""
+    parts, task = program.parts, program.submodel.task
+    if program.corruption == "label_flip" and inputs.outcome is not None:
+        task = with_flipped_labels(task, inputs.outcome)
+    train = local_update(
+        task,
+        parts.client_optimizer,
+        parts.work,
+        program.even_size,
+        alone=program.alone,
+        all_train=not program.lost_skip,
+        gradient_rule=_gradient_rule(program, broadcast, kept),
+    )
+    return train(
+        variables,
+        broadcast.examples,
+        inputs.client,
+        bounds,
+        broadcast.key,
+        broadcast.round,
+        broadcast.scale,
+    )
+
+
+def _gradient_rule(
+    program: ClientProgram, broadcast: Broadcast, kept: dict[str, PyTree]
+) -> Callable[[PyTree, PyTree, Array], PyTree] | None:
+    """The algorithm's rule for the gradient of ONE client's steps; None = it has none."""
+    rule = program.parts.local_training.gradient
+    if rule is None:
+        return None
+    start = program.submodel.extract(broadcast.variables)
+    terms = _terms_of(program.submodel, broadcast.terms)
+
+    def gradient(gradient: PyTree, params: PyTree, number: Array) -> PyTree:
+        step = Step(gradient, params, start["params"], number)
+        with jax.numpy_dtype_promotion("standard"):  # numbers are float32, a model may not be
+            return _as(rule(step, terms, kept.get("training", ())), gradient)
+
+    return gradient
+
+
+def _finished(
+    program: ClientProgram,
+    broadcast: Broadcast,
+    inputs: ClientInput,
+    start: Variables,
+    update: Variables,
+    steps: Array,
+    kept: dict[str, PyTree],
+) -> tuple[Variables, PyTree]:
+    """What ONE client sends once it has trained, and the new state of its local training."""
+    finish, state = program.parts.local_training.finish, kept.get("training", ())
+    if finish is None:
+        return update, state
+    sent = program.layers.expand(inputs.upload.mask > 0)["params"]
+    scale = jnp.ones((), jnp.float32) if broadcast.scale is None else broadcast.scale
+    trained = Trained(start["params"], update, steps, scale, sent)
+    terms = _terms_of(program.submodel, broadcast.terms)
+    with jax.numpy_dtype_promotion("standard"):
+        new_update, extras, new_state = finish(trained, terms, state)
+    payload = joined(_as(new_update, update), extras)
+    return payload, _as(new_state, state)
+
+
+def payload_like(parts: Parts, variables: Variables, terms: Terms) -> Variables:
+    """A tree like a payload of the whole model: the variables, and zeros for what is beside."""
+    shapes = jax.eval_shape(lambda v, t: _extras_like(parts, v, t), variables, terms)
+    return joined(variables, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+
+def _extras_like(parts: Parts, variables: Variables, terms: Terms) -> Terms:
+    """What a client with these variables would send beside its update, without its values."""
+    finish, first = parts.local_training.finish, parts.local_training.init
+    if finish is None:
+        return NO_TERMS
+    params, one = variables["params"], jnp.ones((), jnp.float32)
+    mask = jax.tree.map(lambda _: jnp.ones((), bool), params)
+    trained = Trained(params, variables, jnp.ones((), jnp.int32), one, mask)
+    with jax.numpy_dtype_promotion("standard"):
+        return finish(trained, terms, () if first is None else first(params))[1]
+
+
+def _terms_of(level: Submodel, terms: Terms) -> Terms:
+    """The part of the terms that belongs to a level."""
+    trees = terms.trees.items()
+    return Terms(
+        terms.numbers, {name: level.extract({"params": tree})["params"] for name, tree in trees}
+    )
+
+
+def _as(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree in the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
