@@ -34,8 +34,16 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.base import Algorithm as Algorithm
     from fedlp_jax.algorithms.compose import compose as compose
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
+    from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
+    from fedlp_jax.algorithms.fednova import fednova as fednova
+    from fedlp_jax.algorithms.fedopt import fedadagrad as fedadagrad
+    from fedlp_jax.algorithms.fedopt import fedadam as fedadam
+    from fedlp_jax.algorithms.fedopt import fedavgm as fedavgm
+    from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
+    from fedlp_jax.algorithms.fedprox import fedprox as fedprox
+    from fedlp_jax.algorithms.scaffold import scaffold as scaffold
     from fedlp_jax.clients.devices import Profile as Profile
     from fedlp_jax.clients.failures import Corruption as Corruption
     from fedlp_jax.clients.failures import Faults as Faults
@@ -93,6 +101,11 @@ _HOMES = {
     "algorithms.compose": "compose",
     "algorithms.fedavg": "fedavg",
     "algorithms.fedlp": "fedlp_hetero fedlp_homo",
+    "algorithms.fedprox": "fedprox",
+    "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
+    "algorithms.fednova": "fednova",
+    "algorithms.feddyn": "feddyn",
+    "algorithms.scaffold": "scaffold",
     "clients.devices": "Profile",
     "clients.failures": "Corruption Faults",
     "config.experiment": "run",

@@ -21,7 +21,7 @@ from fedlp_jax.aggregation.privacy import Privacy
 from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, Cohort, PyTree, Terms, Variables
+from fedlp_jax.types import Array, Cohort, PyTree, Terms, Variables, wide
 
 _EXTRAS = "(extras)"  # a collection that no model has
 
@@ -34,7 +34,7 @@ def joined(update: Variables, extras: Terms) -> Variables:
       extras: a number becomes a tree of scalars, one for each parameter.
     """
     numbers = {
-        name: jax.tree.map(lambda _, number=number: number, update["params"])
+        name: jax.tree.map(lambda x, n=number: n.astype(wide(x.dtype)), update["params"])
         for name, number in extras.numbers.items()
     }
     kinds = {"numbers": numbers, "trees": extras.trees}

@@ -9,5 +9,13 @@ submodels, a reducer) belong to their own rooms.
 from fedlp_jax.algorithms.base import Algorithm as Algorithm
 from fedlp_jax.algorithms.compose import compose as compose
 from fedlp_jax.algorithms.fedavg import fedavg as fedavg
+from fedlp_jax.algorithms.feddyn import feddyn as feddyn
 from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
 from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
+from fedlp_jax.algorithms.fednova import fednova as fednova
+from fedlp_jax.algorithms.fedopt import fedadagrad as fedadagrad
+from fedlp_jax.algorithms.fedopt import fedadam as fedadam
+from fedlp_jax.algorithms.fedopt import fedavgm as fedavgm
+from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
+from fedlp_jax.algorithms.fedprox import fedprox as fedprox
+from fedlp_jax.algorithms.scaffold import scaffold as scaffold

@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates against client drift (Karimireddy et al., ICML 2020, arXiv:1910.06378).
+"""SCAFFOLD: control variates against drift (Karimireddy et al., ICML 2020, arXiv:1910.06378).
 
 Algorithm 1 with option II. Each client k keeps a control variate c_k and the server keeps c, all
 zero at first, c the mean of c_k over the population:
@@ -8,12 +8,12 @@ zero at first, c the mean of c_k over the population:
     x' = x + mean (y_k - x),   c' = c + |U| / K mean (c_k' - c_k)
 
 The means go over the clients U of the cohort that sent a layer. A layer that a client does not send
-keeps its c_k, so that c stays the mean. A round without `c`'s, such as the first, is one of FedAvg.
+keeps its c_k, so that c stays the mean, and all clients count alike, whatever their examples.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.clients.local_training import LocalTraining, Step, Trained, on_common
 from fedlp_jax.clients.sgd import as_sgd
+from fedlp_jax.errors import check_choice
 from fedlp_jax.pruning import masks
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import PyTree, Terms, Variables
@@ -34,6 +35,7 @@ def scaffold(
     *,
     client_optimizer: optax.GradientTransformation,
     keep: masks.Keep = 1.0,
+    weighting: Literal["uniform"] = "uniform",
     **settings: Any,
 ) -> Algorithm:
     """SCAFFOLD: clients correct each step by what the others' gradients were.
@@ -45,11 +47,13 @@ def scaffold(
       task: what is learnt.
       client_optimizer: plain `optax.sgd(rate)`; option II divides by its rate.
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
+      weighting: all clients count alike.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...).
 
     Raises:
-      FedLPError: another client optimizer.
+      FedLPError: another client optimizer or weighting.
     """
+    check_choice("scaffold's weighting", weighting, ("uniform",))
     rate = as_sgd(client_optimizer, "scaffold", momentum=False).rate
     return compose(
         task,
@@ -57,6 +61,7 @@ def scaffold(
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(_zeros, _corrected, _option_ii(rate)),
         server_rule=ServerRule(_first, lambda terms: Terms({}, terms.trees), _mean),
+        weighting=weighting,
         **settings,
     )
 
@@ -89,7 +94,6 @@ def _option_ii(rate: float) -> Any:
 
 
 def _mean(terms: Terms, sent: Reduced) -> tuple[Variables, Terms]:
-    share = jax.tree.map(lambda n: n / terms.numbers["clients"], sent.senders)
-    change = sent.extras.trees["change"]
-    c = jax.tree.map(lambda c, s, d: c + s * d, terms.trees["c"], share, change)
+    population, change = terms.numbers["clients"], sent.extras.trees["change"]
+    c = jax.tree.map(lambda c, d, n: c + n * d / population, terms.trees["c"], change, sent.senders)
     return sent.update, Terms(terms.numbers, {"c": c})

@@ -30,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedlp_jax.algorithms import fedavg, fedlp_hetero, fedlp_homo
+from fedlp_jax import algorithms
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
 from fedlp_jax.clients.failures import Faults
@@ -249,7 +249,22 @@ MODELS = _kinds(
     dtype=(Literal["float32", "bfloat16"], "float32"),  # of activations
 )
 ALGORITHMS = _kinds(
-    {"fedavg": fedavg, "fedlp_homo": fedlp_homo, "fedlp_hetero": fedlp_hetero},
+    {
+        function.__name__: function
+        for function in (
+            algorithms.fedavg,
+            algorithms.fedlp_homo,
+            algorithms.fedlp_hetero,
+            algorithms.fedprox,
+            algorithms.fedavgm,
+            algorithms.fedadagrad,
+            algorithms.fedadam,
+            algorithms.fedyogi,
+            algorithms.scaffold,
+            algorithms.fednova,
+            algorithms.feddyn,
+        )
+    },
     compose,
     without=("behaviour", "client_schedule"),
 )
@@ -280,6 +295,11 @@ class Data(Section):
 PlanSection = derive("plan", Plan)
 CheckpointSection = derive("checkpoint", Checkpoint, without=("directory", "settings", "overwrite"))
 FaultsSection = derive("faults", Faults)
+
+
+def _fits(field: Any, value: Any) -> bool:
+    """Whether a behaviour's value may become this field: some algorithms know only one."""
+    return get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
 
 
 def _folder_name(name: str) -> str:
@@ -324,7 +344,7 @@ class Config(Section):
             values = raw.get(section)
             if isinstance(values, Mapping) and values.get("name") in (*KINDS[section],):
                 fields = KINDS[section][values["name"]].model_fields
-                defaults = {k: v for k, v in preset.items() if k in fields}
+                defaults = {k: v for k, v in preset.items() if k in fields and _fits(fields[k], v)}
                 raw[section] = defaults | {
                     k: v for k, v in values.items() if v is not None or k not in defaults
                 }

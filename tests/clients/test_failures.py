@@ -10,7 +10,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
-from fedlp_jax.algorithms import round as round_module
+from fedlp_jax.algorithms import client_round
 from fedlp_jax.clients import failures
 from fedlp_jax.clients.local_training import LocalWork, examples_seen, local_update
 from fedlp_jax.prng import root_key
@@ -341,7 +341,7 @@ def test_only_lost_clients_that_are_alone_skip_their_training(plan, faults, trip
         all_trained.append(all_train)
         return local_update(*arguments, all_train=all_train, **rest)
 
-    monkeypatch.setattr(round_module, "local_update", spy)
+    monkeypatch.setattr(client_round, "local_update", spy)
     even = fl.partition.iid(DATA.train.labels, clients=CLIENTS)
     run(clients=even, faults=faults, plan=plan, rounds=1)
     assert set(all_trained) == {trips}

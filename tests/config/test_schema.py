@@ -167,7 +167,7 @@ def test_a_behaviour_sets_what_is_not_given(name):
         ({"behaviour": "refrence"}, "behaviour: must be 'layerwise' or 'reference'"),
         # fields
         ({"roundz": 3}, "'roundz' is not a field of a configuration; did you mean 'rounds'?"),
-        ({"keep": 0.5}, "it is 'algorithm.keep', of fedlp_homo, fedlp_hetero."),
+        ({"keep": 0.5}, "it is 'algorithm.keep', of fedlp_homo, fedlp_hetero, "),
         ({"algorithm__kep": 1}, "'kep' is not a field of 'fedlp_homo'; did you mean 'keep'?"),
         ({"algorithm__depths": 1}, "'depths' is not a field of 'fedlp_homo'; it is"),
         ({"plan__device": 2}, "'device' is not a field of 'plan'; did you mean 'devices'?"),

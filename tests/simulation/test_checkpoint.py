@@ -341,6 +341,6 @@ def test_nothing_stays_patched_and_nothing_is_logged(copied, capfd):
 
 def test_the_facts_are_plain_json(two):
     facts = json.loads((two / "5" / "facts" / "metadata").read_text())
-    assert facts["format"] == 3
+    assert facts["format"] == 4
     assert facts["settings"] == {"rate": 0.1}
     assert len(facts["snapshot"]["layout"]) == 7

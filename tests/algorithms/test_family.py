@@ -1,0 +1,360 @@
+"""Every algorithm through the same proofs. A new one adds a row, and its rule to the oracle.
+
+The oracle is a plain NumPy loop written from the equations, array by array. It shares no code with
+the package. All numbers are exact in float32.
+"""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from by_hand import BATCH, CLIENTS, COHORTS, EPOCHS, MASK, SEED, gradient, key, shuffled
+from small import Steps, dataset, flat, in_float64
+
+import fedlp_jax as fl
+from fedlp_jax.simulation.program import rounds_of
+
+RATE, KEEP, ROUNDS = 0.125, 0.375, 3
+DATA = dataset()
+POPULATION = fl.partition.dirichlet(
+    DATA.train.labels, clients=CLIENTS, alpha=1.0, seed=1, min_size=2
+)
+TASK = fl.classification(Steps(depth=1))
+LEAVES = [("head1", 0), ("head1", 1), ("hidden1", 0), ("hidden1", 1)]
+LAYERS = ["head1", "hidden1"]  # the order of the masks
+
+
+class FedAvg:
+    """The rules of an algorithm for one array; the others change some of them."""
+
+    rho = 0.0  # momentum of the clients' SGD
+
+    def __init__(self):
+        self.server = defaultdict(float)  # by array
+
+    def gradient(self, leaf, g, w, x, own):
+        return g
+
+    def sent(self, leaf, d, own, steps):
+        """Update, what is beside it, and the client's state if it sends the layer."""
+        return d, 0.0, own
+
+    def step(self, leaf, d, extra, senders):
+        """What is added to the model, from the means over the senders."""
+        return d
+
+
+class FedProx(FedAvg):
+    def gradient(self, leaf, g, w, x, own):
+        return g + 0.25 * (w - x)
+
+
+class FedAvgM(FedAvg):
+    def step(self, leaf, d, extra, senders):
+        self.server[leaf] = 0.75 * self.server[leaf] + d
+        return 0.5 * self.server[leaf]
+
+
+class Adaptive(FedAvg):
+    eta, b1, b2, tau = 0.125, 0.5, 0.75, 2**-6
+
+    def step(self, leaf, d, extra, senders):
+        m, v = self.server[leaf] or (0.0, self.tau**2)
+        m, v = self.b1 * m + (1 - self.b1) * d, self.second(v, d**2)
+        self.server[leaf] = m, v
+        return self.eta * m / (np.sqrt(v) + self.tau)
+
+
+class FedAdagrad(Adaptive):
+    def second(self, v, square):
+        return v + square
+
+
+class FedAdam(Adaptive):
+    def second(self, v, square):
+        return self.b2 * v + (1 - self.b2) * square
+
+
+class FedYogi(Adaptive):
+    def second(self, v, square):
+        return v - (1 - self.b2) * square * np.sign(v - square)
+
+
+class Scaffold(FedAvg):
+    def gradient(self, leaf, g, w, x, own):
+        return g - own + self.server[leaf]
+
+    def sent(self, leaf, d, own, steps):
+        new = own - self.server[leaf] - d / (steps * RATE)
+        return d, new - own, new
+
+    def step(self, leaf, d, extra, senders):
+        self.server[leaf] = self.server[leaf] + senders / CLIENTS * extra
+        return d
+
+
+class FedNova(FedAvg):
+    rho = 0.5
+
+    def sent(self, leaf, d, own, steps):
+        counter = a = 0.0
+        for _ in range(steps):
+            counter = self.rho * counter + 1
+            a += counter
+        return d / a, a, own
+
+    def step(self, leaf, d, extra, senders):
+        return extra * d
+
+
+class FedDyn(FedAvg):
+    alpha = 0.5
+
+    def gradient(self, leaf, g, w, x, own):
+        return g - own + self.alpha * (w - x)
+
+    def sent(self, leaf, d, own, steps):
+        return d, 0.0, own - self.alpha * d
+
+    def step(self, leaf, d, extra, senders):
+        self.server[leaf] = self.server[leaf] - self.alpha / CLIENTS * senders * d
+        return d - self.server[leaf] / self.alpha
+
+
+class Row(NamedTuple):
+    make: Any
+    oracle: Any
+    settings: dict  # as in the oracle
+    other: dict | None = None  # other numbers, for the same program
+    neutral: dict | None = None  # numbers with which it is FedAvg; None = it never is
+    weigh: str = "examples"
+    up: int = 1  # how often the parameters of a layer are sent
+    down: int = 1
+    numbers: int = 0  # that a client sends besides
+
+
+ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
+# A huge tau makes the step eta d / (2 tau) or eta d / tau.
+FLAT = {"server_learning_rate": 2.0**16, "b1": 0.0, "tau": 2.0**15}
+ROWS = {
+    "fedavg": Row(fl.fedavg, FedAvg, {}),
+    "fedprox": Row(fl.fedprox, FedProx, {"mu": 0.25}, {"mu": 0.5}, {"mu": 0.0}),
+    "fedavgm": Row(
+        fl.fedavgm,
+        FedAvgM,
+        {"server_learning_rate": 0.5, "beta": 0.75},
+        {"server_learning_rate": 0.25, "beta": 0.5},
+        {"server_learning_rate": 1.0, "beta": 0.0},
+    ),
+    "fedadagrad": Row(fl.fedadagrad, FedAdagrad, ADAPTIVE, FLAT, FLAT),
+    "fedadam": Row(fl.fedadam, FedAdam, ADAPTIVE | {"b2": 0.75}, FLAT, FLAT | {"b2": 1.0}),
+    "fedyogi": Row(fl.fedyogi, FedYogi, ADAPTIVE | {"b2": 0.75}, FLAT, FLAT | {"b2": 1.0}),
+    "scaffold": Row(fl.scaffold, Scaffold, {}, weigh="uniform", up=2, down=2),
+    "fednova": Row(fl.fednova, FedNova, {}, numbers=1),
+    "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
+}
+OTHERS = [name for name in ROWS if name != "fedavg"]
+
+
+def algorithm(name, **settings):
+    row = ROWS[name]
+    settings = {"keep": KEEP} | row.settings | settings
+    if name == "fedavg":
+        settings = {k: v for k, v in settings.items() if k != "keep"}
+    settings.setdefault("weighting", row.weigh)
+    return row.make(
+        TASK,
+        client_optimizer=optax.sgd(RATE, momentum=row.oracle.rho or None),
+        **{"epochs": EPOCHS, "batch_size": BATCH} | settings,
+    )
+
+
+def simulate(made, plan=(2, 2), rounds=ROUNDS, **more):
+    """The first rounds, in float64."""
+    run = {"cohort": lambda seed, round, clients: COHORTS[round], "seed": SEED}
+    with jax.enable_x64(True):
+        start = in_float64(TASK.init(jax.random.key(9), example()))
+        result = fl.simulate(
+            made,
+            DATA,
+            POPULATION,
+            rounds=rounds,
+            variables=start,
+            plan=fl.Plan(*plan),
+            **run,
+            **more,
+        )
+    return start, result
+
+
+def example():
+    inputs, labels = jnp.asarray(DATA.train.inputs[:1]), jnp.zeros(1, jnp.int32)
+    return fl.types.Batch(inputs, labels, None, fl.types.Normalize(jnp.ones(()), jnp.zeros(())))
+
+
+def arrays(variables):
+    """The parameters as `{(layer, part): array}`."""
+    layers = variables["params"]
+    parts = ("kernel", "bias")
+    return {(n, p): np.asarray(layers[n][parts[p]], np.float64) for n, p in LEAVES}
+
+
+def trained(rule, x, own, client, round):
+    """What ONE client makes of the model, and the steps it takes."""
+    w, steps = {leaf: a.copy() for leaf, a in x.items()}, 0
+    speed = {leaf: np.zeros_like(a) for leaf, a in x.items()}
+    rows = POPULATION.rows(client)
+    for epoch in range(EPOCHS):
+        order = shuffled(rows, round, client, epoch)
+        for first in range(0, len(order), BATCH):
+            batch = order[first : first + BATCH]
+            pairs = {n: [w[n, 0], w[n, 1]] for n in LAYERS}
+            inputs = DATA.train.inputs[batch].astype(np.float64)
+            grads, _ = gradient(pairs, 1, inputs, DATA.train.labels[batch])
+            for leaf in LEAVES:
+                g = rule.gradient(leaf, grads[leaf[0]][leaf[1]], w[leaf], x[leaf], own[leaf])
+                speed[leaf] = rule.rho * speed[leaf] + g
+            for leaf in LEAVES:
+                w[leaf] = w[leaf] - RATE * speed[leaf]
+            steps += 1
+    return w, steps
+
+
+def plain(name, start, keep=KEEP):
+    """All rounds; returns the model, what each client keeps, and the senders of each layer."""
+    row, x = ROWS[name], arrays(start)
+    rule, kept, senders = row.oracle(), defaultdict(lambda: defaultdict(float)), []
+    for round in range(1, ROUNDS + 1):
+        sent = defaultdict(list)
+        for client in COHORTS[round]:
+            own = kept[client]
+            w, steps = trained(rule, x, own, client, round)
+            draw = jax.random.uniform(key(round, client, MASK), (len(LAYERS),), jnp.float32)
+            a = len(POPULATION.rows(client)) if row.weigh == "examples" else 1.0
+            for layer, u in zip(LAYERS, np.asarray(draw), strict=True):
+                if u >= np.float32(keep):
+                    continue
+                for leaf in ((layer, 0), (layer, 1)):
+                    d, extra, own[leaf] = rule.sent(leaf, w[leaf] - x[leaf], own[leaf], steps)
+                    sent[leaf].append((a, d, extra))
+        for leaf, uploads in sent.items():
+            total = sum(a for a, _, _ in uploads)
+            d, extra = (sum(u[0] * u[i] for u in uploads) / total for i in (1, 2))
+            x[leaf] = x[leaf] + rule.step(leaf, d, extra, len(uploads))
+        senders.append([len(sent[layer, 0]) for layer in LAYERS])
+    return x, kept, np.array(senders)
+
+
+@pytest.fixture(scope="module")
+def made(request, runs={}):  # noqa: B006, shared by the tests of this file
+    """An algorithm, its first variables and its result: a fixture, for its compiling."""
+    name = request.param
+    if name not in runs:
+        one = algorithm(name)
+        runs[name] = one, *simulate(one)
+    return name, *runs[name]
+
+
+each = pytest.mark.parametrize("made", OTHERS, indirect=True)
+
+
+def close(result, expected, rtol=1e-9):
+    got = arrays(result.state.variables)
+    for leaf in LEAVES:
+        np.testing.assert_allclose(got[leaf], expected[leaf], rtol=rtol, atol=1e-12)
+
+
+@each
+def test_rounds_equal_a_plain_loop(made):
+    name, _, start, result = made
+    expected, _, senders = plain(name, start)
+    assert 0 in senders  # a layer that nobody sent is in it
+    close(result, expected)
+
+
+@each
+def test_the_ledger_books_what_the_definition_sends(made):
+    name, _, start, result = made
+    row, (_, _, senders) = ROWS[name], plain(name, start)
+    sizes = np.array([sum(start["params"][n][p].size for p in ("kernel", "bias")) for n in LAYERS])
+    cohorts = np.array([len(COHORTS[round]) for round in range(1, ROUNDS + 1)])
+    header = 1 + 4 * row.numbers
+    sent, received = 4 * row.up * senders @ sizes + header * cohorts, 4 * row.down * sizes.sum()
+    np.testing.assert_array_equal(result.history["upload_bytes"], sent)
+    np.testing.assert_array_equal(result.history["download_bytes"], received * cohorts)
+
+
+@each
+def test_a_run_resumes_to_the_bit(made, tmp_path):
+    _, one, _, whole = made
+    checkpoint = fl.Checkpoint(tmp_path, every=2, minutes=None)
+    simulate(one, rounds=2, checkpoint=checkpoint)
+    _, resumed = simulate(one, checkpoint=checkpoint, resume=checkpoint.latest())
+    np.testing.assert_array_equal(flat(resumed.state), flat(whole.state))
+
+
+@pytest.mark.slow
+@each
+def test_a_plan_changes_no_more_than_the_order_of_sums(made):
+    _, one, _, expected = made
+    _, other = simulate(one, plan=(1, 1))
+    np.testing.assert_allclose(flat(other.state), flat(expected.state), rtol=1e-9, atol=1e-12)
+
+
+def program(one):
+    run = fl.Simulation(one, DATA, POPULATION, rounds=1, cohort=4, plan=fl.Plan(2, 2))
+    return rounds_of(one, run.plan).trace(*run.round_shapes(run.plan)).lower().as_text()
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.other])
+def test_other_numbers_are_the_same_program(name):
+    assert program(algorithm(name)) == program(algorithm(name, keep=0.25, **ROWS[name].other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.neutral])
+def test_its_neutral_setting_is_fedavg(name):
+    _, expected = simulate(algorithm("fedavg"))
+    _, result = simulate(algorithm(name, keep=1.0, **ROWS[name].neutral))
+    close(result, arrays(expected.state.variables), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaffold", "fednova"])
+def test_without_anything_to_correct_it_is_fedavg(name):
+    """SCAFFOLD in its first round, FedNova where all clients take as many steps."""
+    uniform = {"weighting": "uniform", "epochs": None, "steps": 3}
+    momentum = optax.sgd(RATE, momentum=ROWS[name].oracle.rho or None)
+    plain = fl.fedlp_homo(TASK, keep=KEEP, client_optimizer=momentum, batch_size=BATCH, **uniform)
+    _, expected = simulate(plain, rounds=1)
+    _, result = simulate(algorithm(name, **uniform), rounds=1)
+    close(result, arrays(expected.state.variables))
+
+
+# The hyperparameters with which each is run on the digits, for 20 rounds of 10 of 100 clients.
+LEARNS = {
+    "fedprox": {"mu": 0.01},
+    "fedavgm": {"beta": 0.5},
+    "fedadagrad": {},
+    "fedadam": {"server_learning_rate": 0.05},
+    "fedyogi": {"server_learning_rate": 0.05},
+    "scaffold": {},
+    "fednova": {},
+    "feddyn": {"alpha": 0.1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_learns_the_digits(name):
+    data = fl.load("digits")
+    clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
+    task = fl.classification(fl.models.Logistic(num_classes=10))
+    sgd = optax.sgd(0.1)
+    one = ROWS[name].make(task, client_optimizer=sgd, epochs=2, batch_size=10, **LEARNS[name])
+    result = fl.simulate(one, data, clients, rounds=20, cohort=10, seed=0)
+    assert result.history["test_accuracy"][-1] > 0.8
