@@ -248,6 +248,7 @@ MODELS = _kinds(
     init=(Literal["flax", "pytorch"], "flax"),
     dtype=(Literal["float32", "bfloat16"], "float32"),  # of activations
 )
+_NOT_IN_YAML = ("behaviour", "client_schedule")
 ALGORITHMS = _kinds(
     {
         function.__name__: function
@@ -256,17 +257,25 @@ ALGORITHMS = _kinds(
             algorithms.fedlp_homo,
             algorithms.fedlp_hetero,
             algorithms.fedprox,
-            algorithms.fedavgm,
-            algorithms.fedadagrad,
-            algorithms.fedadam,
-            algorithms.fedyogi,
             algorithms.scaffold,
             algorithms.fednova,
             algorithms.feddyn,
         )
     },
     compose,
-    without=("behaviour", "client_schedule"),
+    without=_NOT_IN_YAML,
+) | _kinds(
+    {
+        function.__name__: function
+        for function in (
+            algorithms.fedavgm,
+            algorithms.fedadagrad,
+            algorithms.fedadam,
+            algorithms.fedyogi,
+        )
+    },
+    compose,
+    without=(*_NOT_IN_YAML, "server_optimizer"),  # which they are
 )
 KINDS = {  # the sections that come in several kinds
     "partition": PARTITIONS,
