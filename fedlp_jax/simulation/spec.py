@@ -122,8 +122,7 @@ def specify(
     layers = layer_table(shapes, algorithm.layers)
     # Client state takes the dtype of the given variables.
     begun = shapes if variables is None else variables
-    levels = algorithm.levels(begun, example)
-    kept = () if algorithm.client_state is None else algorithm.client_state(begun, example)
+    levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
     predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
     epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
     return Spec(
@@ -144,6 +143,12 @@ def specify(
         predicted,
         epsilon,
     )
+
+
+def _client_state(
+    algorithm: Algorithm, variables: Variables, example: Batch
+) -> tuple[ClientState, ...]:
+    return () if algorithm.client_state is None else algorithm.client_state(variables, example)
 
 
 def _predicted(
