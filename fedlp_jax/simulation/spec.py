@@ -105,11 +105,9 @@ def specify(
         checks.check_faults(algorithm, faults, cohort)
         exposure = Exposure(faults, root, population, cohorts.size, data.num_classes)
         cohorts = cohorts.enlarged(exposure.chosen)
-    resolved = _resolve(plan, cohorts.size, algorithm, data)
     example = example_of(on_host(data.train, data.normalize))
-    model = checks.check_model(algorithm, example, data, root)
-    algorithm.check(model, clients.sizes)
-    assigned = algorithm.assign(root, population)
+    assigned = _assigned(algorithm, clients, example, data, root)
+    resolved = _resolve(plan, cohorts.size, algorithm, data)
     width_is_open = plan is None or plan.width is None
     if width_is_open:
         resolved = with_even_chunks(resolved, cohorts.size, assigned)
@@ -117,11 +115,10 @@ def specify(
     checks.check_size(shapes)
     checks.check_steps(algorithm, clients)
     checks.check_variables(variables, shapes)
+    layers, begun = layer_table(shapes, algorithm.layers), shapes
     if variables is not None:  # NumPy's float64 becomes what jax computes in
-        variables = jax.tree.map(jnp.asarray, variables)
-    layers = layer_table(shapes, algorithm.layers)
+        begun = variables = jax.tree.map(jnp.asarray, variables)
     # Client state takes the dtype of the given variables.
-    begun = shapes if variables is None else variables
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
     predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
     epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
@@ -143,6 +140,15 @@ def specify(
         predicted,
         epsilon,
     )
+
+
+def _assigned(
+    algorithm: Algorithm, clients: Partition, example: Batch, data: Dataset, root: Array
+) -> np.ndarray:
+    """The submodel level of each client, `i32[K]`, of a model that fits the data."""
+    model = checks.check_model(algorithm, example, data, root)
+    algorithm.check(model, clients.sizes)
+    return algorithm.assign(root, clients.clients)
 
 
 def _client_state(
