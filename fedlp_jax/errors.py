@@ -196,30 +196,6 @@ def _bounds(ge: float | None, gt: float | None, le: float | None, lt: float | No
     return ""
 
 
-def whole_number(name: str, value: Any, least: int, otherwise: str = "") -> int:
-    """A whole number of Python's or of numpy's, as Python's.
-
-    Args:
-      name: of the setting.
-      value: what was given.
-      least: what it must not be below.
-      otherwise: what else it may be, as in `", or None"`.
-
-    Raises:
-      FedLPError: it is another thing, or smaller.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise FedLPError(
-            f"{name}={shown(value)} must be a whole number of at least {least}{otherwise}."
-        )
-    return int(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a real number, of Python's or of numpy's; a truth value is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuses a value that is not among `choices`, and suggests the nearest one.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlp_jax.data.files import usable_memory
-from fedlp_jax.errors import FedLPError, shown, whole_number
+from fedlp_jax.errors import FedLPError, check_number, shown
 
 Arrays = tuple[
     np.ndarray, np.ndarray, np.ndarray, np.ndarray
@@ -87,8 +87,8 @@ def synthetic(
         **{f"shape[{axis}]": size for axis, size in enumerate(shape)},
     }
     for word, count in counts.items():
-        whole_number(f"synthetic: {word}", count, 1)
-    if whole_number("synthetic: seed", seed, 0) >= 2**64 or not shape:
+        check_number(f"synthetic: {word}", count, ge=1, integer=True)
+    if check_number("synthetic: seed", seed, ge=0, integer=True) >= 2**64 or not shape:
         raise FedLPError(
             f"synthetic: expected a seed below 2**64 and a shape with at least one axis, got "
             f"seed={shown(seed)} and shape={shown(shape)}."

@@ -13,10 +13,10 @@ import numpy as np
 from fedlp_jax.errors import (
     FedLPError,
     check_choice,
+    check_number,
     collecting,
     shown,
     warn,
-    whole_number,
     why,
 )
 from fedlp_jax.types import Normalize
@@ -388,7 +388,7 @@ def _class_count(
                 "examples; number the classes from 0, or pass num_classes if that is intended."
             )
         return largest + 1
-    num_classes = whole_number(f"{name}: num_classes", num_classes, 1)
+    num_classes = check_number(f"{name}: num_classes", num_classes, ge=1, integer=True)
     if not largest < num_classes < 2**31:
         raise FedLPError(
             f"{name}: label {largest} is out of range for num_classes={shown(num_classes)}; labels "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.dataset import class_labels, client_ids, integers
-from fedlp_jax.errors import FedLPError, is_number, shown, whole_number
+from fedlp_jax.errors import FedLPError, check_number, shown
 
 # The second word of the Philox key: no two schemes share their draws under one seed.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}
@@ -60,7 +60,7 @@ class Partition:
                 f"order holds rows {order.min()} to {order.max()}, outside the {len(labels):,} "
                 "labelled examples."
             )
-        if labels.max() >= whole_number("num_classes", self.num_classes, 1):
+        if labels.max() >= check_number("num_classes", self.num_classes, ge=1, integer=True):
             raise FedLPError(
                 f"label {labels.max()} is out of range for num_classes={self.num_classes}."
             )
@@ -244,7 +244,7 @@ def shards(labels: Any, *, clients: int, shards_per_client: int = 2, seed: int =
       A partition that uses every example once.
     """
     labels, clients = _checked(labels, clients)
-    total = clients * whole_number("shards_per_client", shards_per_client, 1)
+    total = clients * check_number("shards_per_client", shards_per_client, ge=1, integer=True)
     if total > len(labels):
         raise FedLPError(
             f"{clients:,} clients x {shown(shards_per_client)} shards need more than the "
@@ -277,8 +277,7 @@ def mixed(
     """
     labels, clients = _checked(labels, clients)
     count = len(labels)
-    if not is_number(ratio) or not 0 <= ratio <= 1:
-        raise FedLPError(f"ratio is a share of the examples, between 0 and 1; got {shown(ratio)}.")
+    ratio = check_number("ratio", ratio, ge=0, le=1, hint="it is a share of the examples")
     rng = _generator("mixed", seed)
     if reference:
         return _mixed_reference(rng, labels, clients, float(ratio))
@@ -442,7 +441,7 @@ def _reassign(rng: np.random.Generator, owner: np.ndarray, target: np.ndarray) -
 
 
 def _generator(scheme: str, seed: Any) -> np.random.Generator:
-    if whole_number("seed", seed, 0) >= 2**64:
+    if check_number("seed", seed, ge=0, integer=True) >= 2**64:
         raise FedLPError(f"seed={shown(seed)} must be below 2**64.")
     return np.random.Generator(
         np.random.Philox(key=np.asarray([seed, _STREAM[scheme]], dtype=np.uint64))
@@ -459,22 +458,20 @@ def _classes_of(targets: Any) -> Any:
 
 def _checked(labels: Any, clients: Any, alpha: Any = 1.0) -> tuple[np.ndarray, int]:
     """Labels `i32[N]` and K, after the checks that the schemes share."""
-    labels, clients = class_labels("labels", labels), whole_number("clients", clients, 1)
+    labels = class_labels("labels", labels)
+    clients = check_number("clients", clients, ge=1, integer=True)
     if clients > len(labels):
         raise FedLPError(
             f"{shown(clients)} clients cannot share {len(labels):,} examples, since each needs at "
             f"least one; lower clients to {len(labels):,} or fewer."
         )
-    if not is_number(alpha) or not 0 < alpha < 1e300:
-        raise FedLPError(
-            f"alpha must be a positive finite number, got {shown(alpha)}; about 0.1 is very "
-            "uneven, and beyond 100 a partition is close to iid."
-        )
+    hint = "about 0.1 is very uneven, and beyond 100 a partition is close to iid"
+    check_number("alpha", alpha, gt=0, lt=1e300, hint=hint)
     return labels, clients
 
 
 def _min_size(min_size: Any, clients: int, examples: int) -> int:
-    min_size = whole_number("min_size", min_size, 1)
+    min_size = check_number("min_size", min_size, ge=1, integer=True)
     if min_size * clients > examples:
         raise FedLPError(
             f"min_size={shown(min_size)} for {clients:,} clients needs more than the "

@@ -15,7 +15,7 @@ import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from fedlp_jax.errors import FedLPError, check_choice, note, warn, whole_number
+from fedlp_jax.errors import FedLPError, check_choice, check_number, note, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import keep_programs
 
@@ -73,7 +73,7 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
         check_choice("plan.data", plan.data, PLACES)
     for name in ("devices", "width", "rounds_at_once"):
         if (value := getattr(plan, name)) is not None:
-            whole: Any = whole_number(f"plan.{name}", value, 1, ", or None")
+            whole: Any = check_number(f"plan.{name}", value, ge=1, integer=True, optional=True)
             plan = dataclasses.replace(plan, **{name: whole})
     have, number = len(processes.devices()), processes.count()
     if plan.devices is not None and plan.devices > have:

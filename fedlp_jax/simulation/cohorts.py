@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError, whole_number
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients
 from fedlp_jax.types import Cohort
@@ -116,7 +116,7 @@ class Cohorts:
             self._first = first_round, self._from_function(first_round)
             self.size = len(self._first[1])
         else:
-            self.size = whole_number("max_cohort", max_cohort, 1)
+            self.size = check_number("max_cohort", max_cohort, ge=1, integer=True)
             if self.size > clients:
                 raise FedLPError(
                     f"max_cohort={self.size} exceeds the {clients} clients in this partition."

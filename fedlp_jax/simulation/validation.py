@@ -16,7 +16,7 @@ from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError, shown, whole_number
+from fedlp_jax.errors import FedLPError, check_number, shown
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
@@ -39,17 +39,18 @@ def check_numbers(
     Raises:
       FedLPError: one is not whole, or too small or too large.
     """
-    rounds, seed = whole_number("rounds", rounds, 0), whole_number("seed", seed, 0)
+    rounds = check_number("rounds", rounds, ge=0, integer=True)
+    seed = check_number("seed", seed, ge=0, integer=True)
     if seed >= 2**32:
         raise FedLPError(f"seed={seed} must be below 2**32.")
-    first_round = whole_number("first_round", first_round, 1)
+    first_round = check_number("first_round", first_round, ge=1, integer=True)
     if first_round + rounds > 2**31:
         raise FedLPError(
             f"{rounds} rounds from round {first_round} on exceed 2**31, the last round that is "
             "counted; lower one of them."
         )
     if eval_every is not None:
-        eval_every = whole_number("eval_every", eval_every, 1)
+        eval_every = check_number("eval_every", eval_every, ge=1, integer=True)
     return rounds, seed, eval_every, first_round
 
 
@@ -64,7 +65,7 @@ def check_start(rounds: int, first_round: int, checkpoint: Any, resume: Any) -> 
             f"a run from first_round={shown(first_round)} on has no earlier rounds to save or "
             "resume; omit first_round, or omit checkpoint and resume."
         )
-    if resume is not None and resume.round > whole_number("rounds", rounds, 0):
+    if resume is not None and resume.round > check_number("rounds", rounds, ge=0, integer=True):
         raise FedLPError(
             f"the checkpoint has {resume.round} rounds, more than the {rounds} asked for."
         )

@@ -506,11 +506,11 @@ def test_labels_may_be_a_column():
             lambda y: partition.shards(np.eye(12, dtype=int), clients=2),
             "one-hot array, take .argmax",
         ),
-        (lambda y: partition.dirichlet(y, clients=2, alpha=0), "alpha must be .* got 0; about"),
-        (lambda y: partition.dirichlet(y, clients=2, alpha=-1.0), "alpha must be .* got -1.0"),
-        (lambda y: partition.dirichlet(y, clients=2, alpha=np.nan), "alpha must be .* got nan"),
-        (lambda y: partition.dirichlet(y, clients=2, alpha=np.inf), "alpha must be .* got inf"),
-        (lambda y: partition.dirichlet(y, clients=2, alpha="1"), "alpha must be .* got '1'"),
+        (lambda y: partition.dirichlet(y, clients=2, alpha=0), "alpha=0 must be .* about"),
+        (lambda y: partition.dirichlet(y, clients=2, alpha=-1.0), "alpha=-1.0 must be"),
+        (lambda y: partition.dirichlet(y, clients=2, alpha=np.nan), "alpha=nan must be"),
+        (lambda y: partition.dirichlet(y, clients=2, alpha=np.inf), "alpha=inf must be"),
+        (lambda y: partition.dirichlet(y, clients=2, alpha="1"), "alpha='1' must be"),
         (
             lambda y: partition.dirichlet(y, clients=6, alpha=1.0, min_size=3),
             "min_size=3 for 6 clients needs more than the 12 examples; lower min_size to 2 or "
@@ -524,7 +524,7 @@ def test_labels_may_be_a_column():
             lambda y: partition.dirichlet(y, clients=12, alpha=0.01),
             r"dirichlet with alpha=0.01 left \d+ of 12 clients .* min_size=1, .* a larger alpha",
         ),
-        (lambda y: partition.quantity(y, clients=3, alpha=0.0), "alpha must be"),
+        (lambda y: partition.quantity(y, clients=3, alpha=0.0), "alpha=0.0 must be"),
         (
             lambda y: partition.quantity(y, clients=3, alpha=1.0, min_size=5),
             "needs more than the 12",
@@ -534,8 +534,11 @@ def test_labels_may_be_a_column():
             lambda y: partition.shards(y, clients=2, shards_per_client=0),
             "shards_per_client=0 must be a whole number",
         ),
-        (lambda y: partition.mixed(y, clients=2, ratio=1.1), "between 0 and 1; got 1.1"),
-        (lambda y: partition.mixed(y, clients=2, ratio=np.nan), "between 0 and 1; got nan"),
+        (
+            lambda y: partition.mixed(y, clients=2, ratio=1.1),
+            r"ratio=1.1 must be a number in \[0, 1\]",
+        ),
+        (lambda y: partition.mixed(y, clients=2, ratio=np.nan), "ratio=nan must be a number in"),
         (
             lambda y: partition.mixed(y, clients=6, ratio=0.5),
             "ratio=0.5 leaves 6 examples for the 12 shards of 6 clients",
