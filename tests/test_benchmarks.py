@@ -23,6 +23,7 @@ from benchmarks import (
     curves,
     dense,
     hetero,
+    language,
     memory,
     parts,
     roofline,
@@ -185,6 +186,16 @@ def test_convolutions(run, monkeypatch):
     (row,) = run(convolutions)["backends"]["cpu"]
     assert set(row["milliseconds"]) == {"patches", "winograd_4x4"}
     assert all(0 < time < math.inf for time in row["milliseconds"].values())
+
+
+def test_language(run):
+    result = run(language, "--rounds", "4", "--every", "2")
+    assert list(result["runs"]) == ["FedAvg", "FedLP-Homo(0.5)"]
+    for contender in result["runs"].values():
+        assert [test["round"] for test in contender["tests"]] == [2, 4]
+        assert contender["train_loss"][-1] < contender["train_loss"][0]
+    sent = [contender["tests"][-1]["upload_bytes"] for contender in result["runs"].values()]
+    assert sent[1] < sent[0]
 
 
 def test_curves(run):

@@ -1,6 +1,8 @@
 """Every page beside the README does what it says."""
 
 import ast
+import gzip
+import json
 import pathlib
 import re
 
@@ -11,12 +13,13 @@ from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()
+TASKS = (ROOT / "docs" / "tasks.md").read_text()
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language, page=PAGE):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -29,6 +32,28 @@ def test_python_runs(block):
     history = names["result"].history
     key = "epsilon" if "privacy=" in block else "simulated_time"
     assert (history[key] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python", TASKS))
+def test_python_of_other_tasks_runs(block, tmp_path, monkeypatch):
+    roles = {f"play::{i}": ["Once more unto the breach, " * (40 + i)] for i in range(12)}
+    (tmp_path / "roles.json.gz").write_bytes(gzip.compress(json.dumps(roles).encode()))
+    monkeypatch.setenv("SHAKESPEARE_DIR", str(tmp_path))
+    names = {}
+    exec(compile(block, "tasks.md", "exec"), names)
+    loss = names["result"].history["train_loss"]
+    assert loss[-1] < loss[0]
+
+
+def test_the_configuration_of_a_language_task_is_valid():
+    raw = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    (block,) = blocks("yaml", TASKS)
+    whole = yaml.safe_load((ROOT / "configs" / "shakespeare.yaml").read_text())
+    own = yaml.safe_load(block)
+    config = parse_config(raw | own)
+    assert config.task.padding == 0
+    assert {k: own[k] for k in ("model", "task")} == {k: whole[k] for k in ("model", "task")}
 
 
 def test_the_configuration_is_valid():

@@ -10,7 +10,6 @@ from fedlp_jax.config.schema import Config
 from fedlp_jax.data.dataset import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.tasks.classification import classification
 
 
 def build(config: Config) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def build(config: Config) -> dict[str, Any]:
     if draws is not None:
         make = partial(reference.algorithm_with, config, draws)
     algorithm = make(
-        task=classification(config.model.build(num_classes=data.num_classes)),
+        task=config.task.build(module=config.model.build(num_classes=_outputs(config, data))),
         # The optimizer gets the rate 1, and the rate becomes `client_schedule`, a factor on its
         # updates: then the rate is an argument of the compiled round, and another one compiles
         # nothing. The rate is the last factor in all these optimizers, so the bits are the same.
@@ -47,6 +46,14 @@ def build(config: Config) -> dict[str, Any]:
         "faults": None if config.faults is None else config.faults.build(),
         "plan": config.plan.build(),
     }
+
+
+def _outputs(config: Config, data: Dataset) -> int:
+    """The outputs of the model: one for each class or token, or one for each target."""
+    if data.num_classes and config.task.name in ("classification", "next_token"):
+        return data.num_classes
+    targets = data.train.labels
+    return 1 if targets.ndim == 1 else int(targets.shape[-1])
 
 
 def build_partition(config: Config, data: Dataset) -> Partition:

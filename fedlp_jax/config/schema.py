@@ -40,6 +40,10 @@ from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.nn import models
 from fedlp_jax.simulation.checkpoint import Checkpoint
+from fedlp_jax.tasks.classification import classification
+from fedlp_jax.tasks.multi_label import multi_label
+from fedlp_jax.tasks.next_token import next_token
+from fedlp_jax.tasks.regression import regression
 
 # VALUES
 
@@ -243,10 +247,21 @@ MODELS = _kinds(
         "mlp": models.MLP,
         "resnet": models.ResNet,
         "logistic": models.Logistic,
+        "transformer": models.Transformer,
+        "char_lstm": models.CharLSTM,
     },
-    without=("num_classes", "parent", "initial"),
+    without=("num_classes", "parent", "initial", "deepest"),
     init=(Literal["flax", "pytorch"], "flax"),
     dtype=(Literal["float32", "bfloat16"], "float32"),  # of activations
+)
+TASKS = _kinds(
+    {
+        "classification": classification,
+        "next_token": next_token,
+        "regression": regression,
+        "multi_label": multi_label,
+    },
+    without=("module", "normalize", "augment"),
 )
 _NOT_IN_YAML = ("behaviour", "client_schedule")
 ALGORITHMS = _kinds(
@@ -280,6 +295,7 @@ ALGORITHMS = _kinds(
 KINDS = {  # the sections that come in several kinds
     "partition": PARTITIONS,
     "model": MODELS,
+    "task": TASKS,
     "algorithm": ALGORITHMS,
     "algorithm.client_optimizer": OPTIMIZERS,
     "algorithm.server_optimizer": OPTIMIZERS,
@@ -330,6 +346,7 @@ class Config(Section):
     data: Data
     partition: Annotated[Any, _type(one_of(PARTITIONS))]
     model: Annotated[Any, _type(one_of(MODELS))]
+    task: Annotated[Any, _type(one_of(TASKS))] = TASKS["classification"](name="classification")
     algorithm: Annotated[Any, _type(one_of(ALGORITHMS))]
     rounds: Whole
     cohort: Whole | Real  # clients of a round, or their share

@@ -11,7 +11,10 @@ from fedlp_jax.aggregation.robust import RULES
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import parse_config
 from fedlp_jax.config.schema import OPTIMIZERS
+from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.dataset import IDENTITY
 from fedlp_jax.simulation.run import Simulation
+from fedlp_jax.types import Examples
 
 RAW = {
     "data": {"name": "digits"},
@@ -148,3 +151,34 @@ def test_what_a_function_refuses_is_refused(settings, sentence):
 def test_what_needs_the_model_is_refused_before_anything_compiles(settings, sentence):
     with pytest.raises(fl.FedLPError, match=sentence):
         Simulation(**build_raw(**settings))
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "outputs"),
+    [
+        ("regression", np.zeros(20, np.float32), 1),
+        ("regression", np.zeros((20, 3), np.float32), 3),
+        ("multi_label", np.arange(60).reshape(20, 3) % 2, 3),
+        ("classification", np.arange(20) % 4, 4),
+    ],
+)
+def test_a_model_has_an_output_for_each_target_of_its_task(tmp_path, task, targets, outputs):
+    inputs = np.zeros((20, 5), np.float32)
+    arrays = {f"{split}_inputs": inputs for split in ("train", "test")}
+    arrays |= {f"{split}_labels": targets for split in ("train", "test")}
+    np.savez(tmp_path / "own.npz", **arrays)
+    kind = "classes" if task == "classification" else "values"
+    data = {"name": str(tmp_path / "own.npz"), "options": {"targets": kind}}
+    arguments = build(parse_config(RAW | {"data": data, "task": {"name": task}}))
+    built, example = arguments["algorithm"].task, batch_of_one(inputs, targets)
+    held = jax.eval_shape(built.init, jax.random.key(0), example)
+    shape = jax.eval_shape(built.outputs, held, example).shape
+    assert shape == (1, outputs)
+    built.check(shape, example, arguments["data"].num_classes)
+
+
+def batch_of_one(inputs, targets):
+    held = Examples(jnp.asarray(inputs), jnp.asarray(targets, jnp.float32), IDENTITY)
+    if targets.dtype.kind == "i":
+        held = held._replace(labels=jnp.asarray(targets, jnp.int32))
+    return example_of(held)

@@ -53,6 +53,12 @@ def refusal(tree):
         (schema.FaultsSection, fl.Faults, set()),
         (schema.PARTITIONS["dirichlet"], fl.partition.dirichlet, {"labels"}),
         (schema.MODELS["mlp"], fl.models.MLP, {"num_classes", "initial", "parent"}),
+        (
+            schema.MODELS["transformer"],
+            fl.models.Transformer,
+            {"num_classes", "initial", "parent", "deepest"},
+        ),
+        (schema.TASKS["next_token"], fl.next_token, {"module"}),
     ],
 )
 def test_a_section_has_the_arguments_and_defaults_of_what_it_configures(section, function, rest):
@@ -104,6 +110,11 @@ def test_keep_takes_all_its_forms(keep):
     assert value == keep
 
 
+def test_the_task_is_classification_unless_said_otherwise():
+    assert parse_config(RAW).task.name == "classification"
+    assert parse_config(raw(task={"name": "next_token", "padding": 0})).task.padding == 0
+
+
 def test_a_cohort_of_one_and_of_all():
     one, share = (parse_config(raw(cohort=c)).cohort for c in (1, 1.0))
     assert (type(one), type(share)) == (int, float)
@@ -139,6 +150,8 @@ def test_a_behaviour_sets_what_is_not_given(name):
         ({"seed": 2**32}, "seed: must be less than 4294967296"),
         ({"eval_every": 0}, "eval_every: must be greater than or equal to 1 (got 0)."),
         ({"model__hidden": 64}, "model.hidden: must be a list (got 64)."),
+        ({"task__name": "regresion"}, "'regresion' is unknown; did you mean 'regression'"),
+        ({"task__padding": 0}, "task: name is missing; it is one of classification, next_token"),
         ({"name": "a/b"}, "name: a run's name must be usable as the name of a folder."),
         ({"name": ".."}, "name: a run's name must be usable as the name of a folder."),
         ({"data__name": 5}, "data.name: must be text (got 5)."),
@@ -160,7 +173,10 @@ def test_a_behaviour_sets_what_is_not_given(name):
         ({"algorithm__privacy": {"clip": 1}}, "algorithm.privacy.noise_multiplier: is missing."),
         # kinds
         ({"algorithm__name": "fedlp-homo"}, "name 'fedlp-homo' is unknown; did you mean 'fedlp_h"),
-        ({"model__name": "vit"}, "Known: fedlp_cnn, mnist_cnn, mlp, resnet, logistic."),
+        (
+            {"model__name": "vit"},
+            "Known: fedlp_cnn, mnist_cnn, mlp, resnet, logistic, transformer, char_lstm.",
+        ),
         ({"model": {}}, "model: name is missing; it is one of fedlp_cnn,"),
         ({"model": "mlp"}, "model: must be a section (got 'mlp')."),
         ({"partition__name": "dirichlet"}, "partition.alpha: is missing."),
