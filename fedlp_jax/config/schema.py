@@ -264,6 +264,7 @@ TASKS = _kinds(
     without=("module", "normalize", "augment"),
 )
 _NOT_IN_YAML = ("behaviour", "client_schedule")
+_CLASSIFICATION = TASKS["classification"].model_validate({"name": "classification"})
 ALGORITHMS = _kinds(
     {
         function.__name__: function
@@ -346,7 +347,7 @@ class Config(Section):
     data: Data
     partition: Annotated[Any, _type(one_of(PARTITIONS))]
     model: Annotated[Any, _type(one_of(MODELS))]
-    task: Annotated[Any, _type(one_of(TASKS))] = TASKS["classification"](name="classification")
+    task: Annotated[Any, _type(one_of(TASKS))] = _CLASSIFICATION
     algorithm: Annotated[Any, _type(one_of(ALGORITHMS))]
     rounds: Whole
     cohort: Whole | Real  # clients of a round, or their share
