@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.reporting.variables import load_variables as load_variables
     from fedlp_jax.reporting.variables import save_variables as save_variables
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
+    from fedlp_jax.simulation.early_stop import EarlyStop as EarlyStop
     from fedlp_jax.simulation.evaluation import evaluate as evaluate
     from fedlp_jax.simulation.loop import simulate as simulate
     from fedlp_jax.simulation.result import DivergedError as DivergedError
@@ -118,6 +119,7 @@ _HOMES = {
     "reporting.compare": "compare",
     "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
+    "simulation.early_stop": "EarlyStop",
     "simulation.evaluation": "evaluate",
     "simulation.loop": "simulate",
     "simulation.result": "DivergedError Result",

@@ -24,6 +24,8 @@ def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
     rows = {"test accuracy": "not evaluated"}
     if (key := headline(final)) is not None:
         rows = {key.replace("_", " "): f"{final[key]:.4f} after {summary['rounds']} rounds"}
+    if summary["stopped"] is not None:
+        rows["stopped early"] = summary["stopped"]
     for direction in ("upload", "download"):
         key = f"{direction}_bytes"
         rows[direction] = _against_fedavg(summary["total"][key], summary["fedavg"][key])

@@ -44,6 +44,7 @@ def build(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "faults": None if config.faults is None else config.faults.build(),
+        "early_stop": None if config.early_stop is None else config.early_stop.build(),
         "plan": config.plan.build(),
     }
 

@@ -107,7 +107,7 @@ def execute(
                 stop=stop,
                 compiled=record.compiled,
             )
-            if len(result.history) < config.rounds:
+            if len(result.history) < config.rounds and result.stopped is None:
                 raise KeyboardInterrupt
             if directory is not None:
                 record.compiled(result.plan)
@@ -166,6 +166,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "name": name,
         "status": "done",
         "rounds": len(result.history),
+        "stopped": result.stopped,  # why `early_stop` ended the run
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
         "fedavg": fedavg_traffic(

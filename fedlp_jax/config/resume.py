@@ -10,11 +10,18 @@ from typing import Any
 from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import FedLPError, warn
-from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY
+from fedlp_jax.reporting.run_directory import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    read_metrics,
+)
 from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
+from fedlp_jax.simulation.early_stop import Watch
 
 # What changes the time a run takes and the rounds it shows, but no number in them.
-_MAY_DIFFER = {"name", "rounds", "eval_every", "plan", "checkpoint"}
+_MAY_DIFFER = {"name", "rounds", "eval_every", "early_stop", "plan", "checkpoint"}
 
 
 def run_checkpoint(config: Config, directory: Path, overwrite: bool = False) -> Checkpoint:
@@ -56,6 +63,9 @@ def finished_rounds(config: Config, directory: Path) -> int:
         done = int(summary["rounds"]) if summary["status"] == "done" else 0
     except Exception:  # malformed JSON can raise almost anything
         return 0  # a finished run has a good summary
+    if done and done < config.rounds and config.early_stop is not None:
+        stops = Watch(config.early_stop.build(), read_metrics(directory)).stops
+        return done if stops else 0
     return done if done >= config.rounds else 0
 
 

@@ -40,6 +40,7 @@ from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.nn import models
 from fedlp_jax.simulation.checkpoint import Checkpoint
+from fedlp_jax.simulation.early_stop import EarlyStop
 from fedlp_jax.tasks.classification import classification
 from fedlp_jax.tasks.multi_label import multi_label
 from fedlp_jax.tasks.next_token import next_token
@@ -321,6 +322,7 @@ class Data(Section):
 PlanSection = derive("plan", Plan)
 CheckpointSection = derive("checkpoint", Checkpoint, without=("directory", "settings", "overwrite"))
 FaultsSection = derive("faults", Faults)
+EarlyStopSection = derive("early_stop", EarlyStop)
 
 
 def _fits(field: Any, value: Any) -> bool:
@@ -355,6 +357,7 @@ class Config(Section):
     draws: Literal["own", "reference"] = "own"
     eval_every: Annotated[Whole, Field(ge=1)] | None = None  # rounds; null = the last only
     faults: Annotated[Any, _type(FaultsSection | None)] = None
+    early_stop: Annotated[Any, _type(EarlyStopSection | None)] = None
     plan: Annotated[Any, _type(PlanSection)] = PlanSection()
     checkpoint: Annotated[Any, _type(CheckpointSection)] = CheckpointSection()
     behaviour: Literal["layerwise", "reference"] | None = Field(None, exclude=True)

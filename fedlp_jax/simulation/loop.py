@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import signal
 import threading
@@ -26,6 +27,7 @@ from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 from fedlp_jax.simulation.cohorts import CohortRule
+from fedlp_jax.simulation.early_stop import EarlyStop, Watch
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
 from fedlp_jax.types import ServerState, Variables
@@ -72,6 +74,7 @@ def simulate(
     checkpoint: Checkpoint | None = None,
     resume: Snapshot | None = None,
     stop: Callable[[], bool] | None = None,
+    early_stop: EarlyStop | None = None,
     compiled: Callable[[Plan], None] | None = None,
 ) -> Result:
     """Runs federated training.
@@ -113,6 +116,8 @@ def simulate(
       resume: from `Checkpoint.latest()`; None = from the start. `rounds` then counts those of
         before, too. Under one plan the result is that of an uninterrupted run, bit for bit.
       stop: asked before every round; once it returns True the run is saved and ends.
+      early_stop: ends the run at a target or without progress, see `EarlyStop`; the reason is
+        `result.stopped`.
       compiled: called once, before the first round, with the plan that fits the memory.
 
     Returns:
@@ -147,18 +152,20 @@ def simulate(
             checkpoints.check(run, resume)
     asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
-    name, show = data.name if progress is True else str(progress), processes.is_first() and progress
-    shown = Progress(run.last_round, name, show=bool(show), done=resume.rows if resume else ())
+    name, first = data.name if progress is True else str(progress), processes.is_first()
+    done = resume.rows if resume is not None else ()
+    shown = Progress(run.last_round, name, show=bool(first and progress), done=done)
+    watch = Watch(early_stop, done)
     with shown, processes.losses_explained():
-        listeners = [shown.update] + ([log] if log is not None and processes.is_first() else [])
+        listeners = [shown.update, watch.update, *([log] if log is not None and first else [])]
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed):
-            ends = processes.stop_together(ask, run.plan.mesh)
+            ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
             _run_rounds(run, left, listeners, callbacks, saver, ends)
     if pressed() and run.reached < run.last_round:
         after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
         warn(f"{after}; the result holds the rounds so far.", stacklevel=3)
-    return run.result()
+    return dataclasses.replace(run.result(), stopped=watch.reason)
 
 
 def _start(

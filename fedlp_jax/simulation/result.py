@@ -76,6 +76,7 @@ class Result:
       readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
       lowerings: the form that each convolution took, by its shapes.
       warnings: what was assumed of model, data and environment, or went wrong, as it was said.
+      stopped: why `early_stop` ended the run; None = it did not.
     """
 
     variables: Variables
@@ -87,6 +88,7 @@ class Result:
     readings: dict[str, float]
     lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    stopped: str | None = None
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
         """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure.

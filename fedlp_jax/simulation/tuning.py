@@ -127,7 +127,7 @@ def tune(
       FedLPError: `seconds` is not a positive number, or the default plan cannot run.
     """
     end = time.monotonic() + check_number("seconds", seconds, gt=0)
-    ignored = ("rounds", "eval_every", "plan")
+    ignored = ("rounds", "eval_every", "early_stop", "plan")
     fixed = {key: value for key, value in arguments.items() if key not in ignored}
     run = Simulation(**fixed, rounds=0)
     plan, cohort = run.plan, run.size

@@ -502,7 +502,7 @@ def test_refusals(settings, message):
         ),
         (
             lambda: run(fl.fedavg(fl.classification(Steps(classes=2)), **COMMON)),
-            "the model has 2 outputs but 'arrays' has 3 classes",
+            "the model has 2 outputs but the data set has 3 classes",
         ),
         (
             lambda: run(fl.fedavg(fl.classification(Wants2D()), **COMMON)),
