@@ -162,13 +162,12 @@ def simulate(
         with _listening_to_ctrl_c(stop) as (ask, pressed):
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
             _run_rounds(run, left, listeners, callbacks, saver, ends)
-    if pressed():
-        _warn_of_missing_rounds(run)
+    _warn_of_missing_rounds(run, pressed())
     return dataclasses.replace(run.result(), stopped=watch.reason)
 
 
-def _warn_of_missing_rounds(run: Run) -> None:
-    if run.reached < run.last_round:
+def _warn_of_missing_rounds(run: Run, pressed: bool) -> None:
+    if pressed and run.reached < run.last_round:
         after = f"interrupted by Ctrl-C after round {run.reached} of {run.last_round}"
         warn(f"{after}; the result holds the rounds so far.", stacklevel=4)
 
