@@ -15,6 +15,7 @@ import fedlp_jax
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
 from fedlp_jax.config.loading import split_words
+from fedlp_jax.config.schema import ALGORITHMS
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting import plots
@@ -260,6 +261,19 @@ def test_a_misspelt_command_gets_a_suggestion():
     said = fedlp("rnu", "small.yaml")
     assert said.exit_code == 2
     assert "'run'" in said.stderr
+
+
+def test_algorithms_are_listed_with_a_line_each_and_told_in_full():
+    listed = fedlp("algorithms")
+    names = [line.split()[0] for line in listed.stdout.splitlines()]
+    assert names == list(ALGORITHMS) and all(
+        len(line.split()) > 4 for line in listed.stdout.splitlines()
+    )
+    one = fedlp("algorithms", "scaffold").stdout
+    assert "Algorithm 1" in one or "SCAFFOLD" in one
+    assert "  batch_size: 32\n" in one and "  client_optimizer: (required)\n" in one
+    unknown = fedlp("algorithms", "scafold")
+    assert unknown.exit_code == 2 and "did you mean 'scaffold'?" in unknown.output
 
 
 def test_version():
