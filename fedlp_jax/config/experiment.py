@@ -113,6 +113,7 @@ def execute(
                 record.compiled(result.plan)
                 record.begin()
                 directory.save(result.state.variables)
+                directory.save_clients(result.clients.columns())
         except BaseException as error:  # an interruption too leaves its summary
             if directory is not None:
                 _note_failure(error, directory, record.rows, said)
@@ -221,5 +222,6 @@ def _note_failure(
         error.add_note("Nothing was written.")
     if isinstance(error, DivergedError):
         directory.save(error.result.state.variables)
+        directory.save_clients(error.result.clients.columns())
     elif directory.has_checkpoint:
         error.add_note(f"Resume with: fedlp run {directory.path} --resume")

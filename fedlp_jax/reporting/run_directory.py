@@ -3,6 +3,7 @@
     config.yaml     the resolved configuration, which can itself be run
     metrics.jsonl   one object per round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
+    clients.npz     a table with a row per round and client, see `Result.clients`
     summary.json    last numbers, totals, versions, device, time
     checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`
     plots/          accuracy by round and by upload, the partition
@@ -33,9 +34,9 @@ from fedlp_jax.reporting.variables import VARIABLES, save_variables
 from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
+CHECKPOINTS, CLIENTS, LOCK = "checkpoints", "clients.npz", ".lock"
 _FOLDERS = (PLOTS, CHECKPOINTS)
-_FILES = (CONFIG, VARIABLES, SUMMARY, METRICS)
+_FILES = (CONFIG, VARIABLES, CLIENTS, SUMMARY, METRICS)
 
 
 class RunDirectory:
@@ -131,6 +132,12 @@ class RunDirectory:
         self._check_place()
         with _naming(self.path / VARIABLES):
             save_variables(self.path / VARIABLES, variables)
+
+    def save_clients(self, columns: Mapping[str, Any]) -> None:
+        """Writes `clients.npz`, of arrays by name."""
+        self._check_place()
+        with _naming(self.path / CLIENTS), replacing(self.path / CLIENTS) as file:
+            np.savez_compressed(file, allow_pickle=False, **columns)
 
     def close(self) -> None:
         """Releases the lock. If nothing was written, removes the directories that were made."""

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from fedlp_jax.simulation.result import Row
     from fedlp_jax.simulation.run import Run
 
-FORMAT = 4
+FORMAT = 5
+_BOOKS = ("ledger ", "history ")  # prefixes of arrays that grow with the rounds
 _ARRAYS, _FACTS = "arrays", "facts"
 _ROUND = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint
 _FIRST_SECONDS = 30.0  # from the start of a run to its first checkpoint, compilation included
@@ -153,8 +154,8 @@ class Snapshot(NamedTuple):
     """A run after a round, on the host.
 
     Its arrays are the server's state (variables, and the states of policy, aggregator and server
-    optimizer), what the clients keep and the ledger. Random draws need only the seed and
-    the round, so they leave nothing to save.
+    optimizer), what the clients keep, the ledger and the history of clients. Random draws need only
+    the seed and the round, so they leave nothing to save.
     """
 
     round: int  # rounds done, R
@@ -346,6 +347,7 @@ def capture(run: Run) -> Snapshot:
     """Copies a run to the host, after the round that was read last; none may be in flight."""
     arrays: dict[str, Any] = {name: key_data(leaf) for name, leaf in _leaves(run).items()}
     arrays |= {f"ledger {name}": array for name, array in run.ledger.arrays().items()}
+    arrays |= {f"history {name}": array for name, array in run.client_history.arrays().items()}
     snapshot = Snapshot(
         len(run.history),
         list(run.history.rows),
@@ -372,7 +374,7 @@ def check(run: Run, snapshot: Snapshot) -> None:
     refuse_other({**before, "begun with": {}}, {**now, "begun with": {}}, other)
     needs = {name: describe(key_data(leaf)) for name, leaf in _leaves(run).items()}
     arrays = snapshot.arrays.items()
-    has = {name: describe(array) for name, array in arrays if not name.startswith("ledger ")}
+    has = {name: describe(array) for name, array in arrays if not name.startswith(_BOOKS)}
     for name in sorted(needs.keys() | has.keys()):
         if needs.get(name) != has.get(name):
             raise FedLPError(
@@ -411,6 +413,8 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     if run.stage.store is not None:
         run.stage.store.stacks = trees["clients"]
     run.ledger.load({name: arrays[f"ledger {name}"] for name in run.ledger.arrays()})
+    client_history = run.client_history
+    client_history.load({name: arrays[f"history {name}"] for name in client_history.arrays()})
     run.history.rows = list(snapshot.rows)
     run.padded_share, run.imbalance = snapshot.sums["padded_share"], snapshot.sums["imbalance"]
 

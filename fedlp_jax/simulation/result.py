@@ -13,6 +13,7 @@ from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.progress import headline
+from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.types import ServerState, Variables
 
 Row = dict[str, Any]
@@ -75,6 +76,7 @@ class Result:
       layers: the layer table of what is exchanged.
       readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
       lowerings: the form that each convolution took, by its shapes.
+      clients: who took part in each round, with their losses and what became of them.
       warnings: what was assumed of model, data and environment, or went wrong, as it was said.
       stopped: why `early_stop` ended the run; None = it did not.
     """
@@ -87,6 +89,7 @@ class Result:
     layers: LayerTable
     readings: dict[str, float]
     lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
+    clients: ClientHistory = dataclasses.field(default_factory=ClientHistory)
     warnings: list[str] = dataclasses.field(default_factory=list)
     stopped: str | None = None
 

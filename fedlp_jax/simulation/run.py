@@ -22,6 +22,7 @@ from fedlp_jax.execution.plan import Plan, compile_to_fit, replicated
 from fedlp_jax.simulation import evaluation
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import first_numbers
+from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
@@ -79,6 +80,7 @@ class Run:
       stage: data and cohorts on the devices.
       ledger: what was sent.
       history: a row for each round read.
+      client_history: a row for each client of each round read.
       readings: seconds of tracing, lowering and compiling, and predicted bytes.
     """
 
@@ -108,9 +110,10 @@ class Run:
         self.state: ServerState = processes.put(
             jax.tree.map(jnp.copy, state), replicated(self.plan)
         )
-        self.ledger, self.history = (
-            Ledger(spec.layers, self.population, spec.algorithm.wire(spec.layers)),
-            History(),
+        self.ledger = Ledger(spec.layers, self.population, spec.algorithm.wire(spec.layers))
+        self.history = History()
+        self.client_history = ClientHistory(
+            self.algorithm.task.metrics, spec.layers.names, spec.clients.sizes
         )
         self.program: Program | None = None
         self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes
@@ -230,7 +233,7 @@ class Run:
         return found
 
     def book(self, record: RoundRecord) -> Row:
-        """Adds a round to the ledger and the history.
+        """Adds a round to the ledger and the histories.
 
         Returns:
           The round's row.
@@ -250,6 +253,7 @@ class Run:
             row["epsilon"] = self.spec.epsilon(record.round)
         if record.tested is not None:
             row |= evaluation.test_metrics(record.tested)
+        self.client_history.add(record.round, record.client, record.level, metrics, arrived)
         upload, download = np.asarray(metrics.upload), np.asarray(metrics.download)
         row |= self.ledger.add(record.client, upload, download, arrived)
         row["seconds"] = record.seconds
@@ -300,6 +304,7 @@ class Run:
             self.spec.layers,
             self.readings,
             dict(self.lowerings),
+            clients=self.client_history,
         )
 
     def round_shapes(self, plan: Plan) -> tuple[Any, ...]:

@@ -77,6 +77,14 @@ def test_a_run_writes_its_directory(done):
     assert len(result.history) == 2
 
 
+def test_the_table_of_clients_is_written(done):
+    path, result = done
+    with np.load(path / "clients.npz") as table:
+        same(dict(table), result.clients.columns())
+        assert table["round"].tolist() == [1] * 4 + [2] * 4
+        assert table["kept"].sum() == np.sum(result.costs.senders) and len(table["layers"]) == 2
+
+
 def test_the_summary_has_the_warnings(done, tmp_path):
     path, result = done
     assert result.warnings == json.loads((path / "summary.json").read_text())["warnings"] == []

@@ -39,6 +39,7 @@ def written(path, rounds=1, **row):
     for round in range(1, rounds + 1):
         directory.append({"round": round} | row)
     directory.save(VARIABLES)
+    directory.save_clients({"client": np.arange(3)})
     directory.summarize({"status": "done"})
     (directory.path / "plots").mkdir(exist_ok=True)
     (directory.path / "plots" / "accuracy.png").write_bytes(b"png")
@@ -49,6 +50,7 @@ def written(path, rounds=1, **row):
 def test_writes_all_parts_and_releases_its_lock(tmp_path):
     path = written(tmp_path / "out", rounds=3)
     assert sorted(p.name for p in path.iterdir()) == [
+        "clients.npz",
         "config.yaml",
         "metrics.jsonl",
         "plots",
@@ -308,6 +310,10 @@ def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):
     large = {"params": {"fc": {"kernel": np.zeros((99, 99), np.float32)}}}
     for name, write in (
         ("variables.npz", lambda: directory.save(large)),
+        (
+            "clients.npz",
+            lambda: directory.save_clients({"x": np.random.default_rng(0).random(999)}),
+        ),
         ("summary.json", lambda: directory.summarize({"x": "y" * 999})),
     ):
         with pytest.raises(OSError, match=f"too large: '.*{name}'"), full_disk():

@@ -195,10 +195,10 @@ def test_other_settings_are_refused_with_every_field_that_differs(two):
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 5)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     write(Checkpoint(tmp_path / "c"), 1)
     monkeypatch.undo()
-    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 5, but .* reads format 4"):
+    with pytest.raises(FedLPError, match=r"by fedlp_jax .* in format 6, but .* reads format 5"):
         Checkpoint(tmp_path / "c").latest()
 
 
@@ -341,6 +341,6 @@ def test_nothing_stays_patched_and_nothing_is_logged(copied, capfd):
 
 def test_the_facts_are_plain_json(two):
     facts = json.loads((two / "5" / "facts" / "metadata").read_text())
-    assert facts["format"] == 4
+    assert facts["format"] == checkpoint.FORMAT
     assert facts["settings"] == {"rate": 0.1}
     assert len(facts["snapshot"]["layout"]) == 7
