@@ -112,8 +112,7 @@ def execute(
             if directory is not None:
                 record.compiled(result.plan)
                 record.begin()
-                directory.save(result.state.variables)
-                directory.save_clients(result.clients.columns())
+                _save(directory, result)
         except BaseException as error:  # an interruption too leaves its summary
             if directory is not None:
                 _note_failure(error, directory, record.rows, said)
@@ -203,6 +202,12 @@ def _with_plan(config: Config, plan: Plan) -> Config:
     return config.model_copy(update={"plan": section})
 
 
+def _save(directory: RunDirectory, result: Result) -> None:
+    """Writes what a run leaves in arrays."""
+    directory.save(result.state.variables)
+    directory.save_clients(result.clients.columns())
+
+
 def _note_failure(
     error: BaseException,
     directory: RunDirectory,
@@ -221,7 +226,6 @@ def _note_failure(
     else:
         error.add_note("Nothing was written.")
     if isinstance(error, DivergedError):
-        directory.save(error.result.state.variables)
-        directory.save_clients(error.result.clients.columns())
+        _save(directory, error.result)
     elif directory.has_checkpoint:
         error.add_note(f"Resume with: fedlp run {directory.path} --resume")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # The numbers of `ClientStatus`, and one more: it arrived with an update that is not finite.
 OUTCOMES = (*(status.name.lower() for status in ClientStatus), "left_out")
+_BATCH = 64  # rounds
 _QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -64,7 +65,8 @@ class ClientHistory:
                 ("metrics", np.float32, (len(self._metrics),)),
             ]
         )
-        self._parts: list[np.ndarray] = []  # rows of one round or several
+        self._parts: list[np.ndarray] = []  # rows of several rounds
+        self._fresh: list[tuple[np.ndarray, ...]] = []  # rounds that are not rows yet
 
     def add(
         self,
@@ -83,18 +85,32 @@ class ClientHistory:
           metrics: numpy, `[C, ...]`.
           arrived: `bool[C]`.
         """
+        status = corrupt = np.zeros(len(client), bool)  # all arrived
+        if metrics.outcomes:
+            status, corrupt = metrics.outcomes.status, metrics.outcomes.corrupt
+        where = (np.full(len(client), round), client, level)
+        what: Any = (status, corrupt, arrived, metrics.client.finite, metrics.upload)
+        sums: Any = (x for name in self._metrics for x in metrics.client.means[name])
+        self._fresh.append((*where, *what, *sums))
+        if len(self._fresh) == _BATCH:
+            self._pack()
+
+    def _pack(self) -> None:
+        """Turns the rounds added last into rows: many at once, which takes a tenth of the time."""
+        if not self._fresh:
+            return
+        columns: Any = map(np.concatenate, zip(*self._fresh, strict=True))
+        round, client, level, status, corrupt, arrived, finite, upload, *sums = columns
         rows = np.zeros(len(client), self._row)
         rows["round"], rows["client"], rows["level"] = round, client, level
-        if metrics.outcomes:
-            rows["outcome"], rows["corrupt"] = metrics.outcomes.status, metrics.outcomes.corrupt
-        rows["outcome"][arrived & ~np.asarray(metrics.client.finite)] = OUTCOMES.index("left_out")
-        rows["kept"] = np.packbits(np.asarray(metrics.upload) > 0, axis=1)
-        for i, name in enumerate(self._metrics):
-            total, weight = metrics.client.means[name]
-            seen = arrived & (np.asarray(weight) > 0)
+        rows["outcome"] = np.where(arrived & ~finite, OUTCOMES.index("left_out"), status)
+        rows["corrupt"], rows["kept"] = corrupt, np.packbits(upload > 0, axis=1)
+        for i, (total, weight) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
             mean = np.full(len(client), np.nan, np.float32)
-            rows["metrics"][:, i] = np.divide(total, weight, out=mean, where=seen)
+            np.divide(total, weight, out=mean, where=arrived & (weight > 0))
+            rows["metrics"][:, i] = mean
         self._parts.append(rows)
+        self._fresh = []
 
     def __getitem__(self, key: str) -> np.ndarray:
         """A column, see the class.
@@ -122,7 +138,7 @@ class ClientHistory:
         return [*known, *self._metrics]
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return len(self._table())
 
     def quantiles(self, key: str, q: ArrayLike = _QUARTERS) -> np.ndarray:
         """Quantiles of a column over the clients of each round.
@@ -173,10 +189,11 @@ class ClientHistory:
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Restores the table that returned these `arrays`."""
-        self._parts = [arrays["rows"].copy().view(self._row)]
+        self._parts, self._fresh = [arrays["rows"].copy().view(self._row)], []
 
     def _table(self) -> np.ndarray:
         """All rows; joins the parts, so that the next call need not."""
+        self._pack()
         joined: Any = np.concatenate([np.zeros(0, self._row), *self._parts])
         self._parts = [joined]
         return joined
