@@ -46,6 +46,20 @@ def test_python_of_other_tasks_runs(block, tmp_path, monkeypatch):
     assert loss[-1] < loss[0]
 
 
+def test_the_table_of_a_language_task_is_the_measured_one():
+    file = ROOT / "benchmarks" / "results" / "language.json"
+    runs = json.loads(file.read_text())["runs"].values()
+    one, other = ([row_of(test) for test in run["tests"]] for run in runs)
+    for (turn, *fedavg), (_, *homo) in zip(one, other, strict=True):
+        assert f"| {turn} | {' | '.join([*fedavg, *homo])} |" in TASKS
+
+
+def row_of(test):
+    accuracy = f"{test['test_accuracy']:.3f}".lstrip("0")
+    sent = f"{test['upload_bytes'] / 1e6:.1f}"
+    return test["round"], f"{test['test_loss']:.3f}, {accuracy}", sent
+
+
 def test_the_configuration_of_a_language_task_is_valid():
     raw = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     (block,) = blocks("yaml", TASKS)

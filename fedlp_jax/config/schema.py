@@ -264,8 +264,8 @@ TASKS = _kinds(
     },
     without=("module", "normalize", "augment"),
 )
-_NOT_IN_YAML = ("behaviour", "client_schedule")
 _CLASSIFICATION = TASKS["classification"].model_validate({"name": "classification"})
+_NOT_IN_YAML = ("behaviour", "client_schedule")
 ALGORITHMS = _kinds(
     {
         function.__name__: function

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlp_jax.data.dataset import IDENTITY, Dataset, Split, client_ids
+from fedlp_jax.data.dataset import IDENTITY, Dataset, Split
 from fedlp_jax.data.files import open_plain
 from fedlp_jax.errors import FedLPError, check_number, shown, why
 
@@ -32,6 +32,7 @@ class Speeches(Dataset):
 
     characters: str = ""  # token i + 1 is characters[i]; token 0 is padding
     roles: tuple[str, ...] = ()  # of each client id
+    test_client: np.ndarray | None = None  # i64[N], client id of each test window
     short_roles: int = 0  # roles left out because their text is too short
 
     def __repr__(self) -> str:
@@ -57,7 +58,7 @@ def shakespeare(
       min_windows: roles with fewer windows are left out. From 10 on, every role has test windows.
 
     Returns:
-      The data set, with a client id for each training window and the roles in the order of ids.
+      The data set, with a client id for each window and the roles in the order of ids.
 
     Raises:
       FedLPError: the directory or the file cannot be read, or no role has enough text.
@@ -91,16 +92,19 @@ def shakespeare(
             f"shakespeare: no role has the ten windows of length={length} of which one is tested "
             "on; lower length."
         )
-    sizes = [len(own.inputs) for own, _ in parts]
+    owners = [
+        np.repeat(np.arange(len(roles)), [len(part[k].inputs) for part in parts]) for k in (0, 1)
+    ]
     return Speeches(
         name="shakespeare",
         train=train,
         test=test,
         num_classes=len(characters) + 1,
         normalize=IDENTITY,
-        client=client_ids(np.repeat(np.arange(len(roles)), sizes), len(train.inputs)),
+        client=owners[0],
         characters=characters,
         roles=roles,
+        test_client=owners[1],
         short_roles=len(texts) - len(roles),
     )
 

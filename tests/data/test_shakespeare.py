@@ -64,6 +64,8 @@ def test_a_role_is_a_client(folder):
     data = fl.load("shakespeare", folder(ROLES), length=4, min_windows=6)
     clients = fl.partition.natural(data.train.labels, clients=data.client)
     assert clients.sizes.tolist() == [9, 6]
+    assert data.client.dtype == data.test_client.dtype == np.int64
+    assert data.test_client.tolist() == [0]
 
 
 def test_the_directory_may_be_named_by_the_environment(folder, monkeypatch):

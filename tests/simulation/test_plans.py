@@ -107,3 +107,44 @@ def test_in_float32_a_round_differs_by_less_than_a_hundredth_of_its_update():
     one, other = (flat(run(HOMO, plan, start, 1).variables) for plan in ((1, 1), (2, 3)))
     update = np.linalg.norm(one - flat(start))
     assert 0 < np.linalg.norm(other - one) < 1e-2 * update
+
+
+def sentences(count):
+    """Windows of tokens that count up, padded at the end, and the tokens one later."""
+    tokens = 1 + (RNG.integers(0, 6, (count, 1)) + np.arange(7)) % 6
+    tokens[np.arange(7) > RNG.integers(4, 8, (count, 1))] = 0
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+LANGUAGE = {
+    "transformer": (fl.models.Transformer(7, width=8, depth=2, heads=2, length=6), fl.fedlp_hetero),
+    "char_lstm": (fl.models.CharLSTM(7, embedding=3, hidden=4), fl.fedlp_homo),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_plan_gives_the_same_language_model(name):
+    """With uneven clients; the Transformer at two depths."""
+    module, scheme = LANGUAGE[name]
+    settings = {"depths": "uniform"} if scheme is fl.fedlp_hetero else {}
+    algorithm = scheme(
+        fl.next_token(module, padding=0),
+        keep=0.5,
+        client_optimizer=optax.adam(1e-2),
+        epochs=1,
+        batch_size=4,
+        **settings,
+    )
+    data = fl.from_arrays(*sentences(60), *sentences(20), num_classes=7, targets="values")
+    clients = fl.partition.quantity(data.train.labels, clients=8, alpha=4.0, seed=1)
+    variables = run(algorithm, (1, 1), None, 0, data, clients).variables
+    with jax.enable_x64(True):
+        variables = in_float64(variables)
+        one, other = (
+            run(algorithm, plan, variables, 3, data, clients) for plan in [(1, 1), (2, 3)]
+        )
+    assert flat(one.variables).dtype == np.float64
+    assert apart(one.variables, other.variables) < 1e-8
+    assert apart(variables, one.variables) > 1e-3
+    np.testing.assert_allclose(one.history["test_loss"], other.history["test_loss"], rtol=1e-8)
