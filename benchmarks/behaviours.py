@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main() -> None:
         results = json.loads(Path(options.json).read_text())
     else:
         fl.setup()
-        results = measure(*((2, 2) if options.smoke else (SEEDS, ROUNDS))) | machine()
+        results = measure(2, 2, ["mixed"]) if options.smoke else measure(SEEDS, ROUNDS, RUNS)
         if options.json:
             command.save(options.json, results)
     print(table(results))
@@ -79,16 +80,16 @@ def main() -> None:
         page.write_text(with_table(page.read_text(), results))
 
 
-def measure(seeds: int, rounds: int) -> dict[str, Any]:
-    """Runs every variant with every seed: `{"runs": {run: {variant: [a row a seed]}}}`."""
+def measure(seeds: int, rounds: int, names: Iterable[str]) -> dict[str, Any]:
+    """Runs every variant with every seed: `{"runs": {run: {variant: [a row per seed]}}}`."""
     runs = {
         run: {
             name: [train(run, variant, seed, rounds) for seed in range(seeds)]
-            for name, variant in variants(toggled).items()
+            for name, variant in variants(RUNS[run][2]).items()
         }
-        for run, (_, _, toggled) in RUNS.items()
+        for run in names
     }
-    return {"seeds": seeds, "rounds": rounds, "runs": runs}
+    return {"seeds": seeds, "rounds": rounds, "runs": runs} | machine()
 
 
 def variants(toggled: tuple[str, ...]) -> dict[str, Behaviour]:
@@ -139,8 +140,8 @@ def table(results: dict[str, Any]) -> str:
         "| run | as `layerwise` | accuracy, % | change, points | training loss |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for run, (title, _, _) in RUNS.items():
-        rows = results["runs"][run]
+    for run, rows in results["runs"].items():
+        title = RUNS[run][0]
         for name, ours in rows.items():
             accuracy = [100 * row["accuracy"] for row in ours]
             loss = statistics.fmean(row["train_loss"] for row in ours)

@@ -1,6 +1,6 @@
 """Commands of benchmarks/ run and say something that can be true; no time is asserted.
 
-All but `robustness` and `behaviours`, which train for minutes even with `--smoke`.
+All but `behaviours`, which compiles for minutes even with `--smoke`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from benchmarks import (
     language,
     memory,
     parts,
+    robustness,
     roofline,
     scaling,
     soak,
@@ -340,6 +341,16 @@ def test_orders_drawn_at_once_are_permutations_of_each_client(tmp_path):
     for orders in (first, second):
         np.testing.assert_array_equal(np.sort(orders), np.sort(rows))
     assert (first != second).any() and (first != rows).any()
+
+
+def test_robustness(run):
+    result = run(robustness)
+    assert [row["rule"] for row in result["attacks"]] == ["masked_mean", "masked_mean, clip 1"]
+    assert [row["keep"] for row in result["time"]] == [1.0, 0.7]
+    rows = [row for table in ("attacks", "time", "privacy") for row in result[table]]
+    assert all(0 <= row["lowest"] <= row["accuracy"] <= row["highest"] <= 1 for row in rows)
+    weak, strong = result["privacy"]
+    assert weak["epsilon"] > strong["epsilon"] > 0
 
 
 def test_soak(run):
