@@ -83,12 +83,18 @@ def python(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_changes_no_setting_and_the_command_starts_without_jax():
+def test_the_command_starts_without_jax():
     python(
         "import sys, fedlp_jax.cli;"
         "slow = {'jax', 'flax', 'numpy', 'pydantic'} & set(sys.modules);"
-        "assert not slow, slow;"
-        "import jax; before = dict(jax.config.values);"
+        "assert not slow, slow"
+    )
+
+
+@pytest.mark.slow
+def test_importing_changes_no_setting():
+    python(
+        "import sys, jax; before = dict(jax.config.values);"
         "import fedlp_jax as fl; [getattr(fl, name) for name in dir(fl)];"
         "assert dict(jax.config.values) == before;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'torch'};"
