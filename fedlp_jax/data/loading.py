@@ -47,10 +47,9 @@ def load(
       data_dir: where tensorflow-datasets prepares its sets; None means `$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. Of `shakespeare`, the directory of its file.
       **options: of `synthetic`: `examples`, `test_examples`, `shape`, `num_classes`, `seed`. Of
-        `shakespeare`: `length`, `min_windows`. Of an
-        .npz: `num_classes`, `normalize`, `add_channel`, `targets`, see `from_arrays`. Of
-        tensorflow-datasets: `train_split`, `test_split`, and `image` and `label`, the features to
-        read where there are several.
+        `shakespeare`: `length`, `min_windows`. Of an .npz: `num_classes`, `normalize`,
+        `add_channel`, `targets`, see `from_arrays`. Of tensorflow-datasets: `train_split`,
+        `test_split`, and `image` and `label`, the features to read where there are several.
 
     Returns:
       The data set. Decoded images are cached, see `fedlp_jax.data.cache`.

@@ -36,7 +36,9 @@ class Embedding(nn.Module):
         normal = nn.initializers.normal(scale)
         table = self.param("token", normal, (self.tokens, self.features), jnp.float32)
         dtype = self.dtype or table.dtype
-        x = jax.nn.one_hot(ids, self.tokens, dtype=dtype) @ table.astype(dtype)
+        # A look-up in the highest precision: TensorFloat-32 would round the vectors.
+        one_hot = jax.nn.one_hot(ids, self.tokens, dtype=dtype)
+        x = jnp.matmul(one_hot, table.astype(dtype), precision=jax.lax.Precision.HIGHEST)
         if self.length is None:
             return x
         position = self.param("position", normal, (self.length, self.features), jnp.float32)

@@ -230,6 +230,17 @@ def test_initial_values_of_an_lstm(init):
             assert 0.2 < np.abs(values).max() <= 0.25  # 1 / sqrt(16)
 
 
+def test_an_embedding_is_a_look_up():
+    embed, ids = Embedding(V, 4), tokens(3, T)
+    table = RNG.normal(size=(V, 4)).astype(np.float32)
+    found = embed.apply({"params": {"token": table}}, ids)
+    np.testing.assert_array_equal(found, table[np.asarray(ids)])
+    assert not embed.apply({"params": {"token": table}}, jnp.array([[-1, V]])).any()
+    jaxpr = jax.make_jaxpr(lambda: embed.apply({"params": {"token": table}}, ids))()
+    (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
 @pytest.mark.parametrize(("init", "scale"), [("flax", 1 / 8), ("pytorch", 1)])
 def test_initial_values_of_an_embedding(init, scale):
     draw = jax.jit(lambda: Embedding(40, 64, T, init).init(KEY, jnp.zeros((1, T), jnp.int32)))
