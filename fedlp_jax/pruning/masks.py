@@ -113,6 +113,42 @@ def bernoulli(keep: Keep) -> MaskPolicy:
     return MaskPolicy(init, sample, expected)
 
 
+def only(*names: str) -> MaskPolicy:
+    """The named layers alone travel, both ways: part of a model is tuned, such as LoRA's factors.
+
+    Server and clients hold the other layers from the start, and the server's copy keeps its bits. A
+    client drops what it changes in them, so its optimizer should leave them alone, as
+    `optax.partition` with `optax.set_to_zero` does; then their gradients are not computed either.
+
+    Args:
+      *names: layers.
+
+    Raises:
+      FedLPError: (from `init`) no name, or one that is no layer.
+    """
+
+    def init(layers: LayerTable, clients: int) -> Array:
+        return jnp.asarray(expected(layers, clients))
+
+    def sample(
+        key: Array, state: Array, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, Array]:
+        del key, cohort, round
+        travels = state * coverage
+        return Masks(travels, travels, keep=jnp.ones_like(travels)), state
+
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        del clients
+        if not names or not set(names) <= set(layers.names):
+            raise FedLPError(
+                f"masks.only names {', '.join(names) or 'nothing'}; name some of the layers "
+                f"{', '.join(layers.names)}."
+            )
+        return np.asarray([[name in names for name in layers.names]], np.float32)
+
+    return MaskPolicy(init, sample, expected)
+
+
 def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:
     """Checks what can be known of a traced function: its shape, and its values in round 1."""
     number = jax.ShapeDtypeStruct((), jnp.int32)

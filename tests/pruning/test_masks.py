@@ -7,7 +7,7 @@ import pytest
 
 from fedlp_jax import FedLPError
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.pruning.masks import bernoulli, full
+from fedlp_jax.pruning.masks import bernoulli, full, only
 from fedlp_jax.types import Cohort
 
 LAYERS = LayerTable(
@@ -110,6 +110,18 @@ def test_only_what_a_client_holds_is_sent_or_received():
     masks = draw(full(), range(9), coverage=coverage)
     assert np.array_equal(masks.upload, coverage)
     assert np.array_equal(masks.download, coverage)
+
+
+def test_only_named_layers_travel():
+    coverage = jnp.asarray([[1.0, 1.0, 0.0, 1.0]] * 3)
+    masks = draw(only("a", "c"), range(3), coverage=coverage)
+    for mask in (masks.upload, masks.download):
+        assert np.array_equal(mask, [[1, 0, 0, 0]] * 3)
+    assert only("a", "c").expected(LAYERS, 3).tolist() == [[1, 0, 1, 0]]
+    with pytest.raises(FedLPError, match="masks.only names e; name some of the layers a, b, c, d"):
+        only("e").init(LAYERS, 3)
+    with pytest.raises(FedLPError, match="masks.only names nothing"):
+        only().init(LAYERS, 3)
 
 
 @pytest.mark.parametrize(
