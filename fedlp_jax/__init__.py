@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.pruning import masks as masks
     from fedlp_jax.pruning import submodels as submodel
     from fedlp_jax.reporting import plots as plots
+    from fedlp_jax.reporting import sinks as sinks
     from fedlp_jax.reporting.compare import compare as compare
     from fedlp_jax.reporting.variables import load_variables as load_variables
     from fedlp_jax.reporting.variables import save_variables as save_variables
@@ -91,6 +92,7 @@ _MODULES = {
     "models": "nn.models",
     "partition": "data.partition",
     "plots": "reporting.plots",
+    "sinks": "reporting.sinks",
     "robust": "aggregation.robust",
     "submodel": "pruning.submodels",
     "theory": "theory",

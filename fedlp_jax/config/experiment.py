@@ -21,7 +21,8 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run
-from fedlp_jax.reporting.run_directory import PLOTS, RunDirectory
+from fedlp_jax.reporting.run_directory import PLOTS, TENSORBOARD, RunDirectory
+from fedlp_jax.reporting.sinks import Sink
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
 
@@ -94,7 +95,7 @@ def execute(
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = _with_plan(config, dataclasses.replace(start.plan, **plan))
-            arguments = build(config)
+            arguments = build(config) | {"sinks": _sinks(config, path)}
         shown = sys.stderr.isatty() if progress is None else progress
         record = _Record(config, directory, list(start.rows) if start is not None else [])
         try:
@@ -126,6 +127,18 @@ def execute(
             directory.summarize(summary)  # which has a warning more if a plot failed
         processes.gather()  # no process leaves before everything is written
         return Outcome(result, path, summary)
+
+
+def _sinks(config: Config, directory: Path) -> list[Sink]:
+    """The sinks of a configuration; TensorBoard's files lie in the run directory."""
+    settings = config.model_dump(mode="json")
+    made = []
+    for section in config.sinks:
+        elsewhere = getattr(section, "directory", None)
+        there = {"directory": elsewhere or directory / TENSORBOARD}
+        sink = section.build(**there if section.name == "tensorboard" else {})
+        made.append(sink._replace(begin=lambda _, begin=sink.begin: begin(settings)))
+    return made
 
 
 class _Record:

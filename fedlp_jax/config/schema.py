@@ -39,6 +39,7 @@ from fedlp_jax.data.loading import Dataset, load
 from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.nn import models
+from fedlp_jax.reporting import sinks
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import EarlyStop
 from fedlp_jax.tasks.classification import classification
@@ -320,6 +321,10 @@ class Data(Section):
 
 
 PlanSection = derive("plan", Plan)
+SINKS = _kinds({"wandb": sinks.wandb}) | _kinds(
+    {"tensorboard": sinks.tensorboard},
+    directory=(Text | None, None),  # null = in the run directory
+)
 CheckpointSection = derive("checkpoint", Checkpoint, without=("directory", "settings", "overwrite"))
 FaultsSection = derive("faults", Faults)
 EarlyStopSection = derive("early_stop", EarlyStop)
@@ -358,6 +363,7 @@ class Config(Section):
     eval_every: Annotated[Whole, Field(ge=1)] | None = None  # rounds; null = the last only
     faults: Annotated[Any, _type(FaultsSection | None)] = None
     early_stop: Annotated[Any, _type(EarlyStopSection | None)] = None
+    sinks: tuple[Annotated[Any, _type(one_of(SINKS))], ...] = ()
     plan: Annotated[Any, _type(PlanSection)] = PlanSection()
     checkpoint: Annotated[Any, _type(CheckpointSection)] = CheckpointSection()
     behaviour: Literal["layerwise", "reference"] | None = Field(None, exclude=True)

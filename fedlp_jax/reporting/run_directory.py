@@ -35,7 +35,8 @@ from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS, CLIENTS, LOCK = "checkpoints", "clients.npz", ".lock"
-_FOLDERS = (PLOTS, CHECKPOINTS)
+TENSORBOARD = "tensorboard"
+_FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD)
 _FILES = (CONFIG, VARIABLES, CLIENTS, SUMMARY, METRICS)
 
 

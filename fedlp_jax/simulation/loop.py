@@ -23,6 +23,7 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.map_clients import open_connections
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.progress import Progress
+from fedlp_jax.reporting.sinks import Sink, opened
 from fedlp_jax.simulation import checkpoint as checkpoints
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
@@ -70,6 +71,7 @@ def simulate(
     variables: Variables | None = None,
     faults: Faults | None = None,
     log: Callable[[Row], None] | None = None,
+    sinks: Sequence[Sink] = (),
     progress: bool | str = False,
     checkpoint: Checkpoint | None = None,
     resume: Snapshot | None = None,
@@ -85,7 +87,7 @@ def simulate(
     KeyboardInterrupt.
 
     With several processes (`fl.connect`) each calls this with the same arguments. Callbacks run in
-    each of them; `log`, `progress` and `checkpoint` in the first only.
+    each of them; `log`, `sinks`, `progress` and `checkpoint` in the first only.
 
     Args:
       algorithm: `fedavg(...)`, `fedlp_homo(...)`, `fedlp_hetero(...)`, `compose(...)` or your own.
@@ -110,6 +112,8 @@ def simulate(
       variables: initial model; None = drawn from the seed.
       faults: what goes wrong with clients, see `fedlp_jax.clients.failures`; None = nothing.
       log: called with each round's row as soon as its numbers are ready.
+      sinks: receive each round's row too, such as `fl.sinks.tensorboard("logs")`; one that fails
+        costs a warning.
       progress: show rounds as they end, on stderr: a bar on a terminal, lines elsewhere. A text
         is the name that is shown, instead of the data set's.
       checkpoint: where and how often to save the run.
@@ -152,18 +156,31 @@ def simulate(
             checkpoints.check(run, resume)
     asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
-    name, first = data.name if progress is True else str(progress), processes.is_first()
     done = resume.rows if resume is not None else ()
-    shown = Progress(run.last_round, name, show=bool(first and progress), done=done)
     watch = Watch(early_stop, done)
-    with shown, processes.losses_explained():
-        listeners = [shown.update, watch.update, *([log] if log is not None and first else [])]
+    with processes.losses_explained(), _listeners(run, done, progress, log, sinks) as listeners:
+        listeners = [watch.update, *listeners]
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed):
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
             _run_rounds(run, left, listeners, callbacks, saver, ends)
     _warn_of_missing_rounds(run, pressed())
     return dataclasses.replace(run.result(), stopped=watch.reason)
+
+
+@contextlib.contextmanager
+def _listeners(
+    run: Run,
+    done: Sequence[Row],
+    progress: bool | str,
+    log: Callable[[Row], None] | None,
+    sinks: Sequence[Sink],
+) -> Iterator[list[Callable[[Row], None]]]:
+    """Yields what is called with each row: the progress bar; in the first process, the others."""
+    name, first = run.spec.data.name if progress is True else str(progress), processes.is_first()
+    shown = Progress(run.last_round, name, show=bool(first and progress), done=done)
+    with shown, opened(sinks if first else (), run.facts) as writers:
+        yield [shown.update, *([log] if log is not None and first else []), *writers]
 
 
 def _warn_of_missing_rounds(run: Run, pressed: bool) -> None:

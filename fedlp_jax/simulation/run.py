@@ -121,6 +121,18 @@ class Run:
         self.clock = 0.0
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies the run to people: data, clients, cohort, rounds and seed."""
+        return {
+            "data": self.spec.data.name,
+            "clients": self.population,
+            "cohort": self.size,
+            "rounds": self.last_round,
+            "seed": self.seed,
+            "parameters": int(self.spec.layers.params.sum()),
+        }
+
+    @property
     def reached(self) -> int:
         """The number of the last round that was booked; 0 if there is none."""
         return int(self.history.rows[-1]["round"]) if len(self.history) else 0
