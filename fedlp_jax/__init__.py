@@ -31,12 +31,17 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.aggregation import means as aggregate
     from fedlp_jax.aggregation import robust as robust
     from fedlp_jax.aggregation.privacy import Privacy as Privacy
+    from fedlp_jax.aggregation.uploads import cast as cast
+    from fedlp_jax.aggregation.uploads import chain as chain
+    from fedlp_jax.aggregation.uploads import quantize as quantize
+    from fedlp_jax.aggregation.uploads import top_k as top_k
     from fedlp_jax.algorithms.base import Algorithm as Algorithm
     from fedlp_jax.algorithms.compose import compose as compose
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
+    from fedlp_jax.algorithms.fedlp import fedlp_q as fedlp_q
     from fedlp_jax.algorithms.fednova import fednova as fednova
     from fedlp_jax.algorithms.fedopt import fedadagrad as fedadagrad
     from fedlp_jax.algorithms.fedopt import fedadam as fedadam
@@ -100,10 +105,11 @@ _MODULES = {
 }
 _HOMES = {
     "aggregation.privacy": "Privacy",
+    "aggregation.uploads": "cast chain quantize top_k",
     "algorithms.base": "Algorithm",
     "algorithms.compose": "compose",
     "algorithms.fedavg": "fedavg",
-    "algorithms.fedlp": "fedlp_hetero fedlp_homo",
+    "algorithms.fedlp": "fedlp_hetero fedlp_homo fedlp_q",
     "algorithms.fedprox": "fedprox",
     "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
     "algorithms.fednova": "fednova",

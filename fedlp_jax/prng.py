@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     ATTACK = 13
     PROFILE = 14
     NOISE = 15
+    UPLOAD = 16
 
 
 def root_key(seed: int) -> Array:

@@ -136,4 +136,5 @@ class RoundMetrics(NamedTuple):
     upload: Array  # f32[D * P, L], 1 = sent
     download: Array  # f32[D * P, L], 1 = received
     halted: Array  # bool[], the state is unchanged: the round left no finite model
+    bits: Any = ()  # i32[D * P, L], of each layer's parameters, where uploads are compressed
     outcomes: PyTree = ()  # a `fedlp_jax.clients.outcomes.Outcomes`, where a run has faults

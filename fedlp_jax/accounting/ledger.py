@@ -22,23 +22,32 @@ class Wire(NamedTuple):
     upload: np.ndarray  # i64[L], of each layer that it sends
     download: np.ndarray  # i64[L], of each layer that it receives
     header: int  # of an upload, whatever layers are in it
+    beside: np.ndarray  # i64[L], the part of `upload` that no compression touches
 
 
-def wire_of(layers: LayerTable, upload: int = 0, download: int = 0, numbers: int = 0) -> Wire:
+def wire_of(
+    layers: LayerTable,
+    upload: int = 0,
+    download: int = 0,
+    numbers: int = 0,
+    compressed: np.ndarray | None = None,
+) -> Wire:
     """What an algorithm exchanges: the model, and trees like its parameters beside it.
 
-    Every number takes 4 bytes, and the mask of an upload one bit per layer.
+    Every number takes 4 bytes unless it is compressed, the mask of an upload one bit per layer.
 
     Args:
       layers: the layer table.
       upload: trees beside an update, such as SCAFFOLD's change of the control variate.
       download: trees beside the model, such as SCAFFOLD's control variate.
       numbers: single numbers beside an update, such as FedNova's.
+      compressed: `f64[L]`, expected bytes of the parameters of an update; None = 4 each.
     """
-    beside = BYTES * layers.params
-    size = layer_bytes(layers)
+    tree = BYTES * layers.params
+    beside = BYTES * layers.statistics + upload * tree
     header = mask_bytes(layers) + BYTES * numbers
-    return Wire(size + upload * beside, size + download * beside, header)
+    sent = beside + (tree if compressed is None else compressed)
+    return Wire(sent, layer_bytes(layers) + download * tree, header, beside)
 
 
 class Ledger:
@@ -56,6 +65,8 @@ class Ledger:
       senders: for each round `i64[L]`, clients that sent each layer.
       receivers: for each round `i64[L]`, clients that received each layer.
       clients: for each round, clients that reported: C unless some fail.
+      upload_bytes: for each round, of all clients.
+      layer_upload_bits: `i64[L]`, over all rounds, without masks and numbers of their own.
       client_upload_bytes: `i64[K]`, over all rounds.
       client_download_bytes: `i64[K]`, over all rounds.
     """
@@ -66,6 +77,8 @@ class Ledger:
         self.senders: list[np.ndarray] = []
         self.receivers: list[np.ndarray] = []
         self.clients: list[int] = []
+        self.upload_bytes: list[int] = []
+        self.layer_upload_bits = np.zeros(len(layers), np.int64)
         self.client_upload_bytes = np.zeros(clients, np.int64)
         self.client_download_bytes = np.zeros(clients, np.int64)
 
@@ -75,6 +88,7 @@ class Ledger:
         upload: np.ndarray,
         download: np.ndarray,
         arrived: np.ndarray | None = None,
+        bits: np.ndarray | None = None,
     ) -> dict[str, int]:
         """Books one round.
 
@@ -84,6 +98,8 @@ class Ledger:
           download: `f32[C, L]`, 1 = received.
           arrived: `bool[C]`, clients that reported; the others sent nothing, not even a mask.
             None = all.
+          bits: `i32[C, L]`, of each layer's parameters where uploads are compressed, counted by
+            the round; None = they are not.
 
         Returns:
           The round's `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, summed
@@ -94,11 +110,18 @@ class Ledger:
         self.senders.append(upload.sum(axis=0))
         self.receivers.append(download.sum(axis=0))
         self.clients.append(int(arrived.sum()))
-        self.client_upload_bytes[client] += upload @ self.wire.upload + self.wire.header * arrived
+        if bits is None:
+            bits = np.broadcast_to(8 * (self.wire.upload - self.wire.beside), upload.shape)
+        bits = upload * bits.astype(np.int64)
+        sent = -(-bits.sum(axis=1) // 8) + upload @ self.wire.beside + self.wire.header * arrived
+        self.upload_bytes.append(int(sent.sum()))
+        self.layer_upload_bits += bits.sum(axis=0) + 8 * upload.sum(axis=0) * self.wire.beside
+        self.client_upload_bytes[client] += sent
         self.client_download_bytes[client] += download @ self.wire.download
         row = modelled_traffic(
             self.layers, self.senders[-1], self.receivers[-1], self.clients[-1], self.wire
         )
+        row["upload_bytes"] = self.upload_bytes[-1]
         return {name: int(value) for name, value in row.items()}
 
     @property
@@ -108,6 +131,7 @@ class Ledger:
         rounds = modelled_traffic(
             self.layers, booked["senders"], booked["receivers"], booked["clients"], self.wire
         )
+        rounds["upload_bytes"] = booked["upload_bytes"]
         return {name: int(values.sum()) for name, values in rounds.items()}
 
     @property
@@ -122,6 +146,8 @@ class Ledger:
             "senders": np.asarray(self.senders, np.int64).reshape(shape),
             "receivers": np.asarray(self.receivers, np.int64).reshape(shape),
             "clients": np.asarray(self.clients, np.int64),
+            "upload_bytes": np.asarray(self.upload_bytes, np.int64),
+            "layer_upload_bits": self.layer_upload_bits.copy(),
             "client_upload_bytes": self.client_upload_bytes.copy(),
             "client_download_bytes": self.client_download_bytes.copy(),
         }
@@ -131,6 +157,8 @@ class Ledger:
         self.senders = list(arrays["senders"])
         self.receivers = list(arrays["receivers"])
         self.clients = arrays["clients"].tolist()
+        self.upload_bytes = arrays["upload_bytes"].tolist()
+        self.layer_upload_bits = arrays["layer_upload_bits"].copy()
         self.client_upload_bytes = arrays["client_upload_bytes"].copy()
         self.client_download_bytes = arrays["client_download_bytes"].copy()
 

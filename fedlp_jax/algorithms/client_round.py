@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedlp_jax.accounting.ledger import Wire, wire_of
 from fedlp_jax.aggregation.pipeline import UpdatePipeline, joined
 from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.aggregation.server import ServerRule
+from fedlp_jax.aggregation.uploads import Upload, expected_bits, first_state, transmit
 from fedlp_jax.clients.local_training import (
     Bounds,
     Client,
@@ -27,8 +29,8 @@ from fedlp_jax.clients.local_training import (
 from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.packing import Packed, pack, unpack
-from fedlp_jax.prng import Purpose, client_key, head_key
-from fedlp_jax.pruning.layers import LayerRule, LayerTable
+from fedlp_jax.prng import Purpose, client_key, head_key, root_key
+from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import MaskPolicy
 from fedlp_jax.pruning.submodels import Submodel, Submodels
 from fedlp_jax.tasks.task import Task
@@ -60,12 +62,16 @@ class Parts:
     client_schedule: float | Callable[[Array], Any] | None
     local_training: LocalTraining
     server_rule: ServerRule | None
+    upload: Upload | None
 
     def wire(self, layers: LayerTable) -> Wire:
         """Bytes of what is exchanged: the model, and what the algorithm adds to it."""
         variables = {"params": {"any": jax.ShapeDtypeStruct((), jnp.float32)}}
         read, sent = jax.eval_shape(self._terms_exchanged, variables)
-        return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers))
+        sizes = None
+        if self.upload is not None:
+            sizes = np.array([expected_bits(self.upload, int(n)) / 8 for n in layers.params])
+        return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers), sizes)
 
     def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
         """What a client reads besides the model, and sends beside its update."""
@@ -117,7 +123,7 @@ def train_client(
     packed: Packed,
     active: Array,
     bounds: Bounds,
-) -> tuple[PyTree, tuple[ClientMetrics, PyTree], Packed]:
+) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree], Packed]:
     """ONE client's round: train its submodel and prepare its upload.
 
     Args:
@@ -129,7 +135,8 @@ def train_client(
       bounds: loop bounds of the clients that are vmapped together.
 
     Returns:
-      What is summed over clients; its metrics and what is stacked; what it keeps now.
+      What is summed over clients; its metrics, what is stacked, and the bits of each layer; what
+      it keeps now.
       A contribution is either summed or stacked, and the other is `()`.
     """
     parts, level, outcome = program.parts, program.submodel, inputs.outcome
@@ -151,7 +158,8 @@ def train_client(
         attack = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.ATTACK)
         payload = corrupted(program.corruption, payload, outcome, attack)
         counted = counted & outcome.arrives
-    counted = is_finite((payload, new_head, training)) & counted
+    payload, residual, bits = _transmitted(program, broadcast, inputs, payload, kept)
+    counted = is_finite((payload, new_head, training, residual)) & counted
     contribution = parts.pipeline.prepare(
         payload, inputs.upload, counted, broadcast.bound, program.layers
     )
@@ -161,32 +169,35 @@ def train_client(
         summed, stacked = (), parts.pipeline.reducer.embed(contribution, level, like)
 
     if kept:
-        new = {name: {"head": new_head, "training": training}[name] for name in kept}
+        parts_of = {"head": new_head, "training": training, "upload": residual}
+        new = {name: parts_of[name] for name in kept}
         new_kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new, kept)
         packed = pack(new_kept, {dtype: x.size for dtype, x in packed.items()})
-    return summed, (metrics._replace(finite=counted), stacked), packed
+    return summed, (metrics._replace(finite=counted), stacked, bits), packed
 
 
 def client_state(
     parts: Parts, level: Submodel, variables: Variables, example: Batch
 ) -> ClientState:
-    """What a client of one level keeps: its head, and the state of its local training."""
-    first = parts.local_training.init
-    shared = jax.eval_shape(lambda v: level.extract(v)["params"], variables)
+    """What a client of one level keeps: its head, and states of its training and its upload."""
+    first, upload = parts.local_training.init, parts.upload
+    shared = jax.eval_shape(level.extract, variables)
+    whole = layer_table(variables, parts.layers).names
 
     def init(root: Array, client: Array) -> PyTree:
         state = {}
         if parts.submodels.persist:
             state["head"] = level.private(head_key(root, client), example)
         if first is not None:
-            state["training"] = first(shared)
+            state["training"] = first(shared["params"])
+        if upload is not None and upload.init is not None:
+            table = layer_table(shared, parts.layers, whole)
+            state["upload"] = first_state(upload, shared["params"], table)
         return state
 
-    shapes: dict[str, PyTree] = {}
+    shapes = jax.eval_shape(init, root_key(0), jnp.zeros((), jnp.int32))
     if parts.submodels.persist:
-        shapes["head"] = level.private_shapes
-    if first is not None:
-        shapes["training"] = jax.eval_shape(lambda: first(shared))
+        shapes["head"] = level.private_shapes  # in the dtype of the server's variables
     return ClientState(init, shapes)
 
 
@@ -261,6 +272,24 @@ def _finished(
         new_update, extras, new_state = finish(trained, terms, state)
     payload = joined(_as(new_update, update), extras)
     return payload, _as(new_state, state)
+
+
+def _transmitted(
+    program: ClientProgram,
+    broadcast: Broadcast,
+    inputs: ClientInput,
+    payload: Variables,
+    kept: dict[str, PyTree],
+) -> tuple[Variables, PyTree, PyTree]:
+    """What the server decodes of ONE client's payload, what the client keeps, and the bits."""
+    upload, state = program.parts.upload, kept.get("upload", ())
+    if upload is None:
+        return payload, state, ()
+    key = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.UPLOAD)
+    sent, layers = payload["params"], program.layers
+    with jax.numpy_dtype_promotion("standard"):
+        params, new, bits = transmit(upload, key, sent, inputs.upload.mask, state, layers)
+    return {**payload, "params": _as(params, sent)}, _as(new, state), bits
 
 
 def payload_like(parts: Parts, variables: Variables, terms: Terms) -> Variables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,13 +14,14 @@ from fedlp_jax.aggregation.pipeline import UpdatePipeline
 from fedlp_jax.aggregation.privacy import Privacy, check_clip, check_privacy
 from fedlp_jax.aggregation.reducer import Reducer
 from fedlp_jax.aggregation.server import ServerRule
+from fedlp_jax.aggregation.uploads import Upload, chain
 from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.client_round import Parts
 from fedlp_jax.algorithms.round import client_states, initial_state, run_round
 from fedlp_jax.clients.local_training import LocalTraining, LocalWork, check_work, local_steps
 from fedlp_jax.clients.optimizers import check_optimizer, warn_of_restarts
-from fedlp_jax.errors import FedLPError, check_choice
+from fedlp_jax.errors import FedLPError, check_choice, shown
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning import submodels as submodel
 from fedlp_jax.pruning.layers import LayerRule
@@ -56,6 +57,7 @@ def compose(
     train_loss: Literal["examples", "batches"] | None = None,
     local_training: LocalTraining | None = None,
     server_rule: ServerRule | None = None,
+    upload: Upload | Sequence[Upload] | None = None,
 ) -> Algorithm:
     """Builds an algorithm. Every named one is a short call of this.
 
@@ -90,6 +92,7 @@ def compose(
         clients of the mean over steps of the batch's loss.
       local_training: what the algorithm changes of a client's training; None = nothing.
       server_rule: what it keeps on the server, and makes of the aggregate; None = nothing.
+      upload: compression of updates: `fl.top_k`, `fl.quantize`, `fl.cast`, or several in order.
 
     Raises:
       FedLPError: a setting that is out of range or unknown.
@@ -117,6 +120,7 @@ def compose(
         client_schedule=client_schedule,
         local_training=local_training or LocalTraining(),
         server_rule=server_rule,
+        upload=_chained(upload),
     )
     return _algorithm(parts, privacy, train_loss)
 
@@ -128,7 +132,14 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
             "privacy covers the update alone, but this algorithm decides itself what a client "
             "sends, which may leak; use fl.fedavg or fl.fedlp_homo with privacy."
         )
+    upload = parts.upload
+    if upload is not None and privacy is not None:
+        raise FedLPError(
+            "privacy needs updates of a known norm, which compression changes; omit upload or "
+            "privacy."
+        )
     stateful = parts.submodels.persist or parts.local_training.init is not None
+    stateful = stateful or (upload is not None and upload.init is not None)
     return Algorithm(
         parts.task,
         init=partial(initial_state, parts),
@@ -147,6 +158,17 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         check=partial(_check_optimizers, parts),
         train_loss=train_loss,
     )
+
+
+def _chained(upload: Any) -> Upload | None:
+    if upload is None or isinstance(upload, Upload):
+        return upload
+    if not isinstance(upload, list | tuple):
+        raise FedLPError(
+            f"upload={shown(upload)} is no upload; give one such as fl.quantize(levels=15), or "
+            "several as fl.chain(fl.top_k(0.1), fl.quantize(levels=15))."
+        )
+    return chain(*upload)
 
 
 def _pipeline(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import optax
 
+from fedlp_jax.aggregation.uploads import quantize
 from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
@@ -35,6 +36,35 @@ def fedlp_homo(
     """
     return compose(
         task, client_optimizer=client_optimizer, policy=masks.bernoulli(keep), **settings
+    )
+
+
+def fedlp_q(
+    task: Task,
+    *,
+    keep: masks.Keep,
+    levels: int,
+    client_optimizer: optax.GradientTransformation,
+    **settings: Any,
+) -> Algorithm:
+    """FedLP-Q: FedLP-Homo whose layers are quantised before they are sent (Entropy 25(8), 1205).
+
+    Zhu et al., 2023. `x'_l = x_l + sum_{k in U_l} a_k Q(x_{k,l} - x_l) / sum_{k in U_l} a_k`; Q is
+    random and unbiased, has one L2 norm for each layer, and codes its levels by Elias.
+
+    Args:
+      task: what is learnt.
+      keep: the layer-preserving rate p, as in `fedlp_homo`.
+      levels: s, the levels between 0 and the norm of a layer; see `uploads.quantize`.
+      client_optimizer: any optax transform.
+      **settings: as in `compose` (epochs, batch_size, behaviour, aggregator, layers, ...).
+    """
+    return compose(
+        task,
+        client_optimizer=client_optimizer,
+        policy=masks.bernoulli(keep),
+        upload=quantize(levels),
+        **settings,
     )
 
 

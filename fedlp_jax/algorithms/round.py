@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedlp_jax.aggregation.pipeline import layers_of_payload
+from fedlp_jax.aggregation.pipeline import layers_of_payload, separated
 from fedlp_jax.aggregation.reducer import Aggregate, UploadInfo
 from fedlp_jax.aggregation.server import Reduced, gated, server_step
 from fedlp_jax.algorithms.client_round import (
@@ -116,7 +116,7 @@ def run_round(
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
     broadcast = _broadcast(parts, state, number, examples, key)
     payload = payload_like(parts, state.variables, broadcast.terms)
-    summed, (metrics, stacked), clients = map_sum(
+    summed, (metrics, stacked, bits), clients = map_sum(
         [
             _level(parts, level, layers_of_payload(layers, payload), payload, example, cohort, plan)
             for level, layers in zip(levels, tables, strict=True)
@@ -137,7 +137,7 @@ def run_round(
         contributions, uploads, metrics.finite, cohort, state.aggregator, of_payload, plan
     )
     aggregate = pipeline.privatize(aggregate, uploads, cohort, state.aggregator, key, number, table)
-    reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted)
+    reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
     state = _step_server(parts, state, number, policy, aggregate, reported, outcomes, table)
     reported = reported._replace(halted=state.halted)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
@@ -153,7 +153,7 @@ def _level(
     plan: Plan,
 ) -> Level:
     """The work of one level, as `map_sum` runs it."""
-    kept = client_state(parts, level, payload, example)
+    kept = client_state(parts, level, separated(payload)[0], example)
     program = ClientProgram(
         parts,
         level,

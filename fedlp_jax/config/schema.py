@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from fedlp_jax import algorithms
+from fedlp_jax.aggregation.uploads import Upload, cast, quantize, top_k
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
 from fedlp_jax.clients.failures import Faults
@@ -76,11 +77,17 @@ class Section(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """The fields as arguments of the section's function."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
-        return {k: v.build() if isinstance(v, Section) else v for k, v in fields.items()}
+        return {name: _built(value) for name, value in fields.items()}
 
     def build(self, **arguments: Any) -> Any:
         """Calls the section's function with its fields; `arguments` win over them."""
         return type(self).factory(**self.arguments() | arguments)
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_built, value))
+    return value.build() if isinstance(value, Section) else value
 
 
 def _kind_name(cls: type[Section]) -> str:
@@ -151,6 +158,8 @@ def _in_yaml(hint: Any) -> Any:
         return _LEAVES[hint]
     if hint is optax.GradientTransformation:
         return one_of(OPTIMIZERS)
+    if hint is Upload:
+        return one_of(UPLOADS)
     if origin is Literal:
         return hint
     if origin in (Union, types.UnionType):
@@ -265,6 +274,7 @@ TASKS = _kinds(
     },
     without=("module", "normalize", "augment"),
 )
+UPLOADS = _kinds({function.__name__: function for function in (top_k, quantize, cast)})
 _CLASSIFICATION = TASKS["classification"].model_validate({"name": "classification"})
 _NOT_IN_YAML = ("behaviour", "client_schedule")
 ALGORITHMS = _kinds(
@@ -274,6 +284,7 @@ ALGORITHMS = _kinds(
             algorithms.fedavg,
             algorithms.fedlp_homo,
             algorithms.fedlp_hetero,
+            algorithms.fedlp_q,
             algorithms.fedprox,
             algorithms.scaffold,
             algorithms.fednova,
@@ -302,6 +313,7 @@ KINDS = {  # the sections that come in several kinds
     "algorithm": ALGORITHMS,
     "algorithm.client_optimizer": OPTIMIZERS,
     "algorithm.server_optimizer": OPTIMIZERS,
+    "algorithm.upload": UPLOADS,
 }
 
 

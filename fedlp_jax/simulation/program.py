@@ -102,7 +102,7 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
 
     # The host of every process reads the metrics of all clients.
     of_slots: Any = split if processes.count() == 1 else everywhere
-    metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots)
+    metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots, of_slots)
     return jax.jit(
         run,
         donate_argnums=(0, 1),

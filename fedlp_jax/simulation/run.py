@@ -267,7 +267,8 @@ class Run:
             row |= evaluation.test_metrics(record.tested)
         self.client_history.add(record.round, record.client, record.level, metrics, arrived)
         upload, download = np.asarray(metrics.upload), np.asarray(metrics.download)
-        row |= self.ledger.add(record.client, upload, download, arrived)
+        bits = None if isinstance(metrics.bits, tuple) else np.asarray(metrics.bits)
+        row |= self.ledger.add(record.client, upload, download, arrived, bits)
         row["seconds"] = record.seconds
         self.history.rows.append(row)
         return row
