@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHUFFLE, MASK, HEAD, DEPTH = 1, 3, 4, 5
+SHUFFLE, MASK, HEAD, DEPTH, UPLOAD = 1, 3, 4, 5, 16
 SEED, BATCH, EPOCHS = 3, 4, 2
 CLIENTS = 9
 COHORTS = {1: [0, 2, 5, 7], 2: [1, 2, 3, 8], 3: [2, 4, 5, 6]}

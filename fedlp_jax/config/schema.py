@@ -276,36 +276,28 @@ TASKS = _kinds(
 )
 UPLOADS = _kinds({function.__name__: function for function in (top_k, quantize, cast)})
 _CLASSIFICATION = TASKS["classification"].model_validate({"name": "classification"})
-_NOT_IN_YAML = ("behaviour", "client_schedule")
-ALGORITHMS = _kinds(
-    {
-        function.__name__: function
-        for function in (
-            algorithms.fedavg,
-            algorithms.fedlp_homo,
-            algorithms.fedlp_hetero,
-            algorithms.fedlp_q,
-            algorithms.fedprox,
-            algorithms.scaffold,
-            algorithms.fednova,
-            algorithms.feddyn,
-        )
-    },
-    compose,
-    without=_NOT_IN_YAML,
-) | _kinds(
-    {
-        function.__name__: function
-        for function in (
-            algorithms.fedavgm,
-            algorithms.fedadagrad,
-            algorithms.fedadam,
-            algorithms.fedyogi,
-        )
-    },
-    compose,
-    without=(*_NOT_IN_YAML, "server_optimizer"),  # which they are
-)
+# Each algorithm, and the arguments of `compose` that it sets itself.
+_ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
+    algorithms.fedavg: (),
+    algorithms.fedlp_homo: (),
+    algorithms.fedlp_hetero: (),
+    algorithms.fedlp_q: ("upload",),
+    algorithms.fedprox: (),
+    algorithms.fedavgm: ("server_optimizer",),
+    algorithms.fedadagrad: ("server_optimizer",),
+    algorithms.fedadam: ("server_optimizer",),
+    algorithms.fedyogi: ("server_optimizer",),
+    algorithms.scaffold: (),
+    algorithms.fednova: (),
+    algorithms.feddyn: (),
+}
+ALGORITHMS = {
+    name: section
+    for function, own in _ALGORITHMS.items()
+    for name, section in _kinds(
+        {function.__name__: function}, compose, without=("behaviour", "client_schedule", *own)
+    ).items()
+}
 KINDS = {  # the sections that come in several kinds
     "partition": PARTITIONS,
     "model": MODELS,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import BATCH, CLIENTS, COHORTS, EPOCHS, MASK, SEED, gradient, key, shuffled
+from by_hand import BATCH, CLIENTS, COHORTS, EPOCHS, MASK, SEED, UPLOAD, gradient, key, shuffled
 from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
@@ -42,6 +42,10 @@ class FedAvg:
     def sent(self, leaf, d, own, steps):
         """Update, what is beside it, and the client's state if it sends the layer."""
         return d, 0.0, own
+
+    def compressed(self, vector, sent, kept, draws):
+        """What the server decodes of a layer, what the client keeps of it, and its bits."""
+        return vector, kept, 32 * len(vector)
 
     def step(self, leaf, d, extra, senders):
         """What is added to the model, from the means over the senders."""
@@ -125,6 +129,28 @@ class FedDyn(FedAvg):
         return d - self.server[leaf] / self.alpha
 
 
+class FedLPQ(FedAvg):
+    levels = 4
+
+    def compressed(self, vector, sent, kept, draws):
+        norm = np.sqrt((vector**2).sum())
+        place = self.levels * np.abs(vector) / norm
+        level = np.floor(place) + (draws < place - np.floor(place))
+        coded = {0: 1, 1: 3 + 1, 2: 3 + 1, 3: 6 + 1, 4: 6 + 1}  # Elias omega of 1 to 5, and signs
+        bits = 32 + 6 + sum(coded[int(i)] for i in level)  # the norm, the levels, every entry
+        return norm * np.sign(vector) * level / self.levels, kept, bits
+
+
+class TopK(FedAvg):
+    def compressed(self, vector, sent, kept, draws):
+        vector, count = vector + kept, int(np.ceil(0.25 * len(vector)))
+        chosen = np.zeros(len(vector), bool)
+        chosen[np.argsort(-np.abs(vector), kind="stable")[:count]] = True
+        new = np.where(chosen, vector, 0)
+        places = int(np.ceil(np.log2(len(vector))))
+        return new, vector - new * sent, count * (32 + places)
+
+
 class Row(NamedTuple):
     make: Any
     oracle: Any
@@ -155,6 +181,8 @@ ROWS = {
     "fedyogi": Row(fl.fedyogi, FedYogi, ADAPTIVE | {"b2": 0.75}, FLAT, FLAT | {"b2": 1.0}),
     "scaffold": Row(fl.scaffold, Scaffold, {}, weigh="uniform", up=2, down=2),
     "fednova": Row(fl.fednova, FedNova, {}, numbers=1),
+    "fedlp_q": Row(fl.fedlp_q, FedLPQ, {"levels": 4}),
+    "top_k": Row(fl.fedlp_homo, TopK, {"upload": fl.top_k(0.25, error_feedback=True)}),
     "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
 }
 OTHERS = [name for name in ROWS if name != "fedavg"]
@@ -225,28 +253,44 @@ def trained(rule, x, own, client, round):
 
 
 def plain(name, start, keep=KEEP):
-    """All rounds; returns the model, what each client keeps, and the senders of each layer."""
+    """All rounds; returns the model, the senders of each layer, and the bytes of all uploads."""
     row, x = ROWS[name], arrays(start)
     rule, kept, senders = row.oracle(), defaultdict(lambda: defaultdict(float)), []
+    residual, uploaded = defaultdict(float), []
     for round in range(1, ROUNDS + 1):
-        sent = defaultdict(list)
+        sent, total_bytes = defaultdict(list), 0
         for client in COHORTS[round]:
             own = kept[client]
             w, steps = trained(rule, x, own, client, round)
             draw = jax.random.uniform(key(round, client, MASK), (len(LAYERS),), jnp.float32)
             a = len(POPULATION.rows(client)) if row.weigh == "examples" else 1.0
-            for layer, u in zip(LAYERS, np.asarray(draw), strict=True):
-                if u >= np.float32(keep):
+            total_bits = 0
+            for index, (layer, u) in enumerate(zip(LAYERS, np.asarray(draw), strict=True)):
+                sends, both = u < np.float32(keep), ((layer, 1), (layer, 0))
+                update = {leaf: w[leaf] - x[leaf] for leaf in both}
+                vector = np.concatenate([update[leaf].ravel() for leaf in both])
+                draws = jax.random.fold_in(key(round, client, UPLOAD), index)
+                draws = np.asarray(jax.random.uniform(draws, (len(vector),), jnp.float32))
+                vector, residual[client, layer], bits = rule.compressed(
+                    vector, sends, residual[client, layer], draws
+                )
+                if not sends:
                     continue
+                total_bits += bits + 32 * (row.up - 1) * len(vector)
+                parts = np.split(vector, [update[layer, 1].size])
+                for leaf, part in zip(both, parts, strict=True):
+                    update[leaf] = part.reshape(update[leaf].shape)
                 for leaf in ((layer, 0), (layer, 1)):
-                    d, extra, own[leaf] = rule.sent(leaf, w[leaf] - x[leaf], own[leaf], steps)
+                    d, extra, own[leaf] = rule.sent(leaf, update[leaf], own[leaf], steps)
                     sent[leaf].append((a, d, extra))
+            total_bytes += -(-total_bits // 8) + 1 + 4 * row.numbers
+        uploaded.append(total_bytes)
         for leaf, uploads in sent.items():
             total = sum(a for a, _, _ in uploads)
             d, extra = (sum(u[0] * u[i] for u in uploads) / total for i in (1, 2))
             x[leaf] = x[leaf] + rule.step(leaf, d, extra, len(uploads))
         senders.append([len(sent[layer, 0]) for layer in LAYERS])
-    return x, kept, np.array(senders)
+    return x, np.array(senders), uploaded
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +315,7 @@ def close(result, expected, rtol=1e-9):
 @each
 def test_rounds_equal_a_plain_loop(made):
     name, _, start, result = made
-    expected, _, senders = plain(name, start)
+    expected, senders, _ = plain(name, start)
     assert 0 in senders  # a layer that nobody sent is in it
     close(result, expected)
 
@@ -279,12 +323,11 @@ def test_rounds_equal_a_plain_loop(made):
 @each
 def test_the_ledger_books_what_the_definition_sends(made):
     name, _, start, result = made
-    row, (_, _, senders) = ROWS[name], plain(name, start)
+    row, (_, _, uploaded) = ROWS[name], plain(name, start)
     sizes = np.array([sum(start["params"][n][p].size for p in ("kernel", "bias")) for n in LAYERS])
     cohorts = np.array([len(COHORTS[round]) for round in range(1, ROUNDS + 1)])
-    header = 1 + 4 * row.numbers
-    sent, received = 4 * row.up * senders @ sizes + header * cohorts, 4 * row.down * sizes.sum()
-    np.testing.assert_array_equal(result.history["upload_bytes"], sent)
+    received = 4 * row.down * sizes.sum()
+    np.testing.assert_array_equal(result.history["upload_bytes"], uploaded)
     np.testing.assert_array_equal(result.history["download_bytes"], received * cohorts)
 
 
@@ -344,6 +387,8 @@ LEARNS = {
     "fedyogi": {"server_learning_rate": 0.05},
     "scaffold": {},
     "fednova": {},
+    "fedlp_q": {"keep": 0.7, "levels": 15},
+    "top_k": {"keep": 0.7, "upload": fl.top_k(0.1, error_feedback=True)},
     "feddyn": {"alpha": 0.1},
 }
 
