@@ -195,7 +195,7 @@ def client_state(
             state["upload"] = first_state(upload, shared["params"], table)
         return state
 
-    shapes = jax.eval_shape(init, root_key(0), jnp.zeros((), jnp.int32))
+    shapes = jax.eval_shape(lambda: init(root_key(0), jnp.zeros((), jnp.int32)))
     if parts.submodels.persist:
         shapes["head"] = level.private_shapes  # in the dtype of the server's variables
     return ClientState(init, shapes)
