@@ -235,7 +235,8 @@ def _note_failure(
         with contextlib.suppress(OSError, RuntimeError):  # which the error reports
             summary |= {"final": rows[-1] if rows else {}, "warnings": said}
             directory.summarize(summary | environment())
-        error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
+        if directory.path.is_dir():
+            error.add_note(f"{directory.path} holds the first {len(rows)} rounds.")
     else:
         error.add_note("Nothing was written.")
     if isinstance(error, DivergedError):

@@ -7,6 +7,7 @@
     summary.json    last numbers, totals, versions, device, time
     checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`
     plots/          accuracy by round and by upload, the partition
+    earlier/        rows and summary of a run that is made longer, until that has ended
 
 Until the first round is done there is only the lock, `.lock`, so a run that is refused leaves
 nothing. A file is replaced in one step, and only when its successor is complete.
@@ -35,7 +36,7 @@ from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS, CLIENTS, LOCK = "checkpoints", "clients.npz", ".lock"
-TENSORBOARD = "tensorboard"
+EARLIER, TENSORBOARD = "earlier", "tensorboard"
 _FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD)
 _FILES = (CONFIG, VARIABLES, CLIENTS, SUMMARY, METRICS)
 
@@ -90,7 +91,8 @@ class RunDirectory:
         Args:
           config: YAML text; the versions are put above it as comments.
           rows: the rounds of a resumed run that its checkpoint holds. They replace `metrics.jsonl`,
-            which may have later ones and half a line; those are run again.
+            which may have later ones and half a line; those are run again. Until the run has
+            ended, `earlier` has a copy of what they replace.
         """
         self._check_place()
         if self._overwrite:
@@ -98,6 +100,8 @@ class RunDirectory:
         metrics = self.path / METRICS
         if not self._resume:
             metrics.open("x").close()  # fails on the file of a program that ignores the lock
+        else:
+            self._keep_earlier(len(rows))
         (self.path / SUMMARY).unlink(missing_ok=True)  # of a finished run that becomes longer
         self._replace(METRICS, "".join(map(_line, rows)))
         self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
@@ -129,8 +133,9 @@ class RunDirectory:
         self._replace(SUMMARY, text + "\n")
 
     def save(self, variables: Variables) -> None:
-        """Writes `variables.npz`."""
+        """Writes `variables.npz`; the run has ended, so nothing earlier is kept."""
         self._check_place()
+        shutil.rmtree(self.path / EARLIER, ignore_errors=True)
         with _naming(self.path / VARIABLES):
             save_variables(self.path / VARIABLES, variables)
 
@@ -179,6 +184,17 @@ class RunDirectory:
         if not ours:
             raise RuntimeError(f"{self.path} was deleted or replaced while this run wrote there.")
 
+    def _keep_earlier(self, rounds: int) -> None:
+        """Copies rows and summary if the resumed run starts from fewer rounds than there are."""
+        folder, metrics = self.path / EARLIER, self.path / METRICS
+        if folder.exists() or not metrics.exists():
+            return
+        if metrics.read_bytes().count(b"\n") > rounds:
+            folder.mkdir()
+            for name in (METRICS, SUMMARY):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(self.path / name, folder / name)
+
     def _replace(self, name: str, text: str) -> None:
         with _naming(self.path / name), replacing(self.path / name) as file:
             file.write(text.encode())
@@ -186,8 +202,9 @@ class RunDirectory:
     def _remove_other_run(self) -> None:
         for picture in (self.path / PLOTS).glob("*.png"):
             picture.unlink()
-        if (self.path / CHECKPOINTS).exists():
-            shutil.rmtree(self.path / CHECKPOINTS)
+        for folder in (CHECKPOINTS, EARLIER):
+            if (self.path / folder).exists():
+                shutil.rmtree(self.path / folder)
         # The metrics last: a directory that has them can be overwritten again.
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

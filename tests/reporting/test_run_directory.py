@@ -219,6 +219,11 @@ def test_a_resumed_run_starts_from_the_rounds_of_its_checkpoint(tmp_path):
     directory.close()
     assert [row["of"] for row in read_metrics(path)] == ["old", "new"]
     assert (path / "config.yaml").read_text().endswith("rounds: 9\n")
+    assert (path / "earlier" / METRICS).read_text().count("old") == 3
+    again = RunDirectory(path, "r", resume=True)
+    again.begin("rounds: 9\n")
+    again.close()
+    assert (path / "earlier" / METRICS).read_text().count("old") == 3  # not the two rows of since
 
 
 def test_nothing_is_removed_without_leave(tmp_path):

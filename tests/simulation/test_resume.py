@@ -426,6 +426,7 @@ def test_a_run_that_is_alive_is_neither_resumed_nor_overwritten(inside, way):
 
 
 def test_a_longer_run_that_is_interrupted_is_no_longer_finished(inside):
+    before = {name: Path("whole", name).read_bytes() for name in ("metrics.jsonl", "summary.json")}
     shutil.rmtree("whole/checkpoints")  # as a short run has none
     config = experiment.load_config("whole/config.yaml", {"rounds": 9})
     with (
@@ -438,6 +439,11 @@ def test_a_longer_run_that_is_interrupted_is_no_longer_finished(inside):
     assert (summary["status"], summary["rounds"]) == ("interrupted", 1)
     assert len(read_metrics("whole")) == 1
     assert resume.finished_rounds(config, Path("whole")) == 0
+    # What was finished is not lost before the longer run has ended.
+    assert {name: Path("whole/earlier", name).read_bytes() for name in before} == before
+    assert Path("whole/variables.npz").is_file()
+    experiment.execute(config, "whole", resume=True)
+    assert len(read_metrics("whole")) == 9 and not Path("whole/earlier").exists()
 
 
 def test_data_may_move_but_not_change(inside):
