@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -51,15 +52,18 @@ def _trial(optimizer: optax.GradientTransformation) -> SGD | None:
     impulse = [params[::-1], *[params * 0] * (_STEPS - 1)]
     with jax.numpy_dtype_promotion("standard"):
         try:
-            answers = [_answers(optimizer, params, impulse), _answers(optimizer, params, [params])]
+            first = _answers(optimizer, params, impulse)
+            steady = _answers(optimizer, params, [params] * _STEPS)
         except TypeError:  # it wants more than gradients and parameters
             return None
-    first, kept = answers[0], -answers[1][0] / _NUMBERS
-    rate = float(kept[0])
-    momentum = float(first[1][0] / first[0][0])
-    expected = [-rate * momentum**s * _NUMBERS[::-1] for s in range(_STEPS)]
-    alike = np.allclose(first, expected, rtol=_TOLERANCE) and np.allclose(kept, rate, _TOLERANCE)
-    return SGD(rate, momentum) if alike and rate > 0 else None
+    rate = float(-steady[0][0] / _NUMBERS[0])
+    if not 0 < rate < math.inf:
+        return None
+    momentum = float(first[1][0] / (-rate * _NUMBERS[-1]))
+    share = momentum ** np.arange(_STEPS)[:, None]  # of a gradient, s steps later
+    alike = np.allclose(first, -rate * share * _NUMBERS[::-1], _TOLERANCE, _TOLERANCE * rate)
+    steadily = np.allclose(steady, -rate * share.cumsum(axis=0) * _NUMBERS, _TOLERANCE)
+    return SGD(rate, momentum) if alike and steadily else None
 
 
 def _answers(

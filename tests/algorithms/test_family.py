@@ -403,3 +403,25 @@ def test_it_learns_the_digits(name):
     one = ROWS[name].make(task, client_optimizer=sgd, epochs=2, batch_size=10, **LEARNS[name])
     result = fl.simulate(one, data, clients, rounds=20, cohort=10, seed=0)
     assert result.history["test_accuracy"][-1] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn", "top_k"])
+def test_submodels_with_heads_of_their_own_take_part(name):
+    """A head that only a client has is trained without corrections, and kept beside its state."""
+    task = fl.classification(Steps())
+    sgd = optax.sgd(RATE)
+    common = {"batch_size": BATCH, "client_optimizer": sgd, "keep": 0.8}
+    scheme = fl.submodel.by_depth([0.4, 0.3, 0.3], "persist")
+    one = ROWS[name].make(task, submodels=scheme, **common | ROWS[name].settings)
+    result, plan = [], {"rounds": 3, "cohort": 6, "seed": 2}
+    for devices in (1, 2):
+        result.append(
+            fl.simulate(one, DATA, POPULATION, plan=fl.Plan(devices=devices, width=1), **plan)
+        )
+    np.testing.assert_allclose(
+        flat(result[0].state.variables), flat(result[1].state.variables), rtol=1e-4, atol=1e-5
+    )
+    plain = fl.fedlp_hetero(task, depths=[0.4, 0.3, 0.3], **common)
+    other = fl.simulate(plain, DATA, POPULATION, plan=fl.Plan(devices=1, width=1), **plan)
+    assert not np.array_equal(flat(other.state.variables), flat(result[0].state.variables))
