@@ -125,9 +125,10 @@ def gather(text: str = "", error: FedLPError | None = None) -> list[str]:
     if count() == 1:
         return [text]
     word = json.dumps([None if error is None else str(error), text]).encode()
-    size = int(_rows(np.asarray([len(word)], np.int32)).max())
-    padded = np.frombuffer(word.ljust(-(-size // _PAGE) * _PAGE), np.uint8)
-    answers = [json.loads(bytes(row)) for row in _rows(padded)]
+    with losses_explained():
+        size = int(_rows(np.asarray([len(word)], np.int32)).max())
+        padded = np.frombuffer(word.ljust(-(-size // _PAGE) * _PAGE), np.uint8)
+        answers = [json.loads(bytes(row)) for row in _rows(padded)]
     for i, (refusal, _) in enumerate(answers):
         if refusal is not None and error is None:
             raise SharedError(f"process {i}: {refusal}")
