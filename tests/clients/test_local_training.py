@@ -146,9 +146,12 @@ def test_a_scale_of_a_unit_rate_is_the_rate():
 
 def test_metrics_count_every_example_once_an_epoch():
     _, _, metrics = train(10, LocalWork(4, epochs=3), optax.sgd(0.0))
-    assert float(metrics.examples) == 30
+    assert {name: float(mean.weight) for name, mean in metrics.means.items()} == {
+        "loss": 30,
+        "accuracy": 30,
+    }
     assert int(metrics.steps) == 9
-    assert float(metrics.loss_sum) > 0
+    assert float(metrics.means["loss"].total) > 0
 
 
 def test_shuffles_are_permutations_that_do_not_depend_on_padding():

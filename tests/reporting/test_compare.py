@@ -2,29 +2,16 @@
 
 import csv
 import io
+import json
 
 import pytest
 import typer.testing
+import yaml
 
 import fedlp_jax as fl
 from fedlp_jax import cli
-from fedlp_jax.config.experiment import run as run_config
 
-CONFIG = {
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedlp_homo",
-        "keep": 0.5,
-        "batch_size": 40,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 2,
-    "cohort": 2,
-    "eval_every": 1,
-    "plan": {"devices": 1},
-}
+CONFIG = {"partition": {"name": "iid"}, "algorithm": {"name": "fedlp_homo", "keep": 0.5}}
 
 
 def rows(*accuracies, upload=1_000_000):
@@ -95,8 +82,14 @@ def test_the_command_groups_seeds_and_names_what_differs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for keep in (0.5, 1.0):
         for seed in (0, 1):
-            config = CONFIG | {"seed": seed, "algorithm": CONFIG["algorithm"] | {"keep": keep}}
-            run_config(config, f"keep{keep}-{seed}")
+            folder = tmp_path / f"keep{keep}-{seed}"
+            folder.mkdir()
+            algorithm = CONFIG["algorithm"] | {"keep": keep}
+            partition = CONFIG["partition"] | {"seed": seed}
+            config = {"name": "run", "seed": seed, "partition": partition, "algorithm": algorithm}
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+            lines = [json.dumps(row) + "\n" for row in rows(0.1 + keep / 10, 0.2 + seed / 10)]
+            (folder / "metrics.jsonl").write_text("".join(lines))
     words = ["compare", *(str(p) for p in sorted(tmp_path.iterdir())), "--target", "0.01"]
     call = typer.testing.CliRunner().invoke
     table = call(cli.app, words)
