@@ -340,8 +340,11 @@ def test_a_run_resumes_to_the_bit(made, tmp_path):
     np.testing.assert_array_equal(flat(resumed.state), flat(whole.state))
 
 
-@pytest.mark.slow
-@each
+@pytest.mark.parametrize(
+    "made",
+    [pytest.param(x, marks=() if x == "scaffold" else pytest.mark.slow) for x in OTHERS],
+    indirect=True,
+)
 def test_a_plan_changes_no_more_than_the_order_of_sums(made):
     _, one, _, expected = made
     _, other = simulate(one, plan=(1, 1))
