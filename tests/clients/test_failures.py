@@ -225,6 +225,7 @@ def test_a_corrupt_update_is_a_multiple(kind, strength, factor):
     assert result.history["corrupt"].tolist() == [COHORT]
 
 
+@pytest.mark.slow
 def test_gaussian_noise_replaces_an_update():
     noise, _ = step(fl.Corruption("gaussian", 1.0, 2.0), cohort=1)
     assert noise.size > 200
@@ -232,6 +233,7 @@ def test_gaussian_noise_replaces_an_update():
     assert abs(np.mean(noise)) < 0.4
 
 
+@pytest.mark.slow
 def test_flipped_labels_are_those_of_flipped_data():
     split = DATA.train
     flipped = dataclasses.replace(DATA, train=split._replace(labels=2 - split.labels))

@@ -58,6 +58,7 @@ def test_a_plan_changes_no_row(homo):
             assert np.array_equal(column, other.columns()[key]), key
 
 
+@pytest.mark.slow
 def test_levels_are_those_of_the_submodels():
     result = run(fl.fedlp_hetero(TASK, depths="uniform", **COMMON), rounds=1)
     level, kept = result.clients["level"], result.clients["kept"]

@@ -86,6 +86,7 @@ def test_rules_that_make_no_sense_are_refused():
             fl.EarlyStop(**rule)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_done_and_goes_on_with_a_higher_target(tmp_path):
     result = run(CONFIG, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -48,6 +48,7 @@ def test_keep_zero_changes_no_bit(server):
     assert after.costs.total["download_params"] == 2 * 4 * flat(before.variables).size
 
 
+@pytest.mark.slow
 def test_one_uploader_gives_its_layer_to_one_ulp():
     keep = np.zeros((12, 4))
     keep[5] = 1.0
@@ -132,6 +133,7 @@ def test_many_rounds_and_cohorts_are_one_compilation():
     assert len(result.history) == 6
 
 
+@pytest.mark.slow
 def test_a_second_run_with_other_numbers_compiles_nothing(monkeypatch):
     """Seed, keep, weights and learning rate are arguments, and the process keeps its programs."""
     compiled, compile = [], compilation._compiled
@@ -407,6 +409,7 @@ def test_padding_of_a_batch_is_the_clients_own():
         run(algorithm, data=data, cohort=12, rounds=1)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_finite_counts_as_a_client_that_is_not():
     hetero = fl.fedlp_hetero(TASK, depths=[1, 3] * 6, **COMMON)
     with pytest.warns(RuntimeWarning, match="left out 1 of 4 clients .* not finite: 2"):
