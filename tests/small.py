@@ -7,6 +7,20 @@ import numpy as np
 
 import fedlp_jax as fl
 
+# A configuration that trains within a second.
+DIGITS = {
+    "data": {"name": "digits"},
+    "partition": {"name": "iid", "clients": 20},
+    "model": {"name": "logistic"},
+    "algorithm": {
+        "name": "fedavg",
+        "batch_size": 40,
+        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+    },
+    "cohort": 2,
+    "plan": {"devices": 1},
+}
+
 
 class Steps(nn.Module):
     """A network with depths: `depth` hidden layers that depths share, then a head of its own."""

@@ -32,15 +32,15 @@ def wire_of(
     numbers: int = 0,
     compressed: np.ndarray | None = None,
 ) -> Wire:
-    """What an algorithm exchanges: the model, and trees like its parameters beside it.
+    """What an algorithm exchanges: the model, and trees like its parameters with it.
 
     Every number takes 4 bytes unless it is compressed, the mask of an upload one bit per layer.
 
     Args:
       layers: the layer table.
-      upload: trees beside an update, such as SCAFFOLD's change of the control variate.
-      download: trees beside the model, such as SCAFFOLD's control variate.
-      numbers: single numbers beside an update, such as FedNova's.
+      upload: trees with an update, such as SCAFFOLD's change of the control variate.
+      download: trees with the model, such as SCAFFOLD's control variate.
+      numbers: single numbers with an update, such as FedNova's.
       compressed: `f64[L]`, expected bytes of the parameters of an update; None = 4 each.
     """
     tree = BYTES * layers.params
@@ -56,7 +56,7 @@ class Ledger:
     A client downloads what its submodel shares with the server and uploads the layers that it
     keeps. `*_params` count learnable parameters, as the FedLP paper does. `*_bytes` count
     everything exchanged: parameters and batch statistics at 4 bytes each, what an algorithm sends
-    beside them and, for an upload, one bit per layer for its mask. An upload that the aggregate
+    with them and, for an upload, one bit per layer for its mask. An upload that the aggregate
     leaves out (NaN) still counts as sent.
 
     Attributes:

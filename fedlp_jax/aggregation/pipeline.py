@@ -4,7 +4,7 @@
 
 Only the middle step is always there.
 
-What an algorithm sends beside the update travels as one more collection of it, cut into the same
+What an algorithm sends with the update travels as one more collection of it, cut into the same
 layers, so every reducer takes it as it takes batch statistics.
 """
 
@@ -27,7 +27,7 @@ _EXTRAS = "(extras)"  # a collection that no model has
 
 
 def joined(update: Variables, extras: Terms) -> Variables:
-    """An update and what is sent beside it, in one tree.
+    """An update and what is sent with it, in one tree.
 
     Args:
       update: with the collections of a model.
@@ -50,7 +50,7 @@ def separated(payload: Variables) -> tuple[Variables, Terms]:
 
 
 def layers_of_payload(layers: LayerTable, payload: Variables) -> LayerTable:
-    """A layer table that also indexes what is sent beside the update.
+    """A layer table that also indexes what is sent with the update.
 
     Args:
       layers: of the model or a submodel.
@@ -101,7 +101,7 @@ class UpdatePipeline:
         """What ONE client contributes.
 
         Args:
-          payload: `x_k - x` of the client's submodel, and what is sent beside it, see `joined`.
+          payload: `x_k - x` of the client's submodel, and what is sent with it, see `joined`.
           upload: its weight and masks.
           counted: `bool[]`, False = contribute nothing, whatever the update holds.
           bound: see `bound`.

@@ -29,7 +29,7 @@ class Aggregate(NamedTuple):
     update: Variables  # like the server's variables; 0 in a layer that nobody sent
     gate: Array  # bool[L], False = the layer keeps its value
     cohort_weight: Array  # f32[], sum of a_k over the clients that count; 0 = nobody
-    extras: Terms = NO_TERMS  # what clients sent beside their updates, averaged as these are
+    extras: Terms = NO_TERMS  # what clients sent with their updates, averaged as these are
 
 
 class Reducer(NamedTuple):

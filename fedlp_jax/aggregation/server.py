@@ -21,7 +21,7 @@ class Reduced(NamedTuple):
     """What a cohort sent, reduced to one, as a server rule sees it."""
 
     update: Variables  # the aggregate, of any float dtype; 0 in a layer that nobody sent
-    # What was sent beside the update, averaged as the update's layers are, with the weights of the
+    # What was sent with the update, averaged as the update's layers are, with the weights of the
     # clients that sent the layer: a number becomes a tree of scalars, one for each parameter.
     extras: Terms
     senders: PyTree  # f32[] for each parameter: clients that sent its layer and count

@@ -74,7 +74,7 @@ class Parts:
         return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers), sizes)
 
     def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
-        """What a client reads besides the model, and sends beside its update."""
+        """What a client reads besides the model, and sends with its update."""
         read = NO_TERMS
         if self.server_rule is not None:
             read = self.server_rule.broadcast(self.server_rule.init(variables["params"], 1))
@@ -293,13 +293,13 @@ def _transmitted(
 
 
 def payload_like(parts: Parts, variables: Variables, terms: Terms) -> Variables:
-    """A tree like a payload of the whole model: the variables, and zeros for what is beside."""
+    """A tree like a payload of the whole model: the variables, and zeros for the rest."""
     shapes = jax.eval_shape(lambda v, t: _extras_like(parts, v, t), variables, terms)
     return joined(variables, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
 
 def _extras_like(parts: Parts, variables: Variables, terms: Terms) -> Terms:
-    """What a client with these variables would send beside its update, without its values."""
+    """What a client with these variables would send with its update, without its values."""
     finish, first = parts.local_training.finish, parts.local_training.init
     if finish is None:
         return NO_TERMS

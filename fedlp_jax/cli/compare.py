@@ -40,9 +40,9 @@ def compare(
     from fedlp_jax.reporting.plots import curves
 
     paths = [Path(run).expanduser() for run in runs]
-    table = comparing.compare(paths, target=target, metric=metric)
+    experiments = comparing.by_configuration(paths)
+    table = comparing.compare(experiments, target=target, metric=metric)
     if plots is not None:
-        experiments = comparing.by_configuration(paths)
         rows = [row for seeds in experiments.values() for run in seeds for row in run]
         timed = ("simulated_time",) if all("simulated_time" in row for row in rows) else ()
         plots = plots.expanduser()

@@ -70,7 +70,7 @@ class LocalTraining(NamedTuple):
     init: Callable[[PyTree], PyTree] | None = None
     # (step, terms, state) -> gradient for the optimizer
     gradient: Callable[[Step, Terms, PyTree], PyTree] | None = None
-    # (trained, terms, state) -> (update to send, what is sent beside it, state)
+    # (trained, terms, state) -> (update to send, what is sent with it, state)
     finish: Callable[[Trained, Terms, PyTree], tuple[Variables, Terms, PyTree]] | None = None
 
 

@@ -71,7 +71,7 @@ def check_optimizer(role: str, optimizer: optax.GradientTransformation, params: 
 def warn_of_restarts(
     optimizer: optax.GradientTransformation, params: PyTree, steps: np.ndarray
 ) -> None:
-    """Warns of what an optimizer cannot do that each client starts anew in each round.
+    """Warns of what an optimizer cannot do because it restarts in every round.
 
     Args:
       optimizer: of the clients; `check_optimizer` accepts it.

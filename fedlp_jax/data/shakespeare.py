@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, str]:
         roles: Any = json.loads(raw) if len(raw) <= _LIMIT else None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise FedLPError(
-            f"{path} cannot be read as gzipped JSON ({why(error)}); copy it anew."
+            f"{path} cannot be read as gzipped JSON ({why(error)}); copy it again."
         ) from None
     if roles is None:
         raise FedLPError(f"{path} unpacks to more than {_LIMIT:,} bytes; give fewer roles.")

@@ -104,12 +104,12 @@ class Result:
 
 
 def diverged(round: int, left_out: np.ndarray, clients: int, result: Result) -> DivergedError:
-    """The error that ends a run whose round left nothing finite to go on with.
+    """The error raised when a round leaves no finite model.
 
     Args:
       round: its number.
       left_out: ids of the clients whose update was not finite.
-      clients: how many were heard.
+      clients: how many sent an update.
       result: the run up to the round before.
     """
     if len(left_out) == clients:

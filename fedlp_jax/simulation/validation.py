@@ -177,7 +177,7 @@ def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
         raise FedLPError(f"faults is a {type(faults).__name__}; give fl.Faults(dropout=0.1, ...).")
     if not algorithm.faults:
         raise FedLPError(
-            "this algorithm's round does not heed cohort.conditions, so faults would do nothing; "
+            "this algorithm's round ignores cohort.conditions, so faults would do nothing; "
             "use one made by compose."
         )
     if callable(cohort) and faults.over_selection != 1:

@@ -322,7 +322,7 @@ def test_settings_out_of_range_are_refused(settings, says):
 
 
 def test_faults_are_refused_where_they_would_do_nothing():
-    with pytest.raises(fl.FedLPError, match="does not heed cohort.conditions"):
+    with pytest.raises(fl.FedLPError, match="ignores cohort.conditions"):
         run(HOMO._replace(faults=False), faults=fl.Faults())
     with pytest.raises(fl.FedLPError, match="a function says who is in it"):
         run(cohort=lambda *_: [1, 2], faults=dataclasses.replace(EVERYTHING, deadline=None))

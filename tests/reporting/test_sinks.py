@@ -4,7 +4,7 @@ import sys
 
 import optax
 import pytest
-from small import Steps, dataset
+from small import DIGITS, Steps, dataset
 
 import fedlp_jax as fl
 from fedlp_jax.config.experiment import run
@@ -15,20 +15,7 @@ CLIENTS = fl.partition.iid(DATA.train.labels, clients=4)
 ALGORITHM = fl.fedavg(
     fl.classification(Steps(depth=1)), client_optimizer=optax.sgd(0.1), batch_size=8
 )
-CONFIG = {
-    "name": "sinks",
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedavg",
-        "batch_size": 40,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 3,
-    "cohort": 2,
-    "plan": {"devices": 1},
-}
+CONFIG = DIGITS | {"name": "sinks", "rounds": 3}
 
 
 def recorder(heard):

@@ -4,7 +4,7 @@ import json
 
 import optax
 import pytest
-from small import Steps, dataset
+from small import DIGITS, Steps, dataset
 
 import fedlp_jax as fl
 from fedlp_jax.config.experiment import run
@@ -17,21 +17,7 @@ CLIENTS = fl.partition.iid(DATA.train.labels, clients=4)
 ALGORITHM = fl.fedavg(
     fl.classification(Steps(depth=1)), client_optimizer=optax.sgd(0.5), batch_size=8
 )
-CONFIG = {
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedavg",
-        "batch_size": 40,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 50,
-    "cohort": 2,
-    "eval_every": 1,
-    "early_stop": {"target": 0.5},
-    "plan": {"devices": 1},
-}
+CONFIG = DIGITS | {"rounds": 50, "eval_every": 1, "early_stop": {"target": 0.5}}
 
 
 def watched(rule, values, key="test_accuracy"):
