@@ -141,18 +141,18 @@ def compare(
     """
     if not runs:
         raise FedLPError("there is nothing to compare; give at least one run.")
-    experiments = (
+    grouped = (
         {label: _all_rows(run) for label, run in runs.items()}
         if isinstance(runs, Mapping)
         else by_configuration(runs)
     )
-    rows = [row for seeds in experiments.values() for run in seeds for row in run]
+    rows = [row for seeds in grouped.values() for run in seeds for row in run]
     keys = sorted({key for row in rows for key in row})
     if metric not in keys:
         raise FedLPError(
             f"no run has {metric!r}{nearest(metric, keys) or '.'} They have {', '.join(keys)}."
         )
-    return Comparison(experiments, _columns(metric, target, set(keys)))
+    return Comparison(grouped, _columns(metric, target, set(keys)))
 
 
 def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
@@ -161,7 +161,19 @@ def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
     Raises:
       FedLPError: a path holds no run.
     """
-    groups: dict[str, list[Path]] = {}
+    return {
+        label: [read_metrics(path) for path, _ in members]
+        for label, members in experiments(paths).items()
+    }
+
+
+def experiments(paths: Iterable[str | Path]) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+    """As `by_configuration`: label -> path and configuration of each run.
+
+    Raises:
+      FedLPError: a path holds no run.
+    """
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     settings: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     for path in map(Path, paths):
@@ -174,18 +186,16 @@ def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
         flat = {k: v for k, v in _flatten(config).items() if k.split(".")[0] not in _INCIDENTAL}
         flat.pop("partition.seed", None)
         key = repr(sorted(flat.items(), key=lambda item: item[0]))
-        groups.setdefault(key, []).append(path)
+        groups.setdefault(key, []).append((path, config))
         settings[key], names[key] = flat, str(config.get("name", path.name))
     fields = dict.fromkeys(field for flat in settings.values() for field in flat)
     differing = [f for f in fields if len({shown(flat.get(f)) for flat in settings.values()}) > 1]
     labels = {key: _label(names[key], settings[key], differing) for key in groups}
     if len(set(labels.values())) < len(labels):
-        labels = {key: str(members[0]) for key, members in groups.items()}
+        labels = {key: str(members[0][0]) for key, members in groups.items()}
     elif len(set(names.values())) == len(names):
         labels = names
-    return {
-        labels[key]: [read_metrics(path) for path in members] for key, members in groups.items()
-    }
+    return {labels[key]: members for key, members in groups.items()}
 
 
 def _label(name: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:

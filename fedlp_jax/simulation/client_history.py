@@ -9,10 +9,12 @@ import numpy as np
 
 from fedlp_jax.clients.outcomes import ClientStatus
 from fedlp_jax.errors import FedLPError, check_array
+from fedlp_jax.reporting.frames import clients_frame
 from fedlp_jax.types import RoundMetrics
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from pandas import DataFrame
 
 # The numbers of `ClientStatus`, and one more: it arrived with an update that is not finite.
 OUTCOMES = (*(status.name.lower() for status in ClientStatus), "left_out")
@@ -182,6 +184,14 @@ class ClientHistory:
     def columns(self) -> dict[str, np.ndarray]:
         """All columns, and `layers`, the names of the columns of `kept`: what `clients.npz` has."""
         return {key: self[key] for key in self.keys()} | {"layers": np.asarray(self._layers, str)}
+
+    def to_frame(self) -> DataFrame:
+        """The table as a pandas data frame, with a column `kept_LAYER` for each layer.
+
+        Raises:
+          FedLPError: pandas is not installed.
+        """
+        return clients_frame(self.columns())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything so far, for `load`."""

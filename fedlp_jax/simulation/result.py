@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,9 +12,13 @@ from fedlp_jax.accounting.ledger import Ledger
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting import plots
+from fedlp_jax.reporting.frames import frame
 from fedlp_jax.reporting.progress import headline
 from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.types import ServerState, Variables
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Row = dict[str, Any]
 
@@ -56,6 +60,14 @@ class History:
         """All metrics, in the order in which they first appeared."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
+    def to_frame(self) -> DataFrame:
+        """The rows as a pandas data frame; NaN where a round lacks a number.
+
+        Raises:
+          FedLPError: pandas is not installed.
+        """
+        return frame(self.rows)
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
@@ -92,6 +104,10 @@ class Result:
     clients: ClientHistory = dataclasses.field(default_factory=ClientHistory)
     warnings: list[str] = dataclasses.field(default_factory=list)
     stopped: str | None = None
+
+    def to_frame(self) -> DataFrame:
+        """The history as a pandas data frame, see `History.to_frame`."""
+        return self.history.to_frame()
 
     def plot(self, path: str | None = None, x: str = "round", label: str = "run") -> Any:
         """Test accuracy against an `x` of `plots.curves`; returns the matplotlib figure.
