@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations=15
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint types format clean
+.PHONY: help quickstart test test-all lint types docs format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,18 +30,26 @@ lint: $(VENV)/.development ## check style and formatting
 types: $(VENV)/.development ## check types
 	$(BIN)/mypy
 
+docs: $(VENV)/.documentation ## set up and build the documentation; docs/_build/html/index.html is its first page
+	$(BIN)/python -m sphinx -q -b html -W --keep-going $(ARGS) docs docs/_build/html
+
 format: $(VENV)/.development ## repair style and formatting where a tool can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and all caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after its installation has succeeded, and is older than a changed setup.cfg.
 $(VENV)/.development: $(VENV)/.python setup.cfg pyproject.toml
 	@echo "Installing fedlp-jax with what its tests need into $(VENV) (minutes the first time) ..."
 	@$(PIP) --editable '.[test,lint]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.documentation: $(VENV)/.python setup.cfg pyproject.toml
+	@echo "Installing fedlp-jax with what its documentation needs into $(VENV) (minutes the first time) ..."
+	@$(PIP) --editable '.[docs]'
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.runtime: $(VENV)/.python setup.cfg pyproject.toml

@@ -9,13 +9,15 @@ import re
 import pytest
 import yaml
 
+import fedlp_jax as fl
 from fedlp_jax.config.loading import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()
 TASKS = (ROOT / "docs" / "tasks.md").read_text()
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+API = ROOT / "docs" / "api"
+PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def blocks(language, page=PAGE):
@@ -137,3 +139,20 @@ def test_examples_to_copy_have_at_most_sixty_lines():
 def test_software_and_paper_can_be_cited():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2303.06360"
+
+
+def test_the_reference_shows_every_public_name_once():
+    text = "\n".join(page.read_text() for page in API.glob("*.md"))
+    shown = re.findall(
+        r"^\.\. auto(?:function|class|exception):: fedlp_jax\.(\w+)$", text, re.MULTILINE
+    )
+    modules = dict(
+        re.findall(r"^## fl\.(\w+)\n.*?automodule:: (\S+)$", text, re.MULTILINE | re.DOTALL)
+    )
+    assert {name: getattr(fl, name).__name__ for name in modules} == modules
+    inside = [
+        name for name in dir(fl) if getattr(getattr(fl, name), "__module__", "") in modules.values()
+    ]
+    assert sorted([*shown, *modules, *inside]) == [
+        name for name in sorted(dir(fl)) if name[0] != "_"
+    ]
