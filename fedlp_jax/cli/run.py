@@ -135,10 +135,19 @@ def run(
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
     """Reads the configuration, then sets up jax, before its first use."""
     from fedlp_jax.config.loading import load_config
+    from fedlp_jax.config.own import search
+    from fedlp_jax.errors import FedLPError
     from fedlp_jax.execution.plan import setup
 
+    search(Path(path).parent)
     config = load_config(path, overrides)
-    setup(cpu_devices=None if every_device else config.plan.devices)
+    try:
+        setup(cpu_devices=None if every_device else config.plan.devices)
+    except FedLPError as error:
+        raise FedLPError(
+            f"a module that {path} names uses jax while it is imported, before its devices are "
+            "set; move that into a function."
+        ) from error
     return config
 
 

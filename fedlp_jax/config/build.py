@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
+from fedlp_jax.aggregation.reducer import Reducer
+from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.algorithms.reference_draws import ReferenceDraws
 from fedlp_jax.config import draws as reference
+from fedlp_jax.config import own
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.dataset import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError
+from fedlp_jax.pruning.masks import MaskPolicy
+from fedlp_jax.tasks.task import Task
 
 
 def build(config: Config) -> dict[str, Any]:
@@ -22,21 +28,9 @@ def build(config: Config) -> dict[str, Any]:
       FedLPError: the data cannot be read, or these settings do not fit together.
     """
     data = config.data.build()
-    optimizer = config.algorithm.client_optimizer
     draws = reference.draw(config, data) if config.draws == "reference" else None
-    make: Any = config.algorithm.build
-    if draws is not None:
-        make = partial(reference.algorithm_with, config, draws)
-    algorithm = make(
-        task=config.task.build(module=config.model.build(num_classes=_outputs(config, data))),
-        # The optimizer gets the rate 1, and the rate becomes `client_schedule`, a factor on its
-        # updates: then the rate is an argument of the compiled round, and another one compiles
-        # nothing. The rate is the last factor in all these optimizers, so the bits are the same.
-        client_optimizer=optimizer.build(learning_rate=1.0),
-        client_schedule=optimizer.learning_rate,
-    )
     return {
-        "algorithm": algorithm,
+        "algorithm": _algorithm(config, data, draws),
         "data": data,
         "clients": build_partition(config, data) if draws is None else draws.partition,
         "rounds": config.rounds,
@@ -49,9 +43,39 @@ def build(config: Config) -> dict[str, Any]:
     }
 
 
+def _algorithm(config: Config, data: Dataset, draws: ReferenceDraws | None) -> Algorithm:
+    model = config.model.build(num_classes=_outputs(config, data))
+    arguments = {"task": config.task.build(module=model)} | _own_aggregator(config)
+    own.check_made(config.task.name, arguments["task"], Task)
+    policy = getattr(config.algorithm, "policy", None)
+    if policy is not None:
+        arguments["policy"] = own.check_made(policy.name, policy.build(), MaskPolicy)
+    optimizer = getattr(config.algorithm, "client_optimizer", None)
+    if optimizer is not None and own.takes(type(config.algorithm).factory, "client_schedule"):
+        # The optimizer gets the rate 1, and the rate becomes `client_schedule`, a factor on its
+        # updates: then the rate is an argument of the compiled round, and another one compiles
+        # nothing. The rate is the last factor in all these optimizers, so the bits are the same.
+        arguments["client_optimizer"] = optimizer.build(learning_rate=1.0)
+        arguments["client_schedule"] = optimizer.learning_rate
+    if draws is not None:
+        return reference.algorithm_with(config, draws, **arguments)
+    algorithm: Algorithm = config.algorithm.build(**arguments)
+    return own.check_made(config.algorithm.name, algorithm, Algorithm)
+
+
+def _own_aggregator(config: Config) -> dict[str, Reducer]:
+    """The aggregator of the user's own that a configuration names, if it does."""
+    setting = getattr(config.algorithm, "aggregator", None)
+    settings = dict(setting) if isinstance(setting, Mapping) else {"name": setting}
+    name = settings.pop("name", None)
+    if not own.is_own(name):
+        return {}
+    return {"aggregator": own.check_made(name, own.imported(name)(**settings), Reducer)}
+
+
 def _outputs(config: Config, data: Dataset) -> int:
     """The outputs of the model: one for each class or token, or one for each target."""
-    if data.num_classes and config.task.name in ("classification", "next_token"):
+    if data.num_classes and config.task.name not in ("regression", "multi_label"):
         return data.num_classes
     targets = data.train.labels
     return 1 if targets.ndim == 1 else int(targets.shape[-1])
@@ -70,5 +94,9 @@ def build_partition(config: Config, data: Dataset) -> Partition:
                 "choose iid, dirichlet, shards, mixed or quantity."
             )
         return config.partition.build(labels=data.train.labels, clients=data.client)
-    seed = config.seed if config.partition.seed is None else config.partition.seed
-    return config.partition.build(labels=data.train.labels, seed=seed)
+    arguments: dict[str, Any] = {"labels": data.train.labels}
+    if "seed" in type(config.partition).model_fields:
+        own_seed = config.partition.seed
+        arguments["seed"] = config.seed if own_seed is None else own_seed
+    partition: Partition = config.partition.build(**arguments)
+    return own.check_made(config.partition.name, partition, Partition)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
+from fedlp_jax.config.own import is_own
 from fedlp_jax.config.schema import KINDS, Config
 from fedlp_jax.data.files import read_plain, replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, why
@@ -137,6 +138,8 @@ def merge(base: Raw, over: Raw, section: str = "") -> Raw:
     elif new != old and all(isinstance(name, str) and name in kinds for name in (old, new)):
         lost = kinds[old].model_fields.keys() - kinds[new].model_fields.keys()
         base = {key: value for key, value in base.items() if key not in lost}
+    elif new != old and kinds and (is_own(old) or is_own(new)):
+        base = {}  # the fields of a user's function are known once it is imported
     result = base | over
     for key in base.keys() & over.keys() - _REPLACED:
         if isinstance(base[key], dict) and isinstance(over[key], dict):

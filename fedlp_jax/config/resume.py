@@ -119,10 +119,11 @@ def refuse_other_run(
 def _identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[str, Any]:
     """The settings that a resumed run must not change.
 
-    Data files may move: a checkpoint has a digest of the data.
+    Files may move: a checkpoint has digests of the data and the partition.
     """
     settings = config.model_dump(mode="json", exclude=set(may_differ))
     settings["data"].pop("data_dir", None)
+    settings["partition"].pop("path", None)
     if settings["data"]["name"].endswith(".npz"):
         settings["data"]["name"] = "an .npz file"
     return settings

@@ -2,7 +2,8 @@
 
 The models are derived: `derive` reads the fields, types and defaults of a section from the
 signature of the function or dataclass that the section configures. To make something new available
-in YAML, add its function to the table of its section below.
+in YAML, add its function to the table of its section below. A function outside the package needs no
+table: a section names it as `module:function`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import optax
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     GetPydanticSchema,
+    SerializeAsAny,
     Strict,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     create_model,
     model_validator,
 )
@@ -35,11 +38,13 @@ from fedlp_jax.aggregation.uploads import Upload, cast, quantize, top_k
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
 from fedlp_jax.clients.failures import Faults
+from fedlp_jax.config import own
 from fedlp_jax.data import partition as schemes
 from fedlp_jax.data.loading import Dataset, load
-from fedlp_jax.errors import FedLPError, check_choice, nearest, shown
+from fedlp_jax.errors import FedLPError, check_choice, nearest, shown, why
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.nn import models
+from fedlp_jax.pruning import masks
 from fedlp_jax.reporting import sinks
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import EarlyStop
@@ -129,24 +134,35 @@ def derive(
 
 
 def _section(
-    factory: Callable[..., Any], fields: Mapping[str, Any], name: str | None = None
+    factory: Callable[..., Any],
+    fields: Mapping[str, Any],
+    name: str | None = None,
+    base: type[Section] = Section,
 ) -> type[Section]:
     in_order = dict(sorted(fields.items(), key=lambda field: field[0] != "name"))
-    model: Any = create_model(name or factory.__name__, __base__=Section, **in_order)
+    model: Any = create_model(name or factory.__name__, __base__=base, **in_order)
     model.factory = staticmethod(factory)
     return model
 
 
 def _arguments(function: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
     """`(name, annotation, default)` of each argument; the default is ... where it is required."""
+    # An nnx module inherits the fields of a dataclass without being one.
+    is_dataclass = "__dataclass_fields__" in vars(function)
+    if inspect.isclass(function) and not is_dataclass:
+        function = function.__init__
     hints = hints_of(function)
-    if dataclasses.is_dataclass(function):  # also flax modules, whose signature hides their fields
-        for field in dataclasses.fields(function):
-            required = field.default is dataclasses.MISSING
-            yield field.name, hints[field.name], ... if required else field.default
+    if is_dataclass:  # also linen modules, whose signature hides their fields
+        for field in dataclasses.fields(function):  # type: ignore[arg-type]
+            default = field.default
+            if default is dataclasses.MISSING:
+                make = field.default_factory
+                default = ... if make is dataclasses.MISSING else make()
+            yield field.name, hints[field.name], default
     else:
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is not parameter.VAR_KEYWORD:
+            variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if not variadic and name != "self":
                 required = parameter.default is parameter.empty
                 yield name, hints.get(name, Any), ... if required else parameter.default
 
@@ -160,6 +176,8 @@ def _in_yaml(hint: Any) -> Any:
         return one_of(OPTIMIZERS)
     if hint is Upload:
         return one_of(UPLOADS)
+    if hint is masks.MaskPolicy:
+        return one_of(POLICIES, "algorithm.policy")
     if origin is Literal:
         return hint
     if origin in (Union, types.UnionType):
@@ -179,18 +197,82 @@ def _union(annotations: Iterable[Any]) -> Any:
     return functools.reduce(operator.or_, annotations)
 
 
-def one_of(kinds: Mapping[str, type[Section]]) -> Any:
-    """The annotation of a section of several kinds; its field `name` says which."""
+def one_of(kinds: Mapping[str, type[Section]], section: str | None = None) -> Any:
+    """The annotation of a section of several kinds; its field `name` says which.
 
-    def check(raw: Any) -> Any:
+    Args:
+      kinds: by name.
+      section: dotted, if a function of the user's own may be named; see `own_kind`.
+    """
+
+    def check(raw: Any, known: ValidatorFunctionWrapHandler) -> Any:
         if isinstance(raw, Mapping):
             if "name" not in raw:
                 raise FedLPError(f"name is missing; it is one of {', '.join(kinds)}")
+            if section is not None and own.is_own(raw["name"]):
+                return own_kind(section, raw["name"]).model_validate(raw)
+            if section is not None and ":" in str(raw["name"]):
+                raise FedLPError(f"name {shown(raw['name'])} is not written as module:function")
             check_choice("name", raw["name"], tuple(kinds))
-        return raw
+        return known(raw)
 
     union: Any = _union(kinds.values())
-    return Annotated[union, Field(discriminator="name"), BeforeValidator(check)]
+    as_given: Any = SerializeAsAny()  # also a user's section, with all its fields
+    return Annotated[union, as_given, Field(discriminator="name"), WrapValidator(check)]
+
+
+class OwnSection(Section):
+    """The arguments of a user's function."""
+
+    def build(self, **arguments: Any) -> Any:
+        """Calls the function with its fields and those of `arguments` that it takes.
+
+        An nnx module is made by its task, which has the `rngs`.
+        """
+        function = type(self).factory
+        settings = self.arguments() | own.taken(function, arguments)
+        if own.takes(function, "rngs") and not own.takes(function, "**"):
+            return lambda rngs: function(**settings, rngs=rngs)
+        return function(**settings)
+
+
+@functools.cache
+def own_kind(section: str, name: str) -> type[Section]:
+    """The section that holds the arguments of a user's function.
+
+    Args:
+      section: dotted, such as "model".
+      name: `module:function`.
+
+    Raises:
+      FedLPError: there is no such function, or its annotations cannot be read.
+    """
+    function = own.imported(name)
+    passes_on = section == "algorithm" and own.takes(function, "**")
+    try:
+        arguments = list(_arguments(function))
+        if passes_on:  # such a function sets the policy itself
+            arguments = [one for one in _arguments(compose) if one[0] != "policy"] + arguments
+    except (NameError, TypeError, ValueError) as error:
+        raise FedLPError(f"the arguments of {name} cannot be read: {why(error)}") from error
+    fields = {
+        argument: (Any if hint is Any else _in_yaml(hint), default)
+        for argument, hint, default in arguments
+        if argument not in _GIVEN[section] and (hint is Any or _in_yaml(hint) is not Never)
+    }
+    if "seed" in fields:  # null = the run's
+        fields["seed"] = (Whole | None, None)
+    return _section(function, fields | {"name": (Literal[name], ...)}, name, OwnSection)
+
+
+# What a user's function gets from elsewhere than its section.
+_GIVEN = {
+    "partition": ("labels",),
+    "model": ("num_classes", "rngs", "parent"),
+    "task": ("module", "normalize", "augment"),
+    "algorithm": ("task", "client_schedule", "behaviour"),
+    "algorithm.policy": (),
+}
 
 
 def _kinds(
@@ -250,7 +332,9 @@ PARTITIONS = _kinds(
         "quantity": schemes.quantity,
     },
     seed=(Whole | None, None),  # null = the run's
-) | _kinds({"natural": schemes.natural})
+)
+PARTITIONS |= _kinds({"natural": schemes.natural})
+PARTITIONS |= _kinds({"file": schemes.from_file}, path=(Text, ...))
 MODELS = _kinds(
     {
         "fedlp_cnn": models.FedLPCNN,
@@ -275,8 +359,9 @@ TASKS = _kinds(
     without=("module", "normalize", "augment"),
 )
 UPLOADS = _kinds({function.__name__: function for function in (top_k, quantize, cast)})
+POLICIES = _kinds({"full": masks.full, "bernoulli": masks.bernoulli})
 _CLASSIFICATION = TASKS["classification"].model_validate({"name": "classification"})
-# Each algorithm, and the arguments of `compose` that it sets itself.
+# Each algorithm, and the arguments of `compose` that it sets itself besides the policy.
 _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedavg: (),
     algorithms.fedlp_homo: (),
@@ -290,12 +375,16 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.scaffold: (),
     algorithms.fednova: (),
     algorithms.feddyn: (),
+    compose: (),
 }
+_POLICY = ("policy",)
 ALGORITHMS = {
     name: section
-    for function, own in _ALGORITHMS.items()
+    for function, sets in _ALGORITHMS.items()
     for name, section in _kinds(
-        {function.__name__: function}, compose, without=("behaviour", "client_schedule", *own)
+        {function.__name__: function},
+        compose,
+        without=("behaviour", "client_schedule", *sets, *(() if function is compose else _POLICY)),
     ).items()
 }
 KINDS = {  # the sections that come in several kinds
@@ -306,6 +395,7 @@ KINDS = {  # the sections that come in several kinds
     "algorithm.client_optimizer": OPTIMIZERS,
     "algorithm.server_optimizer": OPTIMIZERS,
     "algorithm.upload": UPLOADS,
+    "algorithm.policy": POLICIES,
 }
 
 
@@ -319,7 +409,15 @@ class Data(Section):
     options: dict[Text, Any] = {}  # arguments of some data sets
 
     def build(self, **arguments: Any) -> Dataset:
-        """Loads the data set."""
+        """Loads the data set.
+
+        Raises:
+          FedLPError: it cannot be read, or a user's function returned something else.
+        """
+        if own.is_own(self.name):
+            function = own.imported(self.name)
+            arguments = own.taken(function, {"data_dir": self.data_dir}) | self.options
+            return own.check_made(self.name, function(**arguments), Dataset)
         folder = self.data_dir and os.path.expanduser(self.data_dir)
         return load(os.path.expanduser(self.name), folder, **self.options, **arguments)
 
@@ -356,10 +454,10 @@ class Config(Section):
     name: Annotated[Text, AfterValidator(_folder_name)] = "run"
     seed: Whole = 0
     data: Data
-    partition: Annotated[Any, _type(one_of(PARTITIONS))]
-    model: Annotated[Any, _type(one_of(MODELS))]
-    task: Annotated[Any, _type(one_of(TASKS))] = _CLASSIFICATION
-    algorithm: Annotated[Any, _type(one_of(ALGORITHMS))]
+    partition: Annotated[Any, _type(one_of(PARTITIONS, "partition"))]
+    model: Annotated[Any, _type(one_of(MODELS, "model"))]
+    task: Annotated[Any, _type(one_of(TASKS, "task"))] = _CLASSIFICATION
+    algorithm: Annotated[Any, _type(one_of(ALGORITHMS, "algorithm"))]
     rounds: Whole
     cohort: Whole | Real  # clients of a round, or their share
     # "reference" = partition, depths, cohorts and masks as the authors' code draws them

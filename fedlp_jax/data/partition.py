@@ -10,16 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedlp_jax.data.dataset import class_labels, client_ids, integers
-from fedlp_jax.errors import FedLPError, check_number, shown
+from fedlp_jax.data.files import open_plain, read_plain, replacing
+from fedlp_jax.errors import FedLPError, check_number, shown, why
 
 # The second word of the Philox key: no two schemes share their draws under one seed.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}
+_FILE_BYTES = 2**30  # limit for a file with a split
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -123,6 +128,22 @@ class Partition:
             f"{np.median(sizes):g}) of {classes.min()} to {classes.max()} classes (median "
             f"{np.median(classes):g})"
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows of each client as JSON, for `from_file`.
+
+        Raises:
+          FedLPError: the file cannot be written.
+        """
+        rows = [self.rows(client).tolist() for client in range(self.clients)]
+        file = Path(os.path.expanduser(path))
+        if file.suffix != ".json":
+            raise FedLPError(f"a partition is saved as JSON; name a .json file, not {file.name}.")
+        try:
+            with replacing(file) as opened:
+                opened.write(json.dumps(rows, separators=(",", ":")).encode())
+        except OSError as error:
+            raise FedLPError(f"{path} cannot be written: {why(error)}.") from error
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plots the partition, see `fedlp_jax.reporting.plots.partition`."""
@@ -310,6 +331,46 @@ def natural(labels: Any, *, clients: Any) -> Partition:
     labels = class_labels("labels", _classes_of(labels))
     ids, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
     return by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
+
+
+def from_file(labels: Any, *, path: str | os.PathLike[str]) -> Partition:
+    """Reads a split that was made elsewhere, or saved with `Partition.save`.
+
+    Args:
+      labels: integers `[N]`, or targets `[N, ...]` of any kind.
+      path: a `.json` file, either a list with the rows of each client, `[[0, 5, ...], [1, ...]]`,
+        or an object, `{"alice": [0, 5, ...], ...}`, whose order is that of the clients; or a `.npy`
+        file with the client of each example, see `natural`.
+
+    Returns:
+      A partition with the rows in the order of the file. Rows count from 0 in the training split;
+      some may be left out, and none may occur twice.
+    """
+    labels = class_labels("labels", _classes_of(labels))
+    file = Path(os.path.expanduser(path))
+    try:
+        if file.suffix == ".npy":
+            with open_plain(file) as opened:
+                return natural(labels, clients=np.load(opened, allow_pickle=False))
+        content = json.loads(read_plain(file, _FILE_BYTES))
+    except FileNotFoundError:
+        raise FedLPError(f"there is no file {path}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FedLPError(
+            f"{path} cannot be read as a split ({why(error)}); write JSON such as "
+            "[[0, 5], [1, 2]], the rows of each client, or a .npy of client ids."
+        ) from None
+    clients = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(clients, list) or not all(isinstance(rows, list) for rows in clients):
+        raise FedLPError(
+            f"{path} holds {shown(content)}; expected a list of rows for each client, such as "
+            "[[0, 5], [1, 2]]."
+        )
+    if not clients:
+        raise FedLPError(f"{path} holds no client; give one list of rows for each.")
+    order = integers("rows", list(itertools.chain.from_iterable(clients)))
+    sizes = np.array([len(rows) for rows in clients], np.int64)
+    return _by_size(order, sizes, labels)
 
 
 def _mixed_reference(

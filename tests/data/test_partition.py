@@ -559,3 +559,47 @@ def test_labels_may_be_a_column():
 def test_what_cannot_be_dealt_is_refused_in_a_sentence(make, message):
     with pytest.raises(FedLPError, match=message):
         make(np.arange(12) % 3)
+
+
+def test_a_saved_partition_is_read_back(tmp_path):
+    labels = np.arange(60) % 3
+    split = partition.dirichlet(labels, clients=4, alpha=0.5, seed=1)
+    split.save(tmp_path / "split.json")
+    again = partition.from_file(labels, path=tmp_path / "split.json")
+    assert again.hash == split.hash
+
+
+def test_a_split_by_file_keeps_the_order_of_the_file(tmp_path):
+    labels = np.arange(6) % 2
+    (tmp_path / "split.json").write_text('{"zoe": [4, 1], "ann": [0]}')
+    split = partition.from_file(labels, path=tmp_path / "split.json")
+    assert [split.rows(k).tolist() for k in range(2)] == [[4, 1], [0]]
+    np.save(tmp_path / "client.npy", np.array([7, 7, 3, 3, 3, 7]))
+    split = partition.from_file(labels, path=tmp_path / "client.npy")
+    assert [split.rows(k).tolist() for k in range(2)] == [[2, 3, 4], [0, 1, 5]]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[[0, 1], [1]]", "rows more than once"),
+        ("[[0, 9]]", "outside the 6 labelled examples"),
+        ("[[0.5]]", "expected integers"),
+        ("[[0], []]", "holds 0 examples"),
+        ("[]", "holds no client"),
+        ("3", "expected a list of rows for each client"),
+        ("{", "cannot be read as a split"),
+        ("[" * 100_000, "cannot be read as a split"),
+    ],
+)
+def test_a_bad_split_is_refused(tmp_path, content, sentence):
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(FedLPError, match=sentence):
+        partition.from_file(np.arange(6) % 2, path=tmp_path / "split.json")
+
+
+def test_a_missing_split_and_a_bad_name_are_refused(tmp_path):
+    with pytest.raises(FedLPError, match="there is no file"):
+        partition.from_file(np.arange(6) % 2, path=tmp_path / "split.json")
+    with pytest.raises(FedLPError, match=r"name a \.json file"):
+        partition.iid(np.arange(6) % 2, clients=2).save(tmp_path / "split.npz")
