@@ -1,5 +1,6 @@
 """A configuration names code of the user's own as `module:name`."""
 
+import pathlib
 import sys
 import textwrap
 
@@ -221,3 +222,24 @@ def test_bad_code_is_refused_in_a_sentence(sections, sentence):
 def test_a_version_of_a_data_set_is_no_code():
     assert not own.is_own("mnist:3.0.1")
     assert own.is_own("package.module:Name")
+
+
+def test_the_configuration_of_the_page_is_built(module):
+    folder = module
+    (folder / "my_data.py").write_text(
+        MODULE + "\ndef load(year: int):\n    return data(year)\n"
+        "\ndef by_hospital(labels, clients: int):\n    return split(labels, clients)\n"
+    )
+    (folder / "my_models.py").write_text(MODULE)
+    (folder / "my_tasks.py").write_text(
+        MODULE + "\ndef focal(module, gamma: float = 2.0):\n    return task(module)\n"
+    )
+    (folder / "my_masks.py").write_text(MODULE + "\nweekday = policy\n")
+    (folder / "my_rules.py").write_text(
+        MODULE + "\ndef krum_twice(faulty: int):\n    return rule()\n"
+    )
+    page = pathlib.Path(__file__).parents[2] / "docs" / "own_code.md"
+    block = page.read_text().split("```yaml\n")[1].split("```")[0]
+    arguments = build(parse_config(parse_yaml(block)))
+    assert arguments["clients"].clients == 20 and arguments["rounds"] == 50
+    assert arguments["algorithm"].upload_rates((), 1).item() == 0.5
