@@ -71,6 +71,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.reporting import plots as plots
     from fedlp_jax.reporting import sinks as sinks
     from fedlp_jax.reporting.compare import compare as compare
+    from fedlp_jax.reporting.report import report as report
     from fedlp_jax.reporting.variables import load_variables as load_variables
     from fedlp_jax.reporting.variables import save_variables as save_variables
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
@@ -125,6 +126,7 @@ _HOMES = {
     "errors": "FedLPError",
     "execution.plan": "Plan setup",
     "reporting.compare": "compare",
+    "reporting.report": "report",
     "reporting.variables": "load_variables save_variables",
     "simulation.checkpoint": "Checkpoint",
     "simulation.early_stop": "EarlyStop",

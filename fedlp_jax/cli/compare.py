@@ -37,17 +37,16 @@ def compare(
     from rich.table import Table
 
     from fedlp_jax.reporting import compare as comparing
-    from fedlp_jax.reporting.plots import curves
+    from fedlp_jax.reporting.plots import axes_of, curves
 
     paths = [Path(run).expanduser() for run in runs]
     experiments = comparing.by_configuration(paths)
     table = comparing.compare(experiments, target=target, metric=metric)
     if plots is not None:
         rows = [row for seeds in experiments.values() for run in seeds for row in run]
-        timed = ("simulated_time",) if all("simulated_time" in row for row in rows) else ()
         plots = plots.expanduser()
         plots.mkdir(parents=True, exist_ok=True)
-        for x in ("round", "upload_megabytes", *timed):
+        for x in axes_of(rows):
             curves(experiments, plots / f"{metric}_by_{x}.png", x, metric)
     if format == "table":
         console = Console()

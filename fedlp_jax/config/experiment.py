@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import dump_config, load_config, parse_config
@@ -20,8 +22,14 @@ from fedlp_jax.errors import FedLPError, collecting
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.environment import environment
-from fedlp_jax.reporting.plots import draw_run
-from fedlp_jax.reporting.run_directory import PLOTS, TENSORBOARD, RunDirectory
+from fedlp_jax.reporting.plots import draw_run, some_clients
+from fedlp_jax.reporting.run_directory import (
+    CLIENTS,
+    PARTITION,
+    PLOTS,
+    TENSORBOARD,
+    RunDirectory,
+)
 from fedlp_jax.reporting.sinks import Sink
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError, Result
@@ -113,7 +121,7 @@ def execute(
             if directory is not None:
                 record.compiled(result.plan)
                 record.begin()
-                _save(directory, result)
+                _save(directory, result, arguments["clients"])
         except BaseException as error:  # an interruption too leaves its summary
             if directory is not None:
                 _note_failure(error, directory, record.rows, said)
@@ -185,6 +193,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "fedavg": fedavg_traffic(
             result.variables, rule, result.layers, senders=senders, receivers=senders + lost
         ),
+        "layers": _layer_costs(result),
         "partition": {
             "clients": clients.clients,
             "smallest": clients.sizes.min(),
@@ -195,6 +204,13 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "lowerings": result.lowerings,
         "warnings": result.warnings,
     } | environment()
+
+
+def _layer_costs(result: Result) -> dict[str, dict[str, int]]:
+    """Parameters of each layer, and its bytes in the uploads of all rounds."""
+    sent = -(-result.costs.layer_upload_bits // 8)
+    layers = zip(result.layers.names, result.layers.params, sent, strict=True)
+    return {name: {"params": int(p), "upload_bytes": int(b)} for name, p, b in layers}
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
@@ -215,10 +231,22 @@ def _with_plan(config: Config, plan: Plan) -> Config:
     return config.model_copy(update={"plan": section})
 
 
-def _save(directory: RunDirectory, result: Result) -> None:
+def _save(directory: RunDirectory, result: Result, clients: Partition | None = None) -> None:
     """Writes what a run leaves in arrays."""
     directory.save(result.state.variables)
-    directory.save_clients(result.clients.columns())
+    directory.save_arrays(CLIENTS, result.clients.columns())
+    if clients is not None:
+        directory.save_arrays(PARTITION, _partition_arrays(clients))
+
+
+def _partition_arrays(clients: Partition) -> dict[str, Any]:
+    """What `partition.npz` has: the sizes of all clients, and the labels that some hold."""
+    drawn = some_clients(clients.clients)
+    labels = [
+        np.bincount(clients.labels[clients.rows(int(k))], minlength=clients.num_classes)
+        for k in drawn
+    ]
+    return {"sizes": clients.sizes, "client": drawn, "labels": np.stack(labels)}
 
 
 def _note_failure(

@@ -29,21 +29,30 @@ Run = Any  # rows, a `History`, or a `Result`
 
 # Two palettes that colour-blind readers can tell apart: Okabe and Ito's for lines
 # (without the yellow, too pale on white), Paul Tol's muted one for areas.
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_AREAS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
-_AREAS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB"]
+AREAS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
+AREAS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB"]
 _SHOWN = 50  # clients drawn one by one
 _MARKED = 25  # points of a line that each get a marker; of more points, every few
 
-_AXES = {
+AXES = {
     "round": "round",
     "upload_megabytes": "uploaded by all clients so far [MB]",
+    "download_megabytes": "downloaded by all clients so far [MB]",
+    "total_megabytes": "exchanged by all clients so far [MB]",
     "simulated_time": "modelled time so far [s]",
+    "seconds": "measured time so far [s]",
 }
-# Axes that accumulate a key over rounds: key, factor.
-_SUMS = {"upload_megabytes": ("upload_bytes", 1e-6), "simulated_time": ("simulated_time", 1.0)}
+# Axes that accumulate keys over rounds: keys, factor.
+_SUMS = {
+    "upload_megabytes": (("upload_bytes",), 1e-6),
+    "download_megabytes": (("download_bytes",), 1e-6),
+    "total_megabytes": (("upload_bytes", "download_bytes"), 1e-6),
+    "simulated_time": (("simulated_time",), 1.0),
+    "seconds": (("seconds",), 1.0),
+}
 
 
 class Style(NamedTuple):
@@ -52,6 +61,16 @@ class Style(NamedTuple):
     colour: str
     dash: str
     marker: str
+
+
+class Series(NamedTuple):
+    """A metric of one or more runs over the rounds that all of them have."""
+
+    rounds: list[int]
+    across: np.ndarray  # f64[R'], abscissa, a mean over runs
+    mean: np.ndarray  # f64[R']
+    deviation: np.ndarray | None  # f64[R'], sample standard deviation; None for one run
+    runs: int
 
 
 def partition(partition: Partition, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -71,7 +90,7 @@ def partition(partition: Partition, path: str | os.PathLike[str] | None = None) 
     figure = new_figure()
     mixes, sizes = figure.subplots(2, 1, height_ratios=(3, 2))
     clients, examples = partition.clients, partition.sizes
-    drawn = np.arange(min(clients, _SHOWN)) * clients // min(clients, _SHOWN)
+    drawn = some_clients(clients)
     _draw_mixes(figure, mixes, partition, drawn)
     spread = (
         f"{examples[0]:,} each"
@@ -85,7 +104,7 @@ def partition(partition: Partition, path: str | os.PathLike[str] | None = None) 
     )
     if clients <= _SHOWN:
         mixes.tick_params(labelbottom=False)
-        sizes.bar(drawn, examples, width=0.85, color=_LINES[0])
+        sizes.bar(drawn, examples, width=0.85, color=LINES[0])
         sizes.set(xlabel="client", ylabel="examples", xlim=mixes.get_xlim())
         sizes.set_xticks(mixes.get_xticks())
     else:
@@ -113,8 +132,9 @@ def curves(
         deviation. Rows without `y` (rounds without evaluation) are skipped, but their uploads
         count.
       path: file to write; its suffix selects the format. None writes nothing.
-      x: "round"; "upload_megabytes" for the sum of `upload_bytes` so far, in 10^6 bytes; or
-        "simulated_time" for the sum of the modelled seconds of rounds (`fl.Faults(profile=...)`).
+      x: "round"; "upload_megabytes", "download_megabytes" or "total_megabytes" for the bytes so far
+        of all clients, in 10^6; "simulated_time" for the sum of the modelled seconds of rounds
+        (`fl.Faults(profile=...)`); or "seconds" for the measured ones.
       y: key of a row. Accuracies are shown in percent.
 
     Returns:
@@ -150,31 +170,64 @@ def draw_curves(
     Raises:
       FedLPError: `x` or `y` is unknown, or there is nothing to draw.
     """
-    if x not in _AXES:
-        raise FedLPError(
-            f"x={x!r} is not an axis{nearest(x, _AXES) or '.'} There are: {', '.join(_AXES)}."
-        )
+    _check_axis(x)
     if not histories:
         raise FedLPError("There is no history to draw: pass at least one run, as {label: rows}.")
     last = 0.0
     for i, (label, runs) in enumerate(histories.items()):
-        dash = _DASHES[i // len(_LINES) % len(_DASHES)]
-        cycle = Style(_LINES[i % len(_LINES)], dash, _MARKERS[i % len(_MARKERS)])
+        dash = _DASHES[i // len(LINES) % len(_DASHES)]
+        cycle = Style(LINES[i % len(LINES)], dash, _MARKERS[i % len(_MARKERS)])
         style = (styles or {}).get(label, cycle)
         last = max(last, _draw_curve(axes, label, runs, x, y, style))
-    axes.set(xlabel=_AXES[x], ylabel=y.replace("_", " "))
+    axes.set(xlabel=AXES[x], ylabel=y.replace("_", " "))
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter("{x:,.10g}")
-    if x == "round":
-        axes.set_xticks(_ticks_to(last))
+    ticks = _ticks_to(last, integers=x == "round")
+    # The last tick is the last point, which is no round number of megabytes or seconds.
+    axes.set_xticks(ticks, [f"{t:,.10g}" for t in (*ticks[:-1], _three_digits(last))])
     if "accuracy" in y:
         from matplotlib.ticker import PercentFormatter
 
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def series(label: str, runs: Run | Sequence[Run], x: str, y: str) -> Series:
+    """The numbers of one curve; the arguments are those of `curves`.
+
+    Raises:
+      FedLPError: `x` or `y` is unknown, or the runs have no round in common.
+    """
+    _check_axis(x)
+    points = [_points(label, rows, x, y) for rows in _rows_of_runs(label, runs)]
+    rounds = sorted(set.intersection(*(set(run) for run in points)))
+    if not rounds:
+        raise FedLPError(
+            f"{label}: its {len(points)} runs have no round in common with {y!r}; draw them under "
+            "a label each."
+        )
+    table = np.array([[run[round] for round in rounds] for run in points])  # [runs, rounds, 2]
+    across, mean = table.mean(axis=0).T
+    deviation = table[..., 1].std(axis=0, ddof=1) if len(points) > 1 else None
+    return Series(rounds, across, mean, deviation, len(points))
+
+
+def some_clients(clients: int) -> np.ndarray:
+    """`i64[N]`, ids of at most 50 of K clients, at equal distances."""
+    return np.arange(min(clients, _SHOWN)) * clients // min(clients, _SHOWN)
+
+
+def marks_every(points: int) -> int:
+    """One in how many points of a line gets a marker."""
+    return 1 if points <= _MARKED else points // 8
+
+
+def axes_of(rows: Rows) -> list[str]:
+    """The abscissas that these rows have, in the order of `AXES`."""
+    have = set.intersection(*(set(row) for row in rows)) if rows else set()
+    return [x for x in AXES if x == "round" or have.issuperset(_SUMS[x][0])]
 
 
 def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
@@ -191,8 +244,8 @@ def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
     try:
         partition(clients, folder / "partition.png")
         if y := next((key for row in rows if (key := headline(row))), None):
-            timed = ("simulated_time",) if "simulated_time" in rows[0] else ()
-            for x in ("round", "upload_megabytes", *timed):
+            costs = {"upload_megabytes", "simulated_time"} & {*axes_of(rows)}
+            for x in ("round", *sorted(costs)):
                 curves({name: rows}, folder / f"{y.removeprefix('test_')}_by_{x}.png", x, y)
     except Exception as error:
         warn(
@@ -238,26 +291,33 @@ def _integers(ticks: int) -> Locator:
     return MaxNLocator(ticks, integer=True)
 
 
-def _ticks_to(last: float) -> np.ndarray:
-    """Round ticks from 0, the last of them at the last round."""
-    ticks = np.asarray(_integers(9).tick_values(0, last))
+def _ticks_to(last: float, integers: bool = True) -> np.ndarray:
+    """Round ticks from 0, the last of them at the last point."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = _integers(9) if integers else MaxNLocator(7)
+    ticks = np.asarray(locator.tick_values(0, last))
     step = ticks[1] - ticks[0]
     return np.append(ticks[ticks < last - 0.6 * step], last)
+
+
+def _three_digits(number: float) -> float:
+    return float(f"{number:.3g}") if number < 1000 else round(number)
+
+
+def _check_axis(x: str) -> None:
+    if x not in AXES:
+        raise FedLPError(
+            f"x={x!r} is not an axis{nearest(x, AXES) or '.'} There are: {', '.join(AXES)}."
+        )
 
 
 def _draw_curve(
     axes: Axes, label: str, runs: Run | Sequence[Run], x: str, y: str, style: Style
 ) -> float:
     """Draws one line, with a band if it is of several runs; returns its last abscissa."""
-    points = [_points(label, rows, x, y) for rows in _rows_of_runs(label, runs)]
-    rounds = sorted(set.intersection(*(set(run) for run in points)))
-    if not rounds:
-        raise FedLPError(
-            f"{label}: its {len(points)} runs have no round in common with {y!r}; draw them under "
-            "a label each."
-        )
-    table = np.array([[run[round] for round in rounds] for run in points])  # [runs, rounds, 2]
-    across, mean = table.mean(axis=0).T
+    drawn = series(label, runs, x, y)
+    rounds, across, mean, spread = drawn.rounds, drawn.across, drawn.mean, drawn.deviation
     axes.plot(
         across,
         mean,
@@ -266,11 +326,10 @@ def _draw_curve(
         linestyle=style.dash,
         linewidth=1.6,
         marker=style.marker,
-        markevery=1 if len(rounds) <= _MARKED else len(rounds) // 8,
+        markevery=marks_every(len(rounds)),
         markersize=3.5,
     )
-    if len(points) > 1:
-        spread = table[..., 1].std(axis=0, ddof=1)
+    if spread is not None:
         axes.fill_between(
             across, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
         )
@@ -303,20 +362,21 @@ def _points(label: str, rows: Rows, x: str, y: str) -> dict[int, tuple[float, fl
     total = 0.0
     for row in rows:
         if x in _SUMS:
-            key, factor = _SUMS[x]
-            if key not in row:
-                raise FedLPError(
-                    f"{label}: round {row.get('round')} has no {key} to add up; draw against "
-                    "x='round'."
-                )
-            total += row[key] * factor
+            keys, factor = _SUMS[x]
+            for key in keys:
+                if key not in row:
+                    raise FedLPError(
+                        f"{label}: round {row.get('round')} has no {key} to add up; draw against "
+                        "x='round'."
+                    )
+                total += row[key] * factor
         if row.get(y) is not None:
             points[row["round"]] = (row["round"] if x == "round" else total, row[y])
     if not points:
-        keys = sorted({key for row in rows for key in row})
+        known = sorted({key for row in rows for key in row})
         raise FedLPError(
-            f"{label}: none of {len(rows)} rounds has {y!r}{nearest(y, keys) or '.'} They have: "
-            f"{', '.join(keys) or 'nothing'}."
+            f"{label}: none of {len(rows)} rounds has {y!r}{nearest(y, known) or '.'} They have: "
+            f"{', '.join(known) or 'nothing'}."
         )
     return points
 
@@ -339,9 +399,9 @@ def _draw_mixes(figure: Figure, axes: Axes, partition: Partition, drawn: np.ndar
     shares = counts / counts.sum(axis=1, keepdims=True)  # f64[drawn, classes]
     bottom = np.cumsum(shares, axis=1) - shares
     position = np.arange(len(drawn))
-    if classes <= len(_AREAS):
+    if classes <= len(AREAS):
         for c in range(classes):
-            axes.bar(position, shares[:, c], 0.85, bottom[:, c], color=_AREAS[c], label=str(c))
+            axes.bar(position, shares[:, c], 0.85, bottom[:, c], color=AREAS[c], label=str(c))
         figure.legend(
             title="class", loc="outside right upper", fontsize="x-small", title_fontsize="x-small",
             frameon=False, reverse=True,
@@ -374,6 +434,6 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
         axes.xaxis.set_major_locator(_integers(9))
     else:
         bins = np.linspace(smallest, largest, 41)
-    axes.hist(sizes, bins=bins.tolist(), color=_LINES[0])
+    axes.hist(sizes, bins=bins.tolist(), color=LINES[0])
     axes.set(xlabel="examples per client", ylabel="clients")
     axes.xaxis.set_major_formatter("{x:,.10g}")

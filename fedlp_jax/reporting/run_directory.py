@@ -4,6 +4,7 @@
     metrics.jsonl   one object per round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
     clients.npz     a table with a row per round and client, see `Result.clients`
+    partition.npz   examples of every client, and the labels of up to 50
     summary.json    last numbers, totals, versions, device, time
     checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`
     plots/          accuracy by round and by upload, the partition
@@ -35,10 +36,10 @@ from fedlp_jax.reporting.variables import VARIABLES, save_variables
 from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
-CHECKPOINTS, CLIENTS, LOCK = "checkpoints", "clients.npz", ".lock"
+CHECKPOINTS, CLIENTS, PARTITION, LOCK = "checkpoints", "clients.npz", "partition.npz", ".lock"
 EARLIER, TENSORBOARD = "earlier", "tensorboard"
 _FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD)
-_FILES = (CONFIG, VARIABLES, CLIENTS, SUMMARY, METRICS)
+_FILES = (CONFIG, VARIABLES, CLIENTS, PARTITION, SUMMARY, METRICS)
 
 
 class RunDirectory:
@@ -139,11 +140,11 @@ class RunDirectory:
         with _naming(self.path / VARIABLES):
             save_variables(self.path / VARIABLES, variables)
 
-    def save_clients(self, columns: Mapping[str, Any]) -> None:
-        """Writes `clients.npz`, of arrays by name."""
+    def save_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        """Writes `clients.npz` or `partition.npz`, of arrays by name."""
         self._check_place()
-        with _naming(self.path / CLIENTS), replacing(self.path / CLIENTS) as file:
-            np.savez_compressed(file, allow_pickle=False, **columns)
+        with _naming(self.path / name), replacing(self.path / name) as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     def close(self) -> None:
         """Releases the lock. If nothing was written, removes the directories that were made."""

@@ -39,6 +39,9 @@ class ClientHistory:
                    clients that did not arrive
 
     A row takes 14 bytes, 4 for each metric, and a bit for each layer.
+
+    Attributes:
+      sizes: `i64[K]`, examples of every client, drawn or not.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ClientHistory:
           sizes: `i64[K]`, examples of each client.
         """
         self._metrics, self._layers = tuple(metrics), tuple(layers)
-        self._sizes: np.ndarray = np.asarray(sizes, np.int64)
+        self.sizes: np.ndarray = np.asarray(sizes, np.int64)
         self._row = np.dtype(
             [
                 ("round", np.int32),
@@ -124,7 +127,7 @@ class ClientHistory:
         if key in ("round", "client", "level", "corrupt"):
             return rows[key].copy()
         if key == "examples":
-            return self._sizes[rows["client"]]
+            return self.sizes[rows["client"]]
         if key == "outcome":
             return np.asarray(OUTCOMES)[rows["outcome"]]
         if key == "kept":
@@ -175,7 +178,7 @@ class ClientHistory:
         Returns:
           `f64[K]`; NaN = the client has none.
         """
-        latest = np.full(len(self._sizes), np.nan)
+        latest = np.full(len(self.sizes), np.nan)
         values = self[key].astype(np.float64)
         known = ~np.isnan(values)
         latest[self["client"][known]] = values[known]  # a later one overwrites

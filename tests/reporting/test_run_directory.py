@@ -12,7 +12,7 @@ from fedlp_jax.data import partition
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting import environment
 from fedlp_jax.reporting.plots import draw_run
-from fedlp_jax.reporting.run_directory import METRICS, RunDirectory, read_metrics
+from fedlp_jax.reporting.run_directory import CLIENTS, METRICS, RunDirectory, read_metrics
 
 VARIABLES = {"params": {"fc": {"bias": np.float32([1, 2])}}}
 
@@ -39,7 +39,7 @@ def written(path, rounds=1, **row):
     for round in range(1, rounds + 1):
         directory.append({"round": round} | row)
     directory.save(VARIABLES)
-    directory.save_clients({"client": np.arange(3)})
+    directory.save_arrays(CLIENTS, {"client": np.arange(3)})
     directory.summarize({"status": "done"})
     (directory.path / "plots").mkdir(exist_ok=True)
     (directory.path / "plots" / "accuracy.png").write_bytes(b"png")
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_the_files_that_were_there(tmp_path):
         ("variables.npz", lambda: directory.save(large)),
         (
             "clients.npz",
-            lambda: directory.save_clients({"x": np.random.default_rng(0).random(999)}),
+            lambda: directory.save_arrays(CLIENTS, {"x": np.random.default_rng(0).random(999)}),
         ),
         ("summary.json", lambda: directory.summarize({"x": "y" * 999})),
     ):
