@@ -15,6 +15,8 @@ from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.aggregation.robust import stacked_bytes
 from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.clients.devices import PASSES
+from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
@@ -99,6 +101,21 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         if algorithm.stacked
         else None,
     )
+
+
+def training_macs(config: Config, view: Overview) -> float | None:
+    """Expected multiply-accumulates of the training of a round: three forward passes an example.
+
+    None where the algorithm is the user's own and does not say how much a client trains.
+    """
+    algorithm = config.algorithm
+    if not all(hasattr(algorithm, field) for field in LocalWork._fields):
+        return None
+    epochs, steps = algorithm.epochs, algorithm.steps
+    work = LocalWork(algorithm.batch_size, 1 if epochs is steps is None else epochs, steps)
+    seen = float(np.mean(examples_seen(view.clients.sizes, work)))
+    forward = [sum(level.macs.values()) * level.clients for level in view.levels]
+    return view.cohort * PASSES * seen * sum(forward) / view.clients.clients
 
 
 def submodel_levels(algorithm: Algorithm, variables: Variables, example: Batch) -> list[Level]:

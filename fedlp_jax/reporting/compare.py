@@ -133,8 +133,9 @@ def compare(
       metric: key of a row. Smaller is better for a loss, greater for everything else.
 
     Returns:
-      The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic and simulated time
-      are modelled, seconds are measured; all are sums over the rounds.
+      The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic, MACs (of
+      runs with a profile of devices) and simulated time are modelled, seconds are measured; all are
+      sums over the rounds.
 
     Raises:
       FedLPError: a path holds no run, no run has the metric, or there is nothing to compare.
@@ -236,6 +237,7 @@ def _columns(metric: str, target: float | None, keys: set[str]) -> list[Column]:
     sums = [
         ("upload", "MB", "upload_bytes", 1e-6),
         ("download", "MB", "download_bytes", 1e-6),
+        ("training", "GMAC", "train_macs", 1e-9),
         ("simulated time", "s", "simulated_time", 1.0),
         ("measured time", "s", "seconds", 1.0),
     ]

@@ -1,0 +1,59 @@
+"""What a run will take: measured on a small one, and `fedlp plan`."""
+
+import optax
+import pytest
+import typer.testing
+import yaml
+from small import DIGITS, dataset
+
+import fedlp_jax as fl
+from fedlp_jax import cli
+from fedlp_jax.config.build import build
+from fedlp_jax.config.loading import parse_config
+from fedlp_jax.config.overview import overview, training_macs
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.execution.plan import Plan
+from fedlp_jax.simulation.estimate import estimate
+
+DATA = dataset()
+ARGUMENTS = {
+    "algorithm": fl.fedavg(
+        fl.classification(fl.models.Logistic(num_classes=3)),
+        client_optimizer=optax.sgd(0.1),
+        batch_size=4,
+    ),
+    "data": DATA,
+    "clients": fl.partition.iid(DATA.train.labels, clients=6, seed=0),
+    "rounds": 7,
+    "cohort": 2,
+    "plan": Plan(1, 1),
+}
+
+
+@pytest.mark.parametrize(("every", "tests"), [(None, 1), (2, 4), (7, 1), (3, 3)])
+def test_the_whole_run_is_its_parts(every, tests):
+    found = estimate(ARGUMENTS | {"eval_every": every, "early_stop": None}, seconds=0.01)
+    assert (found.rounds, found.tests, found.rounds_timed % 3) == (7, tests, 0)
+    parts = found.compile_seconds + 7 * found.round_seconds + tests * found.test_seconds
+    assert found.total_seconds == pytest.approx(parts) and found.round_seconds > 0
+    assert found.device_bytes > DATA.train.inputs.nbytes and found.process_bytes > 2**20
+
+
+def test_training_is_counted_in_three_forward_passes_an_example():
+    config = parse_config(DIGITS | {"rounds": 5})
+    view = overview(config, build(config))
+    forward = 64 * 10  # of a logistic regression on 8 x 8 pixels
+    assert training_macs(config, view) == pytest.approx(2 * 3 * forward * view.clients.sizes.mean())
+
+
+def test_the_command_says_what_is_measured_and_what_modelled(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(DIGITS | {"rounds": 5}))
+    words = ["plan", str(tmp_path / "small.yaml"), "--seconds", "0.01", "--rounds", "50"]
+    said = typer.testing.CliRunner().invoke(cli.app, words)
+    assert said.exit_code == 0, said.output
+    for word in ("measured", "modelled", "predicted by XLA", "for 50 rounds", "GMAC"):
+        assert word in said.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.yaml"]
+    refused = typer.testing.CliRunner().invoke(cli.app, [*words, "--cohort", "50"])
+    assert refused.exit_code == 2 and "exceeds the 20 clients" in refused.output
