@@ -1,4 +1,4 @@
-"""The command `fedlp`: run, info, plan, tune, compare, report, export, algorithms, reproduce.
+"""The command `fedlp`: new, run, info, plan, tune, compare, report, export and others.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (nothing was written), 130 interrupted (and saved
 if a round was done). Only a command that needs jax imports it, so help is fast.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fedlp_jax import __version__
-from fedlp_jax.cli import algorithms, compare, export, info, plan, report, reproduce, run, tune
+from fedlp_jax.cli import algorithms, compare, export, info, new, plan, report, reproduce, run, tune
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -26,7 +26,6 @@ app = typer.Typer(
     name="fedlp",
     help="Federated learning with layer-wise pruning, simulated in JAX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -147,6 +146,7 @@ def _printable(line: str) -> str:
 
 
 _any_field = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(epilog=new.EXAMPLES)(_guarded(new.new))
 app.command(context_settings=_any_field, epilog=run.EXAMPLES)(_guarded(run.run))
 app.command(context_settings=_any_field, epilog=info.EXAMPLES)(_guarded(info.info))
 app.command(context_settings=_any_field, epilog=plan.EXAMPLES)(_guarded(plan.plan))

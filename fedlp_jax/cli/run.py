@@ -24,6 +24,8 @@ Any field of the configuration can be set: [bold]--algorithm.keep 0.7[/bold],
 
 Examples:
 
+  fedlp run quickstart
+
   fedlp run configs/quickstart.yaml
 
   fedlp run configs/mnist.yaml --rounds 5 --seed 1 --out results/mnist
@@ -77,7 +79,8 @@ def run(
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG", help="A YAML file, as in configs/; with --resume, a run directory."
+            metavar="CONFIG",
+            help="A YAML file, or the name of an example; with --resume, a run directory.",
         ),
     ],
     out: Annotated[str | None, typer.Option(help="Run directory; default runs/NAME-N.")] = None,
@@ -134,12 +137,12 @@ def run(
 
 def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) -> Config:
     """Reads the configuration, then sets up jax, before its first use."""
-    from fedlp_jax.config.loading import load_config
+    from fedlp_jax.config.loading import load_config, located
     from fedlp_jax.config.own import search
     from fedlp_jax.errors import FedLPError
     from fedlp_jax.execution.plan import setup
 
-    search(Path(path).parent)
+    search(located(path).parent)
     config = load_config(path, overrides)
     try:
         setup(cpu_devices=None if every_device else config.plan.devices)

@@ -33,13 +33,18 @@ def tune(
     """Measure plans (devices, width, data) for a configuration; write the fastest into its file."""
     from fedlp_jax.cli.run import load
     from fedlp_jax.config.build import build
-    from fedlp_jax.config.loading import split_words, write_plan
+    from fedlp_jax.config.loading import located, split_words, write_plan
     from fedlp_jax.errors import FedLPError
     from fedlp_jax.execution.plan import Plan
     from fedlp_jax.simulation.tuning import describe
     from fedlp_jax.simulation.tuning import tune as measure
 
     file, overrides = split_words([config, *context.args])
+    if not dry_run and not os.path.exists(file) and located(file).exists():
+        raise FedLPError(
+            f"{file} is an example of the package, which stays as it is; tune a file of yours, or "
+            "measure only, with --dry-run."
+        )
     loaded = load(file, overrides, every_device=True)
     # root may write to any file; the owner's bit decides.
     if not dry_run and not (os.access(file, os.W_OK) and os.stat(file).st_mode & stat.S_IWUSR):

@@ -23,6 +23,7 @@ from fedlp_jax.data.files import read_plain, replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, why
 from fedlp_jax.execution.plan import Plan
 
+EXAMPLES = Path(__file__).parent / "configs"  # in a checkout, a link to the configs at its top
 Raw = dict[str, Any]  # a file's content: nested, not yet checked
 _WORDS = {
     "a valid tuple": "a list",
@@ -40,17 +41,31 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Reads a YAML file and all that it extends, and checks the result.
 
     Args:
-      path: the file. Its stem is the run's `name` unless it gives one; no parent does.
+      path: the file, or the name of an example, see `located`. The stem of the file is the run's
+        `name` unless it gives one; no parent does.
       overrides: dotted field -> value, laid over the file: `{"algorithm.keep": 0.7}`.
 
     Raises:
       FedLPError: one sentence for each problem, with the dotted field.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     raw = {"name": path.stem} | _with_parents(path, _root(path), ())
     for field, value in (overrides or {}).items():
         raw = merge(raw, _nested(field, value))
     return parse_config(raw, source=str(path))
+
+
+def located(path: str | Path) -> Path:
+    """The file of a configuration.
+
+    Args:
+      path: of a file, or the name of an example that comes with the package, such as "quickstart"
+        or "paper/homo-0.5-iid". A file of that name goes first.
+    """
+    path = Path(path).expanduser()
+    example = EXAMPLES / f"{path}.yaml"
+    named = not path.is_absolute() and ".." not in path.parts and not path.is_file()
+    return example if named and example.is_file() else path
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "") -> Config:
@@ -198,6 +213,13 @@ def _with_parents(path: Path, root: Path, children: tuple[Path, ...]) -> Raw:
     return merge(base, raw)
 
 
+def _examples(name: Path) -> str:
+    """A hint at the examples of the package."""
+    names = sorted(str(p.relative_to(EXAMPLES).with_suffix("")) for p in EXAMPLES.rglob("*.yaml"))
+    shown = ", ".join(name for name in names if not name.startswith("paper/"))
+    return f"{nearest(name, names) or '.'} The package has these examples: {shown}, paper/..."
+
+
 def _root(path: Path) -> Path:
     """The folder that no `extends` may leave: the nearest one named configs, or the file's own."""
     folder = path.resolve().parent
@@ -209,6 +231,8 @@ def _read(path: Path) -> Raw:
         raw = parse_yaml(read_plain(path))
     except FileNotFoundError:
         hint = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        if not hint and not path.suffix:
+            hint = _examples(path)
         raise FedLPError(f"{path} does not exist{hint or '.'}") from None
     except OSError as error:
         raise FedLPError(f"{path} cannot be read: {why(error)}.") from None
