@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlp_jax.paper.cells import Study, read_cells
-from fedlp_jax.paper.published import ROWS, SPLIT_LABELS, SPLITS
+from fedlp_jax.paper.cells import CellRun, Study, read_cells
+from fedlp_jax.paper.published import DRAWS, ROWS, SPLIT_LABELS, SPLITS
 from fedlp_jax.reporting import plots
 
 # FedAvg stands out. Homo is solid and darkens with the keep rate; Hetero is dashed and darkens with
@@ -26,24 +26,37 @@ _STYLES = {
 
 
 def draw_figures(study: Study) -> list[str]:
-    """Draws test accuracy against rounds and against uploads, of the finished cells.
+    """Draws test accuracy against rounds and against uploads, a figure for each kind of draws.
+
+    A line is the mean of the runs that have gone furthest, a band one standard deviation.
 
     Returns:
-      The names of the files in the study's directory; empty if no cell is done.
+      The names of the files in the study's directory; empty if no cell has ended.
     """
-    runs: dict[tuple[str, str], list[plots.Rows]] = {}
+    runs: dict[tuple[str, str, str], list[CellRun]] = {}
     for cell, run in read_cells(study).items():
-        if run.status == "done":
-            runs.setdefault((cell.split, cell.row), []).append(run.rows)
-    panels = {
-        split: {ROWS[row].label: runs[split, row] for row in ROWS if (split, row) in runs}
-        for split in SPLITS
-        if any(split == key[0] for key in runs)
-    }
-    axes = ("round", "upload_megabytes") if panels else ()
-    for x in axes:
-        _draw(panels, x, study.out / f"accuracy_by_{x}.png")
-    return [f"accuracy_by_{x}.png" for x in axes]
+        if run.status != "diverged" and run.summary:
+            runs.setdefault((cell.draws, cell.split, cell.row), []).append(run)
+    made = []
+    for draws in DRAWS:
+        panels = {
+            split: {
+                ROWS[row].label: _longest(runs[draws, split, row])
+                for row in ROWS
+                if (draws, split, row) in runs
+            }
+            for split in SPLITS
+            if any((draws, split) == key[:2] for key in runs)
+        }
+        for x in ("round", "upload_megabytes") if panels else ():
+            made.append(f"accuracy_by_{x}_{draws}.png")
+            _draw(panels, x, study.out / made[-1])
+    return made
+
+
+def _longest(runs: Sequence[CellRun]) -> list[plots.Rows]:
+    most = max(run.rounds for run in runs)
+    return [run.rows for run in runs if run.rounds == most]
 
 
 def _draw(panels: Mapping[str, Mapping[str, Sequence[plots.Rows]]], x: str, path: Path) -> None:
