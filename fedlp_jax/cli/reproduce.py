@@ -26,6 +26,14 @@ Examples:
   fedlp reproduce paper --draws own --seeds 5 --out runs/paper
 """
 
+_Draws = Annotated[
+    str,
+    typer.Option(
+        help="reference: partition, depths, cohorts and masks of the published runs. own: this "
+        "project's, for a claim about the method over many seeds."
+    ),
+]
+
 
 def paper(
     costs: Annotated[
@@ -51,13 +59,7 @@ def paper(
     seeds: Annotated[
         int, typer.Option(help="Runs of each cell, with seeds 25, 26, ...", min=1)
     ] = 1,
-    draws: Annotated[
-        str,
-        typer.Option(
-            help="reference: partition, depths, cohorts and masks of the published runs. own: this "
-            "project's, for a claim about the method over many seeds."
-        ),
-    ] = "reference",
+    draws: _Draws = "reference",
     rounds: Annotated[
         int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
     ] = None,

@@ -321,13 +321,15 @@ def _agreement(entry: Mapping[str, Any]) -> str:
     """What the difference to the published value means."""
     if entry["rounds"] < ROUNDS:
         return f"No comparison: {entry['rounds']} rounds, and published is the value after {ROUNDS}"
-    seeds, sd = entry["seed_sd"] is not None, entry["seed_sd"] or entry["last_ten_sd"]
-    over = f"over {len(entry['seeds'])} seeds" if seeds else "of its last ten rounds, at one seed"
+    several, sd = entry["seed_sd"] is not None, entry["seed_sd"] or entry["last_ten_sd"]
     ratio = abs(entry["difference"]) / sd if sd else float("inf")
-    verdict = "agrees" if ratio <= 2 else "differs"
+    count = f"{entry['difference']:+.2f} points are {ratio:.1f} standard deviations"
+    if several:
+        verdict = "Agrees" if ratio <= 2 else "Differs"
+        return f"{verdict}: {count} over {len(entry['seeds'])} seeds ({sd:.2f})"
+    near = f"{count} of its last ten rounds ({sd:.2f})"
     return (
-        f"{verdict.capitalize()}: {entry['difference']:+.2f} points are {ratio:.1f} standard "
-        f"deviations ({sd:.2f} {over})"
+        f"Agrees: {near}" if ratio <= 2 else f"Open: {near}, but the spread over seeds is unknown"
     )
 
 
@@ -372,7 +374,8 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
 def _origins(entry: Mapping[str, Any]) -> list[str]:
     """Where the runs of an entry ran; a run that goes on has no summary yet."""
     return [
-        origin(run) if run["versions"] else "unknown: the run has not ended"
+        (origin(run) if run["versions"] else "The run has not ended")
+        + (f" ({run['note']})" if run["note"] else "")
         for run in entry["runs"]
         if run["averaged"]
     ]
