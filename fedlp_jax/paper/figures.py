@@ -12,16 +12,16 @@ from fedlp_jax.reporting import plots
 
 # FedAvg stands out. Homo is solid and darkens with the keep rate; Hetero is dashed and darkens with
 # depth.
-_STYLES = {
+STYLES = {
     "fedavg": plots.Style("#000000", "-", "o"),
     "homo-0.1": plots.Style("#9ecae1", "-", "s"),
     "homo-0.3": plots.Style("#56b4e9", "-", "^"),
     "homo-0.5": plots.Style("#0072b2", "-", "D"),
     "homo-0.7": plots.Style("#08306b", "-", "v"),
-    "hetero-1": plots.Style("#fdbf6f", "--", "s"),
-    "hetero-3": plots.Style("#e69f00", "--", "^"),
+    "hetero-1": plots.Style("#fdbf6f", "--", "p"),
+    "hetero-3": plots.Style("#e69f00", "--", ">"),
     "hetero-u": plots.Style("#cc79a7", "--", "P"),
-    "hetero-5": plots.Style("#b03a00", "--", "D"),
+    "hetero-5": plots.Style("#b03a00", "--", "X"),
 }
 
 
@@ -62,7 +62,7 @@ def _longest(runs: Sequence[CellRun]) -> list[plots.Rows]:
 def _draw(panels: Mapping[str, Mapping[str, Sequence[plots.Rows]]], x: str, path: Path) -> None:
     figure = plots.new_figure(2 + 3.4 * len(panels), 4.2)
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    styles = {ROWS[name].label: style for name, style in _STYLES.items()}
+    styles = {ROWS[name].label: style for name, style in STYLES.items()}
     lines: dict[str, Any] = {}
     for axes, (split, histories) in zip(row, panels.items(), strict=True):
         plots.draw_curves(axes, histories, x, styles=styles)
