@@ -32,6 +32,7 @@ from fedlp_jax.clients.devices import PASSES
 from fedlp_jax.paper import results
 from fedlp_jax.paper.cells import CellRun, Study, read_runs
 from fedlp_jax.paper.costs import cell_arguments, row_levels
+from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLIT_LABELS, Cell, cell_config
 from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable
@@ -85,6 +86,7 @@ def main() -> None:
         folder = Path(options.docs)
         page, made = folder / "paper.md", results.make_table(study)
         results.write_table(made, study.out)
+        draw_figures(study)
         page.write_text(with_tables(page.read_text(), tables | {"cells": results.markdown(made)}))
         draw(folder, runs, found, {name: seconds(*runs[name]) for name in timed(runs)})
 
@@ -152,10 +154,10 @@ def exchange(cell: Cell, run: CellRun) -> dict[str, Any]:
         **_names(cell),
         "rounds": run.rounds,
         "megabytes_predicted": megabytes,
-        "megabytes_measured": sent.mean(),
+        "megabytes_measured": float(sent.mean()),
         "megabytes_error": _standard_error(sent),
         "inactive_predicted": layers,
-        "inactive_measured": inactive.mean(),
+        "inactive_measured": float(inactive.mean()),
         "inactive_error": _standard_error(inactive),
     }
 
@@ -207,8 +209,8 @@ def targets(cell: Cell, run: CellRun) -> dict[str, Any] | None:
         at = int(reached[0]) if len(reached) else None
         row[f"{target:.0%}"] = None if at is None else {
             "round": at + 1,
-            "megabytes": sent[at],
-            **{name: times[at] for name, times in clock.items()},
+            "megabytes": float(sent[at]),
+            **{name: float(times[at]) for name, times in clock.items()},
         }  # fmt: skip
     return row
 
@@ -226,9 +228,9 @@ def rounding(runs: Mapping[str, tuple[Cell, CellRun]]) -> list[dict[str, Any]]:
             _names(cell)
             | {
                 "rounds": len(a),
-                "here": a[10:].mean(),
-                "there": b[10:].mean(),
-                "sd_of_difference": (b - a)[10:].std(ddof=1),
+                "here": float(a[10:].mean()),
+                "there": float(b[10:].mean()),
+                "sd_of_difference": float((b - a)[10:].std(ddof=1)),
             }
         )
     return rows
@@ -239,6 +241,7 @@ def deepest(cell: Cell, run: CellRun) -> dict[str, Any]:
     drawn = replay(cell, run.rounds)
     deep = (drawn.level == drawn.level.max()).sum(axis=1)
     accuracy = [100 * row["test_accuracy"] for row in run.rows]
+    change, some = np.diff(accuracy)[4:], deep[5:] > 0  # from round 6 on
     return {
         "directory": run.path.name,
         "rounds": run.rounds,
@@ -249,6 +252,8 @@ def deepest(cell: Cell, run: CellRun) -> dict[str, Any]:
         "accuracy_6_to_10": fmean(accuracy[5:10]),
         "accuracy_16_to_20": fmean(accuracy[15:20]),
         "accuracy_28_to_37": fmean(accuracy[27:37]) if run.rounds >= 37 else None,
+        "change_with": float(change[some].mean()),
+        "change_without": float(change[~some].mean()),
         "deep_by_round": deep.tolist(),
     }
 
@@ -333,8 +338,9 @@ def _rounding_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _deepest_table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = (
-        "run,clients of depth 5 of 100,their uploads in rounds 1 to 10,in 1 to 20,rounds of 20 "
-        "without any,mean accuracy of rounds 6 to 10,of 16 to 20,of 28 to 37"
+        "run,clients of depth 5 of 100,their uploads in rounds 1 to 10,in 1 to 20,rounds of 20 without "
+        "any,mean accuracy of rounds 6 to 10,of 16 to 20,of 28 to 37,mean change in a round "
+        "with such an upload (from round 6),in one without"
     )
     return _markdown(
         titles,
@@ -349,6 +355,7 @@ def _deepest_table(rows: Sequence[Mapping[str, Any]]) -> str:
                     "" if row[n] is None else f"{row[n]:.2f}"
                     for n in ("accuracy_6_to_10", "accuracy_16_to_20", "accuracy_28_to_37")
                 ),
+                *(f"{row[n]:+.2f}" for n in ("change_with", "change_without")),
             )
             for row in rows
         ),

@@ -20,6 +20,8 @@ from fedlp_jax.paper.figures import STYLES
 from fedlp_jax.paper.published import ROWS, Cell
 from fedlp_jax.reporting import plots
 
+_LOWEST = 0.3  # accuracy from which on time is drawn
+
 Runs = Mapping[str, tuple[Cell, CellRun]]
 Times = Mapping[str, Mapping[str, np.ndarray]]  # run -> profile -> seconds until each round's end
 
@@ -60,12 +62,16 @@ def clocks(runs: Runs, times: Times) -> Figure:
     figure = plots.new_figure(11, 4)
     panels = figure.subplots(1, len(profiles), sharey=True)
     for axes, profile in zip(panels, profiles, strict=True):
+        starts = []
         for name, clock in times.items():
             _line(axes, clock[profile] / 60, runs[name])
+            seen = np.array([row["test_accuracy"] for row in runs[name][1].rows]) > _LOWEST
+            starts.append(clock[profile][seen].min(initial=np.inf) / 60)
+        axes.set_xlim(left=0.7 * min(starts))
         axes.set(xlabel="modelled time so far [min]")
         axes.set_title(profile, fontsize="small")
     panels[0].set(ylabel="test accuracy, iid")
-    _finish(figure, panels, lowest=0.3)
+    _finish(figure, panels, _LOWEST)
     return figure
 
 

@@ -67,6 +67,12 @@ def _draw(panels: Mapping[str, Mapping[str, Sequence[plots.Rows]]], x: str, path
     for axes, (split, histories) in zip(row, panels.items(), strict=True):
         plots.draw_curves(axes, histories, x, styles=styles)
         axes.set_title(SPLIT_LABELS[split], fontsize="medium")
+        lengths = [len(rows) for runs in histories.values() for rows in runs]
+        if max(lengths) > 4 * min(lengths):  # short runs would be squeezed against the axis
+            axes.set_xscale("log")
+            axes.autoscale(axis="x")
+            axes.xaxis.set_minor_formatter("")
+            axes.xaxis.set_major_formatter("{x:,.10g}")
         lines |= {line.get_label(): line for line in axes.get_lines()}
     for axes in row[1:]:
         axes.set_ylabel("")
