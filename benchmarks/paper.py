@@ -338,9 +338,9 @@ def _rounding_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _deepest_table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = (
-        "run,clients of depth 5 of 100,their uploads in rounds 1 to 10,in 1 to 20,rounds of 20 without "
-        "any,mean accuracy of rounds 6 to 10,of 16 to 20,of 28 to 37,mean change in a round "
-        "with such an upload (from round 6),in one without"
+        "run,clients of depth 5 of 100,their uploads in rounds 1 to 10,in 1 to 20,"
+        "rounds of 20 without any,mean accuracy of rounds 6 to 10,of 16 to 20,of 28 to 37,"
+        "mean change in a round with such an upload (from round 6),in one without"
     )
     return _markdown(
         titles,
