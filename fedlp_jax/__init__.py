@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.early_stop import EarlyStop as EarlyStop
     from fedlp_jax.simulation.evaluation import evaluate as evaluate
     from fedlp_jax.simulation.loop import simulate as simulate
+    from fedlp_jax.simulation.profiling import Trace as Trace
     from fedlp_jax.simulation.result import DivergedError as DivergedError
     from fedlp_jax.simulation.result import Result as Result
     from fedlp_jax.simulation.run import Simulation as Simulation
@@ -132,6 +133,7 @@ _HOMES = {
     "simulation.early_stop": "EarlyStop",
     "simulation.evaluation": "evaluate",
     "simulation.loop": "simulate",
+    "simulation.profiling": "Trace",
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",
     "tasks.classification": "classification",

@@ -114,7 +114,6 @@ class ClientProgram:
     even_size: int | None  # the size of every client, if it is the same
     alone: bool  # clients are not vmapped with others
     lost_skip: bool  # lost clients take no step
-    largest: int | None = None  # size of the largest client, where trip counts must be known
 
 
 def train_client(
@@ -123,7 +122,7 @@ def train_client(
     inputs: ClientInput,
     packed: Packed,
     active: Array,
-    bounds: Bounds | None,
+    bounds: Bounds,
 ) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree], Packed]:
     """ONE client's round: train its submodel and prepare its upload.
 
@@ -133,8 +132,7 @@ def train_client(
       inputs: what it reads for itself.
       packed: what it keeps between rounds; empty if nothing.
       active: `bool[]`, False = an idle lane.
-      bounds: loop bounds of the clients that are vmapped together; None = those of
-        `program.largest`.
+      bounds: loop bounds of the clients that are vmapped together.
 
     Returns:
       What is summed over clients; its metrics, what is stacked, and the bits of each layer; what
@@ -207,7 +205,7 @@ def _trained(
     program: ClientProgram,
     broadcast: Broadcast,
     inputs: ClientInput,
-    bounds: Bounds | None,
+    bounds: Bounds,
     variables: Variables,
     kept: dict[str, PyTree],
 ) -> tuple[Variables, ClientMetrics]:
@@ -223,7 +221,6 @@ def _trained(
         alone=program.alone,
         all_train=not program.lost_skip,
         gradient_rule=_gradient_rule(program, broadcast, kept),
-        largest=program.largest,
     )
     return train(
         variables,

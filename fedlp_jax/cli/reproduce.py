@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,17 +22,7 @@ Examples:
   fedlp reproduce paper --scale small --rows fedavg,homo-0.5 --splits iid --estimate
 
   fedlp reproduce paper --out runs/paper    [dim]# the same command resumes it[/dim]
-
-  fedlp reproduce paper --draws own --seeds 5 --out runs/paper
 """
-
-_Draws = Annotated[
-    str,
-    typer.Option(
-        help="reference: partition, depths, cohorts and masks of the published runs. own: this "
-        "project's, for a claim about the method over many seeds."
-    ),
-]
 
 
 def paper(
@@ -59,7 +49,6 @@ def paper(
     seeds: Annotated[
         int, typer.Option(help="Runs of each cell, with seeds 25, 26, ...", min=1)
     ] = 1,
-    draws: _Draws = "reference",
     rounds: Annotated[
         int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
     ] = None,
@@ -84,10 +73,10 @@ def paper(
         )
     from fedlp_jax.execution.plan import setup
     from fedlp_jax.paper.cells import Study
-    from fedlp_jax.paper.published import Draws, choose
+    from fedlp_jax.paper.published import choose
 
     study = Study(Path(out or "").expanduser(), scale, rounds)
-    cells = choose(_words(rows), _words(splits), seeds, cast(Draws, draws))
+    cells = choose(_words(rows), _words(splits), seeds)
     study.config(cells[0])  # refused before jax is first used
     setup()
     if estimate:

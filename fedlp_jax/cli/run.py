@@ -32,6 +32,10 @@ Examples:
 
   fedlp run configs/paper/homo-0.5-iid.yaml --algorithm.keep 0.9
 
+JAX's profiler, over rounds 5 to 8:
+
+  fedlp run quickstart --profile 5-8
+
 Ctrl-C stops a run after the current round and saves it; this resumes it:
 
   fedlp run runs/quickstart-1 --resume
@@ -71,6 +75,14 @@ ConnectSeconds = Annotated[
     float,
     typer.Option(metavar="S", help="How long to wait for the others.", rich_help_panel=_PANEL),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that directory.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in that directory.")]
+ProfiledRounds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROUNDS", help="Record rounds, such as 5-8, with JAX's profiler, in profile/."
+    ),
+]
 _SECOND_SIGNAL = 1.0  # seconds after the first; GNU timeout sends two at once, which are one
 
 
@@ -84,12 +96,8 @@ def run(
         ),
     ],
     out: Annotated[str | None, typer.Option(help="Run directory; default runs/NAME-N.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in that directory.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in that directory.")
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     rounds: Annotated[str | None, typer.Option(help="Rounds to run.", metavar="N")] = None,
     cohort: Annotated[
         str | None, typer.Option(help="Clients of a round, or their share.", metavar="N")
@@ -98,6 +106,7 @@ def run(
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default that of the file.")
     ] = None,
+    profile: ProfiledRounds = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -129,8 +138,9 @@ def run(
         if processes.is_first():
             typer.echo(f"{out} is finished: its {done} rounds are done.")
         return
+    settings: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "profile": profile}
     with stop_signals() as stop:
-        outcome = execute(loaded, out, overwrite=overwrite, resume=resume, progress=True, stop=stop)
+        outcome = execute(loaded, out, **settings, progress=True, stop=stop)
         if processes.is_first():
             show(result_table(outcome.summary, outcome.directory))
 

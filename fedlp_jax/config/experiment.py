@@ -27,11 +27,13 @@ from fedlp_jax.reporting.run_directory import (
     CLIENTS,
     PARTITION,
     PLOTS,
+    PROFILE,
     TENSORBOARD,
     RunDirectory,
 )
 from fedlp_jax.reporting.sinks import Sink
 from fedlp_jax.simulation.loop import simulate
+from fedlp_jax.simulation.profiling import Trace, rounds_of
 from fedlp_jax.simulation.result import DivergedError, Result
 
 
@@ -50,6 +52,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool | None = None,
+    profile: str | None = None,
 ) -> Result:
     """Runs a configuration and writes its run directory.
 
@@ -59,6 +62,7 @@ def run(
       overwrite: replace the run that `out` already holds.
       resume: continue the run in `out` from its last checkpoint, or from the start without one.
       progress: show rounds as they end; None = on a terminal only.
+      profile: a round or two, such as "5-8", that JAX's profiler records into `profile/`.
 
     Returns:
       What `simulate` returns.
@@ -68,7 +72,9 @@ def run(
       DivergedError: no client of a round had a finite update; the rounds before it are written, and
         the model after them.
     """
-    return execute(config, out, overwrite=overwrite, resume=resume, progress=progress).result
+    return execute(
+        config, out, overwrite=overwrite, resume=resume, progress=progress, profile=profile
+    ).result
 
 
 def execute(
@@ -78,6 +84,7 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool | None = None,
+    profile: str | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """As `run`; also returns the directory and the summary.
@@ -103,14 +110,13 @@ def execute(
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = _with_plan(config, dataclasses.replace(start.plan, **plan))
-            arguments = build(config) | {"sinks": _sinks(config, path)}
-        shown = sys.stderr.isatty() if progress is None else progress
+            arguments = build(config) | _extras(config, path, profile)
         record = _Record(config, directory, list(start.rows) if start is not None else [])
         try:
             result = simulate(
                 **arguments,
                 log=record.append,
-                progress=config.name if shown else False,
+                progress=_shown(config.name, progress),
                 checkpoint=run_checkpoint(config, path, overwrite),
                 resume=start,
                 stop=stop,
@@ -135,6 +141,17 @@ def execute(
             directory.summarize(summary)  # which has a warning more if a plot failed
         processes.gather()  # no process leaves before everything is written
         return Outcome(result, path, summary)
+
+
+def _shown(name: str, progress: bool | None) -> str | bool:
+    """The name that the progress shows; False = none is shown."""
+    return name if (sys.stderr.isatty() if progress is None else progress) else False
+
+
+def _extras(config: Config, path: Path, profile: str | None) -> dict[str, Any]:
+    """The arguments of `simulate` that write into the run directory."""
+    trace = None if profile is None else Trace(path / PROFILE, *rounds_of(profile))
+    return {"sinks": _sinks(config, path), "profile": trace}
 
 
 def _sinks(config: Config, directory: Path) -> list[Sink]:

@@ -8,7 +8,7 @@ single runs of 200 rounds with seed 25. A cell is a row and a split. Its configu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from fedlp_jax.config.loading import Raw, merge, parse_config
 from fedlp_jax.config.schema import Config
@@ -17,8 +17,6 @@ from fedlp_jax.errors import check_choice
 SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
 ROUNDS = 200  # of the published runs
 SEED = 25
-Draws = Literal["reference", "own"]
-DRAWS: tuple[Draws, ...] = ("reference", "own")  # the authors', ours
 
 
 class Row(NamedTuple):
@@ -89,21 +87,16 @@ SCALES: dict[str, Raw] = {
 
 
 class Cell(NamedTuple):
-    """One number of the table, at one seed.
-
-    With draws "reference" and seed 25 it is the published run again, but for initial weights and
-    the order of batches. With draws "own" it is another run of the same method.
-    """
+    """One number of the table, at one seed."""
 
     row: str
     split: str
     seed: int = SEED
-    draws: Draws = "reference"
 
     @property
     def name(self) -> str:
         """The name of its directory."""
-        return f"{self.row}-{self.split}-{self.draws}-seed{self.seed}"
+        return f"{self.row}-{self.split}-seed{self.seed}"
 
     @property
     def published(self) -> float:
@@ -111,30 +104,23 @@ class Cell(NamedTuple):
         return ROWS[self.row].accuracy[list(SPLITS).index(self.split)]
 
 
-def choose(
-    rows: Sequence[str] = (),
-    splits: Sequence[str] = (),
-    seeds: int = 1,
-    draws: Draws = "reference",
-) -> list[Cell]:
+def choose(rows: Sequence[str] = (), splits: Sequence[str] = (), seeds: int = 1) -> list[Cell]:
     """Selects cells, in the order of the table, seed after seed.
 
     Args:
       rows: keys of `ROWS`; empty = all.
       splits: keys of `SPLITS`; empty = all.
       seeds: number of seeds, from 25 on.
-      draws: "reference", as in the published runs; or "own".
 
     Raises:
-      FedLPError: an unknown row, split or choice of draws.
+      FedLPError: an unknown row or split.
     """
-    check_choice("draws", draws, DRAWS)
     for row in rows:
         check_choice("row", row, tuple(ROWS))
     for split in splits:
         check_choice("split", split, tuple(SPLITS))
     return [
-        Cell(row, split, seed, draws)
+        Cell(row, split, seed)
         for seed in range(SEED, SEED + seeds)
         for row in ROWS
         for split in SPLITS
@@ -152,13 +138,12 @@ def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> 
       rounds: overrides those of the scale.
 
     Raises:
-      FedLPError: an unknown row, split, choice of draws or scale, or a number out of range.
+      FedLPError: an unknown row, split or scale, or a number out of range.
     """
     check_choice("row", cell.row, tuple(ROWS))
     check_choice("split", cell.split, tuple(SPLITS))
     check_choice("scale", scale, tuple(SCALES))
-    check_choice("draws", cell.draws, DRAWS)
-    raw: Raw = {"name": f"{cell.row}-{cell.split}", "seed": cell.seed, "draws": cell.draws}
+    raw: Raw = {"name": f"{cell.row}-{cell.split}", "seed": cell.seed}
     own: Raw = {"algorithm": ROWS[cell.row].algorithm, "partition": SPLITS[cell.split]}
     more: Raw = {} if rounds is None else {"rounds": rounds}
     for layer in (_PROTOCOL, own, SCALES[scale], more):

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: a live table with a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,9 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 10.0
 _LINES = 10  # at least, per run, where there is no bar
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SPARKS = 24  # columns of a sparkline
 
 
 class Progress:
@@ -45,6 +50,7 @@ class Progress:
         self._rounds, self._name, self._first = rounds, name, len(done) + 1
         self._uploaded = 0.0  # bytes
         self._test, self._tested = "", 0
+        self._curves: dict[str, list[tuple[int, float]]] = {}  # metric -> rounds and values
         for row in done:
             self._count(row)
         self._bar = Bar(
@@ -62,27 +68,31 @@ class Progress:
             name, total=rounds, completed=len(done), numbers="loading and compiling ..."
         )
         self._line_round, self._line_at = len(done), self._bar.get_time()
+        self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
-        """Shows the bar, or a first line."""
+        """Shows table and bar, or a first line."""
         if self._show and self._console.is_terminal:
-            self._bar.start()
+            self._live.start()
         elif self._show and self._rounds:
             which = "the first" if self._first == 1 else f"round {self._first}"
             self._line(f"compiling {which} of {self._rounds} rounds ...")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leaves the bar where it is."""
-        if self._console.is_terminal:
-            self._bar.stop()
+        """Leaves the table and the bar where they are."""
+        if self._live.is_started:
+            self._live.stop()
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Shows one more round, given as a row of `metrics.jsonl`."""
         round = int(row["round"])
         self._count(row)
-        self._bar.update(self._task, completed=round, numbers=self._numbers(row))
-        if not self._show or self._console.is_terminal:
+        terminal = self._console.is_terminal  # whose table has the numbers
+        self._bar.update(
+            self._task, completed=round, numbers="" if terminal else self._numbers(row)
+        )
+        if not self._show or terminal:
             return
         now = self._bar.get_time()
         if (
@@ -97,9 +107,29 @@ class Progress:
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self._uploaded += row["upload_bytes"]
-        if (key := headline(row)) is not None:
+        key = headline(row)
+        for metric in ("train_loss", key):
+            if metric is not None and row.get(metric) is not None:
+                self._curves.setdefault(metric, []).append((int(row["round"]), row[metric]))
+        if key is not None:
             self._test = f"{key.removeprefix('test_').replace('_', ' ')} {row[key]:.4f}"
             self._tested = int(row["round"])
+
+    def _view(self) -> Group:
+        """The table of metrics, each with its course so far, above the bar."""
+        table = Table.grid(padding=(0, 2))
+        for metric, curve in self._curves.items():
+            rounds, values = zip(*curve, strict=True)
+            best = int(np.argmin(values) if "loss" in metric else np.argmax(values))
+            table.add_row(
+                metric.replace("_", " "),
+                sparkline(values, _SPARKS if self._console.width >= 70 else _SPARKS // 2),
+                f"{values[-1]:.4f}",
+                f"best {values[best]:.4f} in round {rounds[best]}",
+            )
+        if self._curves:
+            table.add_row("uploaded", "", f"{self._uploaded / 1e6:.1f} MB", "")
+        return Group(table, self._bar.get_renderable())
 
     def _numbers(self, row: Mapping[str, Any]) -> str:
         loss = row.get("train_loss")
@@ -114,6 +144,21 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def sparkline(values: Sequence[float], columns: int = _SPARKS) -> str:
+    """A curve as a line of blocks, from its smallest to its greatest value; blank where NaN.
+
+    Of more values than columns, each column is the mean of those that share it.
+    """
+    parts = np.array_split(np.asarray(values, float), min(len(values), columns) or 1)
+    means = np.array([part.mean() if len(part) else np.nan for part in parts])
+    finite = means[np.isfinite(means)]
+    if not len(finite):
+        return " " * len(values[:columns])
+    low, span = finite.min(), np.ptp(finite) or 1.0
+    level = np.where(np.isfinite(means), (means - low) / span * (len(_BLOCKS) - 1), -1.0)
+    return "".join(_BLOCKS[round(x)] if x >= 0 else " " for x in level.tolist())
 
 
 def headline(row: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@
     summary.json    last numbers, totals, versions, device, time
     checkpoints/    what `--resume` starts from, see `fedlp_jax.simulation.checkpoint`
     plots/          accuracy by round and by upload, the partition
+    profile/        a trace of some rounds, if it was asked for
     earlier/        rows and summary of a run that is made longer, until that has ended
 
 Until the first round is done there is only the lock, `.lock`, so a run that is refused leaves
@@ -37,8 +38,8 @@ from fedlp_jax.types import Variables
 
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS, CLIENTS, PARTITION, LOCK = "checkpoints", "clients.npz", "partition.npz", ".lock"
-EARLIER, TENSORBOARD = "earlier", "tensorboard"
-_FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD)
+EARLIER, TENSORBOARD, PROFILE = "earlier", "tensorboard", "profile"
+_FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD, PROFILE)
 _FILES = (CONFIG, VARIABLES, CLIENTS, PARTITION, SUMMARY, METRICS)
 
 

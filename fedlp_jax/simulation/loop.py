@@ -29,6 +29,7 @@ from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.early_stop import EarlyStop, Watch
+from fedlp_jax.simulation.profiling import Recorder, Trace
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
 from fedlp_jax.types import ServerState, Variables
@@ -77,6 +78,7 @@ def simulate(
     resume: Snapshot | None = None,
     stop: Callable[[], bool] | None = None,
     early_stop: EarlyStop | None = None,
+    profile: Trace | None = None,
     compiled: Callable[[Plan], None] | None = None,
 ) -> Result:
     """Runs federated training.
@@ -122,6 +124,7 @@ def simulate(
       stop: asked before every round; once it returns True the run is saved and ends.
       early_stop: ends the run at a target or without progress, see `EarlyStop`; the reason is
         `result.stopped`.
+      profile: rounds that JAX's profiler records, see `Trace`; in the first process.
       compiled: called once, before the first round, with the plan that fits the memory.
 
     Returns:
@@ -157,13 +160,13 @@ def simulate(
     asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     done = resume.rows if resume is not None else ()
-    watch = Watch(early_stop, done)
+    watch, recorder = Watch(early_stop, done), _recorder(profile, run)
     with processes.losses_explained(), _listeners(run, done, progress, log, sinks) as listeners:
         listeners = [watch.update, *listeners]
         _start(run, bool(left), resume, compiled)
-        with _listening_to_ctrl_c(stop) as (ask, pressed):
+        with _listening_to_ctrl_c(stop) as (ask, pressed), recorder:
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
-            _run_rounds(run, left, listeners, callbacks, saver, ends)
+            _run_rounds(run, left, listeners, callbacks, saver, ends, recorder)
     _warn_of_missing_rounds(run, pressed())
     return dataclasses.replace(run.result(), stopped=watch.reason)
 
@@ -181,6 +184,11 @@ def _listeners(
     shown = Progress(run.last_round, name, show=bool(first and progress), done=done)
     with shown, opened(sinks if first else (), run.facts) as writers:
         yield [shown.update, *([log] if log is not None and first else []), *writers]
+
+
+def _recorder(profile: Trace | None, run: Run) -> Recorder:
+    profile = profile if processes.is_first() else None
+    return Recorder(profile, run.first_round, run.last_round)
 
 
 def _warn_of_missing_rounds(run: Run, pressed: bool) -> None:
@@ -244,6 +252,7 @@ def _run_rounds(
     callbacks: Sequence[Callback],
     saver: Saver,
     stop: Callable[[], bool],
+    recorder: Recorder,
 ) -> None:
     pending: collections.deque[Pending] = collections.deque()
     started = run.clock = time.perf_counter()
@@ -262,10 +271,13 @@ def _run_rounds(
     while rounds and not stop():
         # As many rounds in one dispatch as the plan says, but none beyond one that others look at.
         count = 1 if callbacks else min(run.at_once(rounds[0]), saver.rounds_until_due(rounds[0]))
+        count = min(count, recorder.rounds_left(rounds[0]))
+        recorder.before(rounds[0], wait=lambda: read(ahead=0))
         pending.append(run.dispatch(rounds[0], count))
         last, rounds = rounds[count - 1], rounds[count:]
         # The device may be ahead of the host by one dispatch, which hides the host's work.
         read(ahead=0 if callbacks else 1)
+        recorder.after(last, wait=lambda: read(ahead=0))
         if saver.due(last):
             read(ahead=0)
             saver.save(checkpoints.capture(run))

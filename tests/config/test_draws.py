@@ -12,7 +12,8 @@ from fedlp_jax.prng import root_key
 
 CONFIG = {
     "seed": 25,
-    "behaviour": "reference",  # which sets the draws
+    "behaviour": "reference",
+    "draws": "reference",
     "data": {
         "name": "synthetic",
         "options": {"examples": 400, "test_examples": 10, "shape": [32, 32, 3]},

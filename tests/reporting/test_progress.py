@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fedlp_jax.reporting.progress import Progress, duration
+from fedlp_jax.reporting.progress import Progress, duration, sparkline
 
 
 def row(round, **more):
@@ -52,9 +52,29 @@ def test_the_last_known_accuracy_stays():
     assert "None" not in text
 
 
-def test_a_bar_on_a_terminal():
-    text = shown(3, terminal=True)
-    assert "3/3" in text and "1.5 MB up" in text
+def test_a_table_and_a_bar_on_a_terminal():
+    rows = [row(1, test_accuracy=0.5), row(2), row(3, test_accuracy=0.25)]
+    text = shown(3, terminal=True, rows=rows)
+    assert "3/3" in text and "1.5 MB" in text
+    last = text.rsplit("train loss", 1)[1]  # what is left on the screen
+    assert "█▃▁" in last and "0.3333" in last and "best 0.3333 in round 3" in last
+    assert "█▁" in last and "0.2500" in last and "best 0.5000 in round 1" in last
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([3], "▁"),
+        ([2, 2], "▁▁"),
+        ([0, 7, 3.4], "▁█▄"),
+        ([0, float("nan"), 1], "▁ █"),
+        ([float("nan")] * 3, "   "),
+        (range(160), "▁▂▃▄▅▆▇█"),
+    ],
+)
+def test_sparklines(values, line):
+    assert sparkline(values, columns=8) == line
 
 
 @pytest.mark.parametrize(("terminal", "show"), [(False, None), (False, False), (True, False)])
