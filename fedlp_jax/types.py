@@ -75,6 +75,8 @@ class Cohort:
     # The size of every client of the population, if all are equal: the round then omits the masks
     # that uneven clients need.
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
+    # The largest size of each bucket, ascending, where trip counts must be known; else none.
+    buckets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 class Mean(NamedTuple):

@@ -114,6 +114,7 @@ class ClientProgram:
     even_size: int | None  # the size of every client, if it is the same
     alone: bool  # clients are not vmapped with others
     lost_skip: bool  # lost clients take no step
+    largest: int | None = None  # size of the largest client, where trip counts must be known
 
 
 def train_client(
@@ -122,7 +123,7 @@ def train_client(
     inputs: ClientInput,
     packed: Packed,
     active: Array,
-    bounds: Bounds,
+    bounds: Bounds | None,
 ) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree], Packed]:
     """ONE client's round: train its submodel and prepare its upload.
 
@@ -132,7 +133,8 @@ def train_client(
       inputs: what it reads for itself.
       packed: what it keeps between rounds; empty if nothing.
       active: `bool[]`, False = an idle lane.
-      bounds: loop bounds of the clients that are vmapped together.
+      bounds: loop bounds of the clients that are vmapped together; None = those of
+        `program.largest`.
 
     Returns:
       What is summed over clients; its metrics, what is stacked, and the bits of each layer; what
@@ -205,7 +207,7 @@ def _trained(
     program: ClientProgram,
     broadcast: Broadcast,
     inputs: ClientInput,
-    bounds: Bounds,
+    bounds: Bounds | None,
     variables: Variables,
     kept: dict[str, PyTree],
 ) -> tuple[Variables, ClientMetrics]:
@@ -221,6 +223,7 @@ def _trained(
         alone=program.alone,
         all_train=not program.lost_skip,
         gradient_rule=_gradient_rule(program, broadcast, kept),
+        largest=program.largest,
     )
     return train(
         variables,

@@ -1,6 +1,6 @@
 """Presets: FedLP as its authors' code runs it ("reference"), and as we read it ("layerwise").
 
-A behaviour sets the defaults of six settings. `docs/behaviours.md` explains each: how the two
+A behaviour sets the defaults of seven settings. `docs/behaviours.md` explains each: how the two
 differ, where the authors' code does so, and what the difference is worth.
 """
 
@@ -23,11 +23,15 @@ class Behaviour(NamedTuple):
     init: Literal["flax", "pytorch"]  # initialisation of weights
     # Of a dirichlet or mixed partition:
     reference: bool  # drawn as in the authors' code
+    # Of a configuration:
+    draws: Literal["own", "reference"]  # whose random numbers
 
 
 BEHAVIOURS = {
-    "reference": Behaviour("uniform", "by_tensor", "reset_to_init", "batches", "pytorch", True),
-    "layerwise": Behaviour("examples", "by_module", "persist", "examples", "flax", False),
+    "reference": Behaviour(
+        "uniform", "by_tensor", "reset_to_init", "batches", "pytorch", True, "reference"
+    ),
+    "layerwise": Behaviour("examples", "by_module", "persist", "examples", "flax", False, "own"),
 }
 DEFAULT = "layerwise"
 

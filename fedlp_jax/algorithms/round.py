@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -162,9 +163,10 @@ def _level(
         example,
         corruption=None if cohort.conditions is None else cohort.conditions.kind,
         even_size=cohort.even_size,
-        alone=plan.width == 1,
+        alone=plan.width == 1 and not plan.known_trip_counts,
         lost_skip=_lost_skip(cohort, plan),
     )
+    sizes = jnp.asarray(cohort.buckets, jnp.int32)
 
     def embed(broadcast: Broadcast, summed: PyTree) -> PyTree:
         if parts.pipeline.reducer.stacked:
@@ -176,6 +178,11 @@ def _level(
         partial(train_client, program),
         lambda inputs: loop_bounds(inputs.client.size, parts.work),
         embed,
+        [
+            partial(train_client, dataclasses.replace(program, largest=size), bounds=None)
+            for size in cohort.buckets
+        ],
+        lambda inputs: jnp.searchsorted(sizes, inputs.client.size.max()).astype(jnp.int32),
     )
 
 
@@ -288,7 +295,7 @@ def _client_scale(parts: Parts, state: ServerState, number: Array) -> Array | No
 
 def _lost_skip(cohort: Cohort, plan: Plan) -> bool:
     """Whether lost clients take no step; those vmapped with others take theirs all the same."""
-    return cohort.conditions is not None and plan.width == 1
+    return cohort.conditions is not None and plan.width == 1 and not plan.known_trip_counts
 
 
 def _layers_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,7 +22,17 @@ Examples:
   fedlp reproduce paper --scale small --rows fedavg,homo-0.5 --splits iid --estimate
 
   fedlp reproduce paper --out runs/paper    [dim]# the same command resumes it[/dim]
+
+  fedlp reproduce paper --draws own --seeds 5 --out runs/paper
 """
+
+_Draws = Annotated[
+    str,
+    typer.Option(
+        help="reference: partition, depths, cohorts and masks of the published runs. own: this "
+        "project's, for a claim about the method over many seeds."
+    ),
+]
 
 
 def paper(
@@ -49,6 +59,7 @@ def paper(
     seeds: Annotated[
         int, typer.Option(help="Runs of each cell, with seeds 25, 26, ...", min=1)
     ] = 1,
+    draws: _Draws = "reference",
     rounds: Annotated[
         int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
     ] = None,
@@ -73,10 +84,10 @@ def paper(
         )
     from fedlp_jax.execution.plan import setup
     from fedlp_jax.paper.cells import Study
-    from fedlp_jax.paper.published import choose
+    from fedlp_jax.paper.published import Draws, choose
 
     study = Study(Path(out or "").expanduser(), scale, rounds)
-    cells = choose(_words(rows), _words(splits), seeds)
+    cells = choose(_words(rows), _words(splits), seeds, cast(Draws, draws))
     study.config(cells[0])  # refused before jax is first used
     setup()
     if estimate:

@@ -7,6 +7,7 @@ sends and keeps at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +156,7 @@ def local_update(
     alone: bool,
     all_train: bool,
     gradient_rule: GradientRule | None = None,
+    largest: int | None = None,
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
@@ -172,6 +174,8 @@ def local_update(
         the host after every step whether to continue.
       gradient_rule: `(gradient, params, number i32[]) -> gradient`, applied in each step before
         the optimizer; None = the gradient of the loss.
+      largest: no client has more examples. All trip counts are then constants, and a client
+        ignores the steps past its last.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
@@ -180,13 +184,14 @@ def local_update(
     batch_size = work.batch_size
     full_batches = even_size is not None and even_size % batch_size == 0
     select = not alone and even_size is None
-    fixed = None if even_size is None or not all_train else _fixed_bounds(even_size, work)
+    known = largest or (even_size if all_train else None)
+    fixed = None if known is None else _fixed_bounds(known, work)
 
     def train(
         variables: Variables,
         examples: Examples,
         client: Client,
-        bounds: Bounds,
+        bounds: Bounds | None,
         key: Array,
         round: Array,
         scale: Array | None,
@@ -194,37 +199,81 @@ def local_update(
         key_shuffle = client_key(key, round, client.id, Purpose.SHUFFLE)
         key_train = client_key(key, round, client.id, Purpose.TRAIN)
         bounds = bounds if fixed is None else fixed
+        assert bounds is not None
         per_epoch = steps_per_epoch(client.size, work)
         steps = local_steps(client.size, work)
 
-        def epoch(index: Array, carry: Any) -> Any:
-            order = shuffled_rows(
-                jax.random.fold_in(key_shuffle, index), client.rows, client.size, batch_size
-            )
+        def order_of(epoch: Array) -> Array:
+            key = jax.random.fold_in(key_shuffle, epoch)
+            return shuffled_rows(key, client.rows, client.size, batch_size)
 
-            def step(in_epoch: Array, carry: Any) -> Any:
-                number = index * per_epoch + in_epoch
-                batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
-                rule = None if gradient_rule is None else _at(gradient_rule, number)
-                key = jax.random.fold_in(key_train, number)
-                new = _sgd_step(task, optimizer, carry, batch, key, scale, rule)
-                if not select:
-                    return new
-                due = (in_epoch < per_epoch) & (number < steps)
-                return jax.tree.map(lambda n, o: jnp.where(due, n, o), new, carry)
-
-            trips = bounds.longest
-            if fixed is None or work.steps is not None:
-                trips = jnp.minimum(trips, bounds.steps - index * bounds.shortest)
-            return jax.lax.fori_loop(0, trips, step, carry)
+        def step(order: Array, epoch: Array, in_epoch: Array, carry: Any) -> Any:
+            number = epoch * per_epoch + in_epoch
+            batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
+            rule = None if gradient_rule is None else _at(gradient_rule, number)
+            key = jax.random.fold_in(key_train, number)
+            new = _sgd_step(task, optimizer, carry, batch, key, scale, rule)
+            if not select:
+                return new
+            due = (in_epoch < per_epoch) & (number < steps)
+            return jax.tree.map(lambda n, o: jnp.where(due, n, o), new, carry)
 
         with jax.numpy_dtype_promotion("standard"):
             state = optimizer.init(variables["params"])
         carry = (variables, state, _zero_metrics(task.metrics))
-        variables, _, metrics = jax.lax.fori_loop(0, bounds.epochs, epoch, carry)
+        if largest is not None and work.steps is not None:
+            epochs = bounds.epochs if even_size is not None else None
+            carry = _count_steps(step, order_of, work.steps, per_epoch, epochs, carry)
+        else:
+            ends_early = fixed is None or work.steps is not None
+            carry = _count_epochs(step, order_of, bounds, ends_early, carry)
+        variables, _, metrics = carry
         return variables, metrics
 
     return train
+
+
+def _count_epochs(
+    step: Callable[..., Any],
+    order_of: Callable[[Array], Array],
+    bounds: Bounds,
+    ends_early: bool,
+    carry: Any,
+) -> Any:
+    """Epoch after epoch; where the last `ends_early`, the device computes how long it is."""
+
+    def epoch(index: Array, carry: Any) -> Any:
+        trips = bounds.longest
+        if ends_early:
+            trips = jnp.minimum(trips, bounds.steps - index * bounds.shortest)
+        return jax.lax.fori_loop(0, trips, partial(step, order_of(index), index), carry)
+
+    return jax.lax.fori_loop(0, bounds.epochs, epoch, carry)
+
+
+def _count_steps(
+    step: Callable[..., Any],
+    order_of: Callable[[Array], Array],
+    steps: int,
+    per_epoch: Array,
+    epochs: Array | int | None,
+    carry: Any,
+) -> Any:
+    """One loop over a known number of steps; `epochs` = how many begin, if all clients are even.
+
+    Then their orders are drawn before the loop. Uneven clients draw theirs anew in each step.
+    """
+    orders = None
+    if epochs is not None:
+        orders = jax.vmap(order_of)(jnp.arange(epochs, dtype=jnp.int32))
+    per_epoch = per_epoch.clip(1)  # an empty slot has none
+
+    def numbered(number: Array, carry: Any) -> Any:
+        index, in_epoch = number // per_epoch, number % per_epoch
+        order = order_of(index) if orders is None else orders[index]
+        return step(order, index, in_epoch, carry)
+
+    return jax.lax.fori_loop(0, steps, numbered, carry)
 
 
 def optimizer_step(

@@ -82,11 +82,15 @@ def _outputs(config: Config, data: Dataset) -> int:
 
 
 def build_partition(config: Config, data: Dataset) -> Partition:
-    """Deals the training examples to clients, by the run's seed unless the section has its own.
+    """Deals the training examples to clients.
+
+    By the run's seed unless the section has its own; or as the authors' code deals them.
 
     Raises:
       FedLPError: impossible settings, or `natural` for data without client ids.
     """
+    if config.draws == "reference":
+        return reference.draw(config, data).partition
     if config.partition.name == "natural":
         if data.client is None:
             raise FedLPError(

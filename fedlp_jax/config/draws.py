@@ -12,6 +12,7 @@ from fedlp_jax.data.dataset import Dataset
 from fedlp_jax.errors import FedLPError, shown
 from fedlp_jax.simulation.cohorts import cohort_size
 
+_WORD = "draws='reference' (which behaviour: reference sets)"
 _ROUNDS = 1000  # drawn at least, so that a longer run can resume a shorter one
 
 
@@ -24,21 +25,21 @@ def draw(config: Config, data: Dataset) -> ReferenceDraws:
     partition, algorithm = config.partition, config.algorithm
     if partition.name not in ("iid", "dirichlet", "mixed"):
         raise FedLPError(
-            f"draws='reference' has no partition '{partition.name}'; choose iid, dirichlet or "
-            "mixed, or draws='own'."
+            f"{_WORD} has no partition '{partition.name}'; choose iid, dirichlet or mixed, or "
+            "draws='own'."
         )
     settings = algorithm.arguments()
     flag, keep = settings.get("depths"), settings.get("keep")
     if algorithm.name == "fedlp_hetero":
         if keep != 1 or not isinstance(flag, int | str):
             raise FedLPError(
-                "draws='reference' has depths from a flag 1 to 5 or 'uniform', and no masks for "
-                f"them; got depths={shown(flag)}, keep={shown(keep)}. Use draws='own'."
+                f"{_WORD} has depths from a flag 1 to 5 or 'uniform', and no masks for them; got "
+                f"depths={shown(flag)}, keep={shown(keep)}. Use draws='own'."
             )
         keep = None
     elif algorithm.name not in ("fedavg", "fedlp_homo") or not isinstance(keep, float | None):
         raise FedLPError(
-            "draws='reference' is for fedavg, fedlp_hetero, and fedlp_homo with one keep rate; got "
+            f"{_WORD} is for fedavg, fedlp_hetero, and fedlp_homo with one keep rate; got "
             f"{algorithm.name} with keep={shown(keep)}. Use draws='own'."
         )
     shape = {name: getattr(partition, name, None) for name in ("alpha", "ratio")}

@@ -29,7 +29,7 @@ def run_checkpoint(config: Config, directory: Path, overwrite: bool = False) -> 
     return Checkpoint(
         directory / CHECKPOINTS,
         **config.checkpoint.model_dump(),
-        settings=_identity(config),
+        settings=identity(config),
         overwrite=overwrite,
     )
 
@@ -112,12 +112,12 @@ def refuse_other_run(
     path = directory / CONFIG
     # A run that was killed in its first moments leaves none, or an empty one.
     if path.exists() and path.stat().st_size:
-        ours, theirs = (_identity(one, may_differ) for one in (config, load_config(path)))
+        ours, theirs = (identity(one, may_differ) for one in (config, load_config(path)))
         refuse_other(theirs, ours, f"{directory} holds another run")
 
 
-def _identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[str, Any]:
-    """The settings that a resumed run must not change.
+def identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[str, Any]:
+    """The settings that a resumed run must not change, without those that may differ.
 
     Files may move: a checkpoint has digests of the data and the partition.
     """

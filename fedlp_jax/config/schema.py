@@ -478,6 +478,8 @@ class Config(Section):
             return raw
         preset = BEHAVIOURS[raw.get("behaviour") or DEFAULT]._asdict()
         raw = {**raw, "behaviour": None}
+        if raw.get("draws") is None:
+            raw["draws"] = preset["draws"]
         for section in ("partition", "model", "algorithm"):
             values = raw.get(section)
             if isinstance(values, Mapping) and values.get("name") in (*KINDS[section],):

@@ -45,6 +45,10 @@ class Level(NamedTuple):
     run: Callable[[PyTree, PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
+    # Where bounds must be constants: `run` for each bucket of clients, without its bounds, ...
+    buckets: Sequence[Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree, PyTree]]] = ()
+    # ... and clients of a chunk -> its bucket, i32[]
+    bucket: Callable[[PyTree], Array] = lambda clients: jnp.zeros((), jnp.int32)
 
 
 def map_sum(
@@ -58,9 +62,10 @@ def map_sum(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
-    Memory is O(W x model) on each device: a sum is carried, never a stack of models. A level's loop
-    has a traced trip count, so no composition of a cohort compiles again, and no level computes
-    another one's layers.
+    Memory is O(W x model) on each device: a sum is carried, never a stack of models. How many
+    clients a level has is data, so no composition of a cohort compiles again, and no level computes
+    another one's layers. Where the plan wants known trip counts, a level has as many chunks as its
+    cohort could need, and skips the empty ones.
 
     Args:
       levels: G levels.
@@ -79,7 +84,14 @@ def map_sum(
     """
     width = plan.width or 1
     # Traced once, for the shapes of its results and for the loop; then no call remains.
-    levels = [level._replace(run=jax.jit(level.run, inline=True)) for level in levels]
+    levels = [
+        level._replace(
+            run=jax.jit(level.run, inline=True),
+            buckets=[jax.jit(run, inline=True) for run in level.buckets],
+        )
+        for level in levels
+    ]
+    chunks = partial(_known_chunks, only=len(levels) == 1) if plan.known_trip_counts else _chunks
 
     def on_device(shared: PyTree, clients: PyTree, state: PyTree, segment: Array) -> Any:
         slots = jax.tree.leaves(clients)[0].shape[0]
@@ -89,7 +101,7 @@ def map_sum(
             shapes = jax.eval_shape(partial(_run_one, level), shared, *one)
             outputs = _zeros(shapes[1], slots) if outputs is None else outputs
             carry = (_zeros(shapes[0]), outputs, state)
-            part, outputs, state = _chunks(
+            part, outputs, state = chunks(
                 level, shared, clients, segment[0, g], segment[0, g + 1], width, carry
             )
             part = level.embed(shared, part)
@@ -145,7 +157,6 @@ def _chunks(
     level: Level, shared: PyTree, clients: PyTree, start: Array, stop: Array, width: int, carry: Any
 ) -> Any:
     """Runs slots `start` to `stop`, W at a time; the last chunk may have idle lanes."""
-    slots = jax.tree.leaves(clients)[0].shape[0]
     if width == 1:
 
         def body(slot: Array, carry: Any) -> Any:
@@ -157,25 +168,83 @@ def _chunks(
         return jax.lax.fori_loop(start, stop, body, carry)
 
     def chunk(i: Array, carry: Any) -> Any:
-        total, outputs, states = carry
-        lanes = start + i * width + jnp.arange(width, dtype=jnp.int32)
-        active = lanes < stop
-        # Idle lanes repeat the last client, so that the clients that run set the loop bounds.
-        client, state = jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], (clients, states))
-        run = jax.vmap(level.run, (None, 0, 0, 0, None))
-        part, *new = run(shared, client, state, active, level.bounds(client))
-        # Idle lanes write past the end, each to its own place: if places could repeat, a GPU that
-        # must repeat to the bit would write one after the other.
-        lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
-        outputs, states = jax.tree.map(
-            lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True),
-            (outputs, states),
-            tuple(new),
-        )
-        part = jax.tree.map(lambda x: x.sum(axis=0), part)
-        return jax.tree.map(jnp.add, total, part), outputs, states
+        first = start + i * width
+        bounds = level.bounds(_lanes(clients, first, stop, width))
+        run = _with_bounds(level, bounds)
+        return _run_chunk(run, shared, clients, first, stop, width, carry)
 
     return jax.lax.fori_loop(0, -(-(stop - start) // width), chunk, carry)
+
+
+def _known_chunks(
+    level: Level,
+    shared: PyTree,
+    clients: PyTree,
+    start: Array,
+    stop: Array,
+    width: int,
+    carry: Any,
+    only: bool,
+) -> Any:
+    """As `_chunks`, with known trip counts; `only` = the cohort has no other level."""
+    slots = jax.tree.leaves(clients)[0].shape[0]
+    chunks = -(-slots // width)
+    runs = level.buckets or [_with_bounds(level, ())]  # work without loops has no bounds
+
+    def chunk(i: Array | int, carry: Any) -> Any:
+        first = start + i * width
+
+        def branch(run: Callable[..., Any]) -> Callable[[Any], Any]:
+            return lambda carry: _run_chunk(run, shared, clients, first, stop, width, carry)
+
+        if only and chunks == 1 and len(runs) == 1:
+            return branch(runs[0])(carry)
+        bucket = level.bucket(_lanes(clients, first, stop, width))
+        index = jnp.where(first < stop, 1 + bucket, 0)
+        return jax.lax.switch(index, [lambda carry: carry, *map(branch, runs)], carry)
+
+    return jax.lax.fori_loop(0, chunks, chunk, carry)
+
+
+def _with_bounds(level: Level, bounds: PyTree) -> Callable[..., Any]:
+    return lambda shared, client, state, active: level.run(shared, client, state, active, bounds)
+
+
+def _lanes(stack: PyTree, first: Array, stop: Array, width: int) -> PyTree:
+    """Entries `first` to `first + W`; those past `stop` repeat the last one before it.
+
+    So the clients that run set the loop bounds.
+    """
+    lanes = first + jnp.arange(width, dtype=jnp.int32)
+    return jax.tree.map(lambda x: x[jnp.minimum(lanes, stop - 1)], stack)
+
+
+def _run_chunk(
+    run: Callable[..., Any],
+    shared: PyTree,
+    clients: PyTree,
+    first: Array,
+    stop: Array,
+    width: int,
+    carry: Any,
+) -> Any:
+    """Runs W slots from `first` on; those past `stop` are idle."""
+    slots = jax.tree.leaves(clients)[0].shape[0]
+    total, outputs, states = carry
+    lanes = first + jnp.arange(width, dtype=jnp.int32)
+    active = lanes < stop
+    client, state = _lanes((clients, states), first, stop, width)
+    part, *new = jax.vmap(run, (None, 0, 0, 0))(shared, client, state, active)
+    # Idle lanes write past the end, each to its own place: if places could repeat, a GPU that must
+    # repeat to the bit would write one after the other.
+    lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
+    outputs, states = jax.tree.map(
+        lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True),
+        (outputs, states),
+        tuple(new),
+    )
+    part = jax.tree.map(lambda x: x.sum(axis=0), part)
+    return jax.tree.map(jnp.add, total, part), outputs, states
 
 
 def entry(stack: PyTree, index: Array | int) -> PyTree:

@@ -60,6 +60,15 @@ class Plan:
         devices = processes.devices(self.devices)
         return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
+    @property
+    def known_trip_counts(self) -> bool:
+        """Whether the bounds of all loops are constants, as on accelerators.
+
+        A GPU stops the host in every iteration of a loop whose bound only the device knows. On CPU
+        such a loop costs nothing, and ends sooner where clients are uneven.
+        """
+        return processes.devices(self.devices)[0].platform != "cpu"
+
 
 def resolve(plan: Plan | None, cohort: int) -> Plan:
     """Fills the open fields of a plan, but for `data`, for a cohort of C clients on this machine.

@@ -12,6 +12,9 @@ import numpy as np
 
 from fedlp_jax.execution.plan import Plan
 
+# Each bucket of sizes is compiled by itself, and an accelerator takes seconds for each.
+_BUCKETS = 4
+
 
 class Layout(NamedTuple):
     """The slots of a round, in NumPy."""
@@ -62,12 +65,32 @@ def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
     return dataclasses.replace(plan, width=-(-most // -(-most // width)))
 
 
+def size_buckets(sizes: np.ndarray, steps: np.ndarray) -> tuple[int, ...]:
+    """Sizes at which the clients of a population are cut into buckets of like work.
+
+    A program that must know its trip counts holds the training of each bucket, as long as that of
+    its largest client. Buckets of as many clients each, but those of equal work are one.
+
+    Args:
+      sizes: `i64[K]`, examples of each client.
+      steps: `i64[K]`, their local steps.
+
+    Returns:
+      The largest size of each bucket, ascending; at most four.
+    """
+    order = np.argsort(sizes, kind="stable")
+    ends = -(-len(sizes) * np.arange(1, _BUCKETS + 1) // _BUCKETS) - 1
+    largest = {int(steps[i]): int(sizes[i]) for i in order[ends]}
+    return tuple(largest.values())
+
+
 def lay_out(
     steps: np.ndarray,
     level: np.ndarray,
     cost: Sequence[float],
     plan: Plan,
     largest: int | None = None,
+    bounds: np.ndarray | None = None,
 ) -> Layout:
     """Assigns clients to devices by modelled work, longest first, each to the least busy device.
 
@@ -77,6 +100,8 @@ def lay_out(
       cost: G numbers, modelled cost of one step of each level.
       plan: resolved.
       largest: clients of the largest cohort, which fixes the slots; None = of this one.
+      bounds: `i64[]` ascending, the steps that the clients of each bucket compute; None = a chunk
+        computes those of its longest client.
 
     Returns:
       The layout. Within a device, clients are ordered by level, then longest first, then by id, so
@@ -98,7 +123,10 @@ def lay_out(
         segment[d, 1:] = np.cumsum(np.bincount(level[local], minlength=levels))
         for a, b in zip(segment[d, :-1], segment[d, 1:], strict=True):
             # Longest first: the first client of a chunk sets its trip count.
-            computed += width * int(steps[local[a:b]][::width].sum())
+            longest = steps[local[a:b]][::width]
+            if bounds is not None:
+                longest = bounds[np.searchsorted(bounds, longest)]
+            computed += width * int(longest.sum())
     padded = 1.0 - steps.sum() / computed if computed else 0.0
     return Layout(member.ravel(), segment, float(padded), float(load.max() * devices / load.sum()))
 

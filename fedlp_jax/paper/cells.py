@@ -1,10 +1,13 @@
 """A directory of cells: their status, an estimate of the rest, and running it.
 
-    DIR/cells/ROW-SPLIT-seedS/    a run directory per cell
+    DIR/cells/ROW-SPLIT-DRAWS-seedS/         a run directory per cell
+    DIR/cells/ROW-SPLIT-DRAWS-seedS@WHERE/   the same cell, run elsewhere
 
-A cell is recognised by its configuration, however it was run: `fedlp run
-configs/paper/homo-0.5-iid.yaml --out DIR/cells/homo-0.5-iid-seed25` makes one too. A finished cell
-never runs again, so the same command resumes after any interruption.
+A cell is recognised by its directory's name and its configuration, however it was run: `fedlp run
+configs/paper/homo-0.5-iid.yaml --out DIR/cells/homo-0.5-iid-reference-seed25` makes one too. So
+directories of several machines are merged by copying. A cell that has run for fewer rounds than
+the study's counts for those it has. A finished cell never runs again, so the same command resumes
+after any interruption.
 """
 
 from __future__ import annotations
@@ -14,24 +17,33 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from fedlp_jax.config.build import build, build_partition
 from fedlp_jax.config.experiment import execute
-from fedlp_jax.config.resume import refuse_other_run
+from fedlp_jax.config.loading import load_config
+from fedlp_jax.config.resume import identity
 from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
-from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config
+from fedlp_jax.paper.published import DRAWS, ROWS, SPLITS, Cell, Draws, cell_config
+from fedlp_jax.reporting.environment import versions
 from fedlp_jax.reporting.progress import duration
-from fedlp_jax.reporting.run_directory import METRICS, SUMMARY, read_metrics
+from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
+from fedlp_jax.simulation.checkpoint import refuse_other
 from fedlp_jax.simulation.cohorts import cohort_size
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError
 
 Status = Literal["done", "diverged", "unfinished"]
 
-_NAME = re.compile(rf"({'|'.join(map(re.escape, ROWS))})-({'|'.join(SPLITS)})-seed(\d+)")
+ORIGIN = "origin.json"  # device, versions and commit that a cell's summary does not have
+_NAME = re.compile(
+    rf"({'|'.join(map(re.escape, ROWS))})-({'|'.join(SPLITS)})-({'|'.join(DRAWS)})-seed(\d+)"
+    r"(?:@[\w.-]+)?"
+)
+_VERSION = re.compile(r"^# fedlp_jax (\S+)$", re.MULTILINE)  # in the config.yaml of a run
+_MAY_DIFFER = ("name", "rounds", "sinks", "plan", "checkpoint")
 _STEPS = 3  # local steps that `estimate` measures
 
 
@@ -52,12 +64,13 @@ class Study(NamedTuple):
 
 
 class CellRun(NamedTuple):
-    """The run of one cell, as its directory holds it."""
+    """A run of one cell, as its directory holds it."""
 
+    path: Path
     status: Status
     rounds: int  # done
-    rows: list[dict[str, Any]]  # of metrics.jsonl, if the run has ended
-    summary: dict[str, Any]
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    summary: dict[str, Any]  # and what its origin.json adds
 
 
 class Estimate(NamedTuple):
@@ -68,19 +81,25 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def read_cells(study: Study) -> dict[Cell, CellRun]:
-    """Reads all cells in a study's directory.
+def read_runs(study: Study) -> dict[Cell, list[CellRun]]:
+    """Reads all cells in a study's directory; of several runs of one cell the longest is first.
 
     Raises:
-      FedLPError: a cell was run with another configuration, such as another scale.
+      FedLPError: a cell was run with another configuration, such as another scale, for more rounds
+        than the study's, or by another version; or its files cannot be read.
     """
-    runs: dict[Cell, CellRun] = {}
+    runs: dict[Cell, list[CellRun]] = {}
     for path in sorted((study.out / "cells").glob("*")):
         name = _NAME.fullmatch(path.name)
         if name and (path / METRICS).is_file():
-            cell = Cell(name[1], name[2], int(name[3]))
-            runs[cell] = _read_cell(study, cell)
-    return runs
+            cell = Cell(name[1], name[2], int(name[4]), cast(Draws, name[3]))
+            runs.setdefault(cell, []).append(_read_run(study, cell, path))
+    return {cell: sorted(several, key=lambda run: -run.rounds) for cell, several in runs.items()}
+
+
+def read_cells(study: Study) -> dict[Cell, CellRun]:
+    """The longest run of each cell in a study's directory; raises as `read_runs` does."""
+    return {cell: runs[0] for cell, runs in read_runs(study).items()}
 
 
 def unfinished(study: Study, cells: Sequence[Cell]) -> list[Cell]:
@@ -170,19 +189,52 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
     return estimates
 
 
-def _read_cell(study: Study, cell: Cell) -> CellRun:
-    path = study.path(cell)
-    refuse_other_run(study.config(cell), path, may_differ=("name", "plan", "checkpoint"))
-    summary_file = path / SUMMARY
+def _read_run(study: Study, cell: Cell, path: Path) -> CellRun:
+    _refuse_other_cell(study.config(cell), path)
     try:
-        summary = json.loads(summary_file.read_text("utf-8")) if summary_file.is_file() else {}
+        summary = _read_json(path / SUMMARY)
+        told = {k: v for k, v in summary.items() if v is not None} | _read_json(path / ORIGIN)
         if summary.get("status") in ("done", "diverged"):
             rows = read_metrics(path)
-            return CellRun(summary["status"], len(rows), rows, summary)
+            done = summary["status"] == "diverged" or len(rows) >= study.config(cell).rounds
+            return CellRun(path, summary["status"] if done else "unfinished", len(rows), rows, told)
+        # The last line of a run that goes on may be half written.
+        lines = (path / METRICS).read_bytes().split(b"\n")[:-1]
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FedLPError(
-            f"{path} has a {SUMMARY} or {METRICS} that cannot be read: {why(error)}. Remove the "
-            "directory, and the same command runs that cell again."
+            f"{path} has a {SUMMARY}, {ORIGIN} or {METRICS} that cannot be read: {why(error)}. "
+            "Remove the directory, and the same command runs that cell again."
         ) from error
-    lines = (path / METRICS).read_text("utf-8", errors="replace").count("\n")
-    return CellRun("unfinished", lines, [], summary)
+    return CellRun(path, "unfinished", len(rows), rows, told)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object; empty if there is no file."""
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return dict(content.items())
+
+
+def _refuse_other_cell(config: Config, path: Path) -> None:
+    """Compares a cell with the run in a directory, which may have fewer rounds or another plan.
+
+    Raises:
+      FedLPError: with each field that differs, and both values; or with both versions.
+    """
+    file = path / CONFIG
+    # A run that was killed in its first moments leaves none, or an empty one.
+    if not file.exists() or not file.stat().st_size:
+        return
+    theirs = load_config(file)
+    if theirs.data.name.endswith(".npz"):  # where tensorflow-datasets was not: cifar10.npz
+        data = theirs.data.model_copy(update={"name": Path(theirs.data.name).stem})
+        theirs = theirs.model_copy(update={"data": data})
+    may_differ = [one for one in _MAY_DIFFER if one != "rounds" or theirs.rounds <= config.rounds]
+    old, new = (identity(one, may_differ) for one in (theirs, config))
+    refuse_other(old, new, f"{path} holds another run")
+    made = _VERSION.search(file.read_text("utf-8"))
+    if made and made[1] != versions()["fedlp_jax"]:
+        raise FedLPError(
+            f"{path} was run by fedlp_jax {made[1]}, and this is {versions()['fedlp_jax']}; move "
+            "it to a directory of its own, or use that version."
+        )

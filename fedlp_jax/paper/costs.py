@@ -73,12 +73,12 @@ def row_costs(rows: Sequence[str] = ()) -> list[RowCost]:
 
 def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
     """Counts the cost of one row for images of this shape."""
-    published, config = ROWS[row], cell_config(Cell(row, "iid"))
-    layers, levels, backward = _levels(config.algorithm.name, shape)
+    published, config = ROWS[row], cell_config(Cell(row, "iid", draws="own"))
+    layers, levels, backward = row_levels(config.algorithm.name, shape)
     depths = getattr(config.algorithm, "depths", None)
     share = np.asarray([1.0] if depths is None else depth_probabilities(depths, len(levels)))
     held = np.stack([level.table.covered for level in levels])  # f32[G, L], 1 = received
-    sent = held * _arguments(config, shape)["algorithm"].upload_rates(layers, 1)
+    sent = held * cell_arguments(config, shape)["algorithm"].upload_rates(layers, 1)
     traffic = modelled_traffic(layers, share @ sent, share @ held, clients=1)
     comm = float(traffic["upload_params"] + traffic["download_params"]) / 1e3
     macs = [sum(level.macs.values()) for level in levels]
@@ -108,11 +108,13 @@ def row_cost(row: str, shape: tuple[int, ...] = _CIFAR) -> RowCost:
 
 
 @functools.cache
-def _levels(algorithm: str, shape: tuple[int, ...]) -> tuple[LayerTable, list[Level], list[int]]:
+def row_levels(algorithm: str, shape: tuple[int, ...]) -> tuple[LayerTable, list[Level], list[int]]:
     """Layers, submodels and backward MACs that all rows of an algorithm share."""
-    row = next(r for r in ROWS if cell_config(Cell(r, "iid")).algorithm.name == algorithm)
-    config = cell_config(Cell(row, "iid"))
-    arguments = _arguments(config, shape)
+    row = next(
+        r for r in ROWS if cell_config(Cell(r, "iid", draws="own")).algorithm.name == algorithm
+    )
+    config = cell_config(Cell(row, "iid", draws="own"))
+    arguments = cell_arguments(config, shape)
     algorithm_, data = arguments["algorithm"], arguments["data"]
     example = example_of(Examples(data.train.inputs, data.train.labels, data.normalize))
     root = root_key(config.seed)
@@ -122,7 +124,7 @@ def _levels(algorithm: str, shape: tuple[int, ...]) -> tuple[LayerTable, list[Le
     return layer_table(variables, algorithm_.layers), levels, backward
 
 
-def _arguments(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
+def cell_arguments(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     """The arguments of a cell's run, with synthetic images because only their shape matters."""
     images = Data(name="synthetic", options={"examples": 500, "shape": shape})
     return build(config.model_copy(update={"data": images}))

@@ -8,7 +8,7 @@ single runs of 200 rounds with seed 25. A cell is a row and a split. Its configu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fedlp_jax.config.loading import Raw, merge, parse_config
 from fedlp_jax.config.schema import Config
@@ -17,6 +17,8 @@ from fedlp_jax.errors import check_choice
 SOURCE = "README of github.com/Zhuzzq/FedLP, commit fdc5d3b"
 ROUNDS = 200  # of the published runs
 SEED = 25
+Draws = Literal["reference", "own"]
+DRAWS: tuple[Draws, ...] = ("reference", "own")  # the authors', ours
 
 
 class Row(NamedTuple):
@@ -87,16 +89,21 @@ SCALES: dict[str, Raw] = {
 
 
 class Cell(NamedTuple):
-    """One number of the table, at one seed."""
+    """One number of the table, at one seed.
+
+    With draws "reference" and seed 25 it is the published run again, but for initial weights and
+    the order of batches. With draws "own" it is another run of the same method.
+    """
 
     row: str
     split: str
     seed: int = SEED
+    draws: Draws = "reference"
 
     @property
     def name(self) -> str:
         """The name of its directory."""
-        return f"{self.row}-{self.split}-seed{self.seed}"
+        return f"{self.row}-{self.split}-{self.draws}-seed{self.seed}"
 
     @property
     def published(self) -> float:
@@ -104,23 +111,30 @@ class Cell(NamedTuple):
         return ROWS[self.row].accuracy[list(SPLITS).index(self.split)]
 
 
-def choose(rows: Sequence[str] = (), splits: Sequence[str] = (), seeds: int = 1) -> list[Cell]:
+def choose(
+    rows: Sequence[str] = (),
+    splits: Sequence[str] = (),
+    seeds: int = 1,
+    draws: Draws = "reference",
+) -> list[Cell]:
     """Selects cells, in the order of the table, seed after seed.
 
     Args:
       rows: keys of `ROWS`; empty = all.
       splits: keys of `SPLITS`; empty = all.
       seeds: number of seeds, from 25 on.
+      draws: "reference", as in the published runs; or "own".
 
     Raises:
-      FedLPError: an unknown row or split.
+      FedLPError: an unknown row, split or choice of draws.
     """
+    check_choice("draws", draws, DRAWS)
     for row in rows:
         check_choice("row", row, tuple(ROWS))
     for split in splits:
         check_choice("split", split, tuple(SPLITS))
     return [
-        Cell(row, split, seed)
+        Cell(row, split, seed, draws)
         for seed in range(SEED, SEED + seeds)
         for row in ROWS
         for split in SPLITS
@@ -138,12 +152,13 @@ def cell_config(cell: Cell, scale: str = "paper", rounds: int | None = None) -> 
       rounds: overrides those of the scale.
 
     Raises:
-      FedLPError: an unknown row, split or scale, or a number out of range.
+      FedLPError: an unknown row, split, choice of draws or scale, or a number out of range.
     """
     check_choice("row", cell.row, tuple(ROWS))
     check_choice("split", cell.split, tuple(SPLITS))
     check_choice("scale", scale, tuple(SCALES))
-    raw: Raw = {"name": f"{cell.row}-{cell.split}", "seed": cell.seed}
+    check_choice("draws", cell.draws, DRAWS)
+    raw: Raw = {"name": f"{cell.row}-{cell.split}", "seed": cell.seed, "draws": cell.draws}
     own: Raw = {"algorithm": ROWS[cell.row].algorithm, "partition": SPLITS[cell.split]}
     more: Raw = {} if rounds is None else {"rounds": rounds}
     for layer in (_PROTOCOL, own, SCALES[scale], more):

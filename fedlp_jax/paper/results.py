@@ -16,33 +16,49 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import RenderableType
 
-from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_cells, run_cells
+from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_runs, run_cells
 from fedlp_jax.paper.costs import DIGIT_SLIP, RowCost
 from fedlp_jax.paper.figures import draw_figures
-from fedlp_jax.paper.published import ROUNDS, ROWS, SOURCE, SPLIT_LABELS, SPLITS, Cell
+from fedlp_jax.paper.published import (
+    DRAWS,
+    ROUNDS,
+    ROWS,
+    SEED,
+    SOURCE,
+    SPLIT_LABELS,
+    SPLITS,
+    Cell,
+    Draws,
+)
 from fedlp_jax.reporting.environment import origin
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import plain
 from fedlp_jax.reporting.tables import note, numbers_table
 
 LAST = 10  # rounds to average over, if there are as many
-_MEANS = ("accuracy_last10", "accuracy_final", "accuracy_best", "upload_megabytes", "seconds")
+_MEANS = ("last_ten_mean", "final", "best", "last_ten_sd", "upload_megabytes", "seconds")
 _COLUMNS = (
-    "row", "id", "split", "status", "rounds", "seeds", *_MEANS,
-    "seed_spread", "published", "difference",
+    "row", "id", "split", "draws", "status", "rounds", "seeds", *_MEANS,
+    "seed_sd", "published", "difference", "agreement",
 )  # fmt: skip
 _DECIMALS = 4  # in table.json and table.csv
+_TITLES: dict[Draws, str] = {
+    "reference": "The published runs again: partition, depths, cohorts and masks are those that "
+    f"the authors' code draws from seed {SEED}.",
+    "own": "The method, with random draws of our own.",
+}
 
 
 class Table(NamedTuple):
-    """The table of one study: an entry for each row and split, run or not.
+    """The tables of one study: an entry for each row, split and choice of draws, run or not.
 
-    An entry has `row`, `id`, `split`, `status` ("done", "diverged", "unfinished", "not run"),
-    `rounds`, `seeds` of its finished runs, their means `accuracy_last10` (over the last 10 rounds),
-    `accuracy_final`, `accuracy_best` [%], `upload_megabytes` (all clients, all rounds) and measured
-    `seconds`; `seed_spread`, the standard deviation of `accuracy_last10` over several seeds;
-    `published`; `difference` of `accuracy_last10` from it; and `runs`, the same for each seed, with
-    commit, versions and device. A missing number is None.
+    An entry has `row`, `id`, `split`, `draws`, `status` ("done", "diverged", "unfinished", "not
+    run"); `seeds`, those of the runs of most rounds, and `rounds`, how many these have done; their
+    means `last_ten_mean` (over the last 10 rounds), `final`, `best` [%], `last_ten_sd` (standard
+    deviation of the last 10 rounds), `upload_megabytes` (all clients, all rounds) and measured
+    `seconds`; `seed_sd`, the standard deviation of `last_ten_mean` over several seeds; `published`;
+    `difference` of `last_ten_mean` from it; `agreement`, what that difference means; and `runs`,
+    the same for each directory, with commit, versions and device. A missing number is None.
     """
 
     scale: str
@@ -87,8 +103,13 @@ def make_table(study: Study) -> Table:
     Raises:
       FedLPError: the directory holds cells of another configuration.
     """
-    runs = read_cells(study)
-    entries = [_entry(row, split, runs, study) for row in ROWS for split in SPLITS]
+    runs = read_runs(study)
+    entries = [
+        _entry(row, split, draws, runs, study)
+        for draws in DRAWS
+        for row in ROWS
+        for split in SPLITS
+    ]
     return Table(study.scale, study.config(Cell("fedavg", "iid")).rounds, SOURCE, ROUNDS, entries)
 
 
@@ -111,37 +132,48 @@ def as_csv(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The accuracies next to the published ones, then every number of the finished cells."""
-    seeds = max(len(entry["seeds"]) for entry in table.cells)
-    over = f", mean and standard deviation of up to {seeds} seeds" * (seeds > 1)
+    """The accuracies next to the published ones, then every number of the cells that were run."""
     lines = [
-        f"{_title(table)}{over}. Published: {table.published_source}, "
-        f"{table.published_rounds} rounds.",
+        f"{_title(table)}. Published: {table.published_source}, {table.published_rounds} rounds.",
+        f"A number in brackets counts the rounds of a cell that has fewer than {table.rounds}.",
         *["Scale `smoke` trains on digits: its accuracies are comparable to nothing."]
         * (table.scale == "smoke"),
-        "",
-        *_markdown_head(["scheme", *_accuracy_titles("published")]),
-        *(_markdown_line(words) for words in _accuracies(table)),
     ]
-    finished = [entry for entry in table.cells if entry["seeds"]]
-    if finished:
-        titles = "last 10,final,best,published,difference,rounds,uploaded MB,measured seconds"
-        lines += ["", *_markdown_head(["scheme", "split", *titles.split(",")])]
-        lines += [_markdown_line(_details(entry)) for entry in finished]
-        runs = [run for entry in finished for run in entry["runs"] if run["status"] == "done"]
-        lines += ["", *dict.fromkeys(f"Run on {origin(run)}." for run in runs)]
+    for draws, entries in _parts(table).items():
+        seeds = max(len(entry["seeds"]) for entry in entries)
+        over = f" Mean and standard deviation of up to {seeds} seeds." * (seeds > 1)
+        lines += ["", _TITLES[draws] + over, ""]
+        lines += _markdown_head(["scheme", *_accuracy_titles("published")])
+        lines += [_markdown_line(words) for words in _accuracies(entries, table.rounds)]
+    ran = [entry for entry in table.cells if entry["seeds"]]
+    if ran:
+        origins = list(dict.fromkeys(where for entry in ran for where in _origins(entry)))
+        titles = "last 10,final,published,difference,sd of last 10,rounds,uploaded MB,seconds,run"
+        lines += ["", *_markdown_head(["scheme", "split", "draws", *titles.split(",")])]
+        lines += [_markdown_line(_details(entry, origins)) for entry in ran]
+        lines += ["", *(f"{i}. {where}" for i, where in enumerate(origins, 1))]
+    compared = [entry for entry in ran if entry["agreement"]]
+    if compared:
+        lines += ["", *_markdown_head(["scheme", "split", "draws", "against the published value"])]
+        lines += [_markdown_line([*_names(entry), entry["agreement"]]) for entry in compared]
     return "\n".join(lines) + "\n"
 
 
 def result_tables(table: Table, out: Path, figures: Sequence[str]) -> list[RenderableType]:
     """The accuracies next to the published ones, for a terminal."""
-    view = numbers_table(
-        _title(table).replace(", ", ",\n", 1) + f",\nand the paper's after {ROUNDS}",
-        ("", *_accuracy_titles("paper")),
-        ((label.removeprefix("FedLP-"), *words) for label, *words in _accuracies(table)),
-    )
+    views = [
+        numbers_table(
+            f"{_title(table)},\nand the paper's after {ROUNDS}; draws: {draws}",
+            ("", *_accuracy_titles("paper")),
+            (
+                (label.removeprefix("FedLP-"), *words)
+                for label, *words in _accuracies(entries, table.rounds)
+            ),
+        )
+        for draws, entries in _parts(table).items()
+    ]
     files = ", ".join(("table.md", "table.csv", "table.json", *figures))
-    return [view, note(f"Written to {out}: {files}")]
+    return [*views, note(f"Written to {out}: {files}")]
 
 
 def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
@@ -229,46 +261,76 @@ def estimate_tables(estimates: Mapping[Cell, Estimate]) -> list[RenderableType]:
     ]
 
 
-def _entry(row: str, split: str, runs: Mapping[Cell, CellRun], study: Study) -> dict[str, Any]:
-    numbers = [
-        _numbers(cell, run) for cell, run in runs.items() if (cell.row, cell.split) == (row, split)
+def _entry(
+    row: str, split: str, draws: Draws, runs: Mapping[Cell, Sequence[CellRun]], study: Study
+) -> dict[str, Any]:
+    own = [
+        _numbers(cell, run)
+        for cell, several in runs.items()
+        if (cell.row, cell.split, cell.draws) == (row, split, draws)
+        for run in several
     ]
-    done = [run for run in numbers if run["status"] == "done"]
-    statuses = {run["status"] for run in numbers} | {"not run"}
+    usable = [run for run in own if run["final"] is not None]
+    rounds = max((run["rounds"] for run in usable or own), default=0)
+    # Of two runs of one seed the first is averaged; they differ by rounding alone.
+    averaged = list({run["seed"]: run for run in usable[::-1] if run["rounds"] == rounds}.values())
+    statuses = {run["status"] for run in own} | {"not run"}
     published = Cell(row, split).published
     entry: dict[str, Any] = {
         "row": ROWS[row].label,
         "id": row,
         "split": split,
+        "draws": draws,
         "status": next(s for s in ("done", "diverged", "unfinished", "not run") if s in statuses),
-        "rounds": max((run["rounds"] for run in done or numbers), default=0),
-        "seeds": [run["seed"] for run in done],
+        "rounds": rounds,
+        "seeds": sorted(run["seed"] for run in averaged),
     }
     for name in _MEANS:
-        entry[name] = round(fmean(run[name] for run in done), _DECIMALS) if done else None
-    last = [run["accuracy_last10"] for run in done]
-    entry["seed_spread"] = round(stdev(last), _DECIMALS) if len(last) > 1 else None
+        values = [run[name] for run in averaged]
+        entry[name] = round(fmean(values), _DECIMALS) if values else None
+    last = [run["last_ten_mean"] for run in averaged]
+    entry["seed_sd"] = round(stdev(last), _DECIMALS) if len(last) > 1 else None
     entry["published"] = published
-    entry["difference"] = None
-    if done and study.scale != "smoke":
-        entry["difference"] = round(entry["accuracy_last10"] - published, _DECIMALS)
-    return entry | {"runs": numbers}
+    entry["difference"] = entry["agreement"] = None
+    if averaged and study.scale != "smoke":
+        entry["difference"] = round(entry["last_ten_mean"] - published, _DECIMALS)
+        entry["agreement"] = _agreement(entry)
+    return entry | {"runs": [run | {"averaged": run in averaged} for run in own]}
 
 
 def _numbers(cell: Cell, run: CellRun) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"seed": cell.seed, "status": run.status, "rounds": run.rounds}
+    numbers: dict[str, Any] = {
+        "directory": run.path.name, "seed": cell.seed, "status": run.status, "rounds": run.rounds
+    }  # fmt: skip
     numbers |= dict.fromkeys(_MEANS)
-    if run.status == "done":
+    if run.rows and run.status != "diverged":
         accuracy = [100 * row["test_accuracy"] for row in run.rows]
         means = (
             fmean(accuracy[-LAST:]),
             accuracy[-1],
             max(accuracy),
+            stdev(accuracy[-LAST:]) if len(accuracy) > 1 else 0.0,
             sum(row["upload_bytes"] for row in run.rows) / 1e6,
             sum(row["seconds"] for row in run.rows),
         )
         numbers |= {k: round(v, _DECIMALS) for k, v in zip(_MEANS, means, strict=True)}
-    return numbers | {key: run.summary.get(key) for key in ("commit", "versions", "device")}
+    return numbers | {key: run.summary.get(key) for key in ("commit", "versions", "device", "note")}
+
+
+def _agreement(entry: Mapping[str, Any]) -> str:
+    """What the difference to the published value means."""
+    if entry["rounds"] < ROUNDS:
+        return f"No comparison: {entry['rounds']} rounds, and published is the value after {ROUNDS}"
+    several, sd = entry["seed_sd"] is not None, entry["seed_sd"] or entry["last_ten_sd"]
+    ratio = abs(entry["difference"]) / sd if sd else float("inf")
+    count = f"{entry['difference']:+.2f} points are {ratio:.1f} standard deviations"
+    if several:
+        verdict = "Agrees" if ratio <= 2 else "Differs"
+        return f"{verdict}: {count} over {len(entry['seeds'])} seeds ({sd:.2f})"
+    near = f"{count} of its last ten rounds ({sd:.2f})"
+    return (
+        f"Agrees: {near}" if ratio <= 2 else f"Open: {near}, but the spread over seeds is unknown"
+    )
 
 
 def _title(table: Table) -> str:
@@ -276,45 +338,69 @@ def _title(table: Table) -> str:
     return f"Test accuracy in percent, mean of the last {last} of {table.rounds} rounds"
 
 
+def _parts(table: Table) -> dict[Draws, list[dict[str, Any]]]:
+    """The entries by draws, of those draws of which any cell was begun; the authors' otherwise."""
+    parts = {d: [entry for entry in table.cells if entry["draws"] == d] for d in DRAWS}
+    begun = {d: part for d, part in parts.items() if any(entry["runs"] for entry in part)}
+    return begun or {DRAWS[0]: parts[DRAWS[0]]}
+
+
 def _accuracy_titles(published: str) -> list[str]:
     return [word for label in SPLIT_LABELS.values() for word in (label, published)]
 
 
-def _accuracies(table: Table) -> list[list[str]]:
+def _accuracies(entries: Sequence[Mapping[str, Any]], rounds: int) -> list[list[str]]:
     """Label of each row, then accuracy and published accuracy of each split."""
-    lines = []
-    for row in ROWS:
-        words = [ROWS[row].label]
-        for entry in (entry for entry in table.cells if entry["id"] == row):
-            words += [_accuracy(entry), f"{entry['published']:.2f}"]
-        lines.append(words)
-    return lines
+    lines: dict[str, list[str]] = {}
+    for entry in entries:
+        words = lines.setdefault(entry["id"], [entry["row"]])
+        words += [_accuracy(entry, rounds), f"{entry['published']:.2f}"]
+    return list(lines.values())
 
 
-def _accuracy(entry: Mapping[str, Any]) -> str:
-    """An entry's accuracy, or why it has none."""
-    if entry["accuracy_last10"] is None:
+def _accuracy(entry: Mapping[str, Any], rounds: int) -> str:
+    """An entry's accuracy with the rounds it is short of, or why it has none."""
+    if entry["last_ten_mean"] is None:
         return str(entry["status"])
-    spread = entry["seed_spread"]
-    return f"{entry['accuracy_last10']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+    spread = "" if entry["seed_sd"] is None else f" ± {entry['seed_sd']:.2f}"
+    short = f" ({entry['rounds']})" * (entry["rounds"] < rounds)
+    return f"{entry['last_ten_mean']:.2f}{spread}{short}"
 
 
-def _details(entry: Mapping[str, Any]) -> list[str]:
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    return [entry["row"], SPLIT_LABELS[entry["split"]], entry["draws"]]
+
+
+def _origins(entry: Mapping[str, Any]) -> list[str]:
+    """Where the runs of an entry ran; a run that goes on has no summary yet."""
+    return [
+        (origin(run) if run["versions"] else "The run has not ended")
+        + (f" ({run['note']})" if run["note"] else "")
+        for run in entry["runs"]
+        if run["averaged"]
+    ]
+
+
+def _details(entry: Mapping[str, Any], origins: Sequence[str]) -> list[str]:
     difference = entry["difference"]
     return [
-        entry["row"],
-        SPLIT_LABELS[entry["split"]],
-        *(f"{entry[name]:.2f}" for name in _MEANS[:3]),
+        *_names(entry),
+        *(f"{entry[name]:.2f}" for name in _MEANS[:2]),
         f"{entry['published']:.2f}",
         "" if difference is None else f"{difference:+.2f}",
+        f"{entry['last_ten_sd']:.2f}",
         str(entry["rounds"]),
         f"{entry['upload_megabytes']:.1f}",
         f"{entry['seconds']:.0f}",
+        ", ".join(str(origins.index(where) + 1) for where in dict.fromkeys(_origins(entry))),
     ]
 
 
 def _markdown_head(titles: Sequence[str]) -> list[str]:
-    rule = ["---" if title in ("scheme", "split") else "---:" for title in titles]
+    rule = [
+        "---" if title in ("scheme", "split", "draws") or "against" in title else "---:"
+        for title in titles
+    ]
     return [_markdown_line(titles), _markdown_line(rule)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients
+from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients, size_buckets
 from fedlp_jax.types import Cohort
 
 # Partitions draw from the same generator under small numbers of their own.
@@ -202,6 +202,9 @@ class CohortBuilder:
         sizes = partition.sizes
         self._widest = int(sizes.max())
         self._even = self._widest if int(sizes.min()) == self._widest else None
+        self._buckets: tuple[int, ...] = ()
+        if plan.known_trip_counts:
+            self._buckets = size_buckets(sizes, local_steps(sizes))
 
     def most_rows(self, cohort: int) -> int:
         """An upper bound on the rows of one device in any round: those of the largest clients.
@@ -220,8 +223,9 @@ class CohortBuilder:
         offset = self._partition.offset
         start, size = offset[ids], offset[ids + 1] - offset[ids]
         level = self._assigned[ids]
+        bounds = self._local_steps(np.array(self._buckets)) if self._buckets else None
         layout = lay_out(
-            self._local_steps(size), level, self._level_cost, self._plan, self._largest
+            self._local_steps(size), level, self._level_cost, self._plan, self._largest, bounds
         )
         member, filled = layout.member, layout.member >= 0
 
@@ -239,4 +243,4 @@ class CohortBuilder:
             "rows": rows.astype(np.int32),
             "segment": layout.segment,
         }
-        return Cohort(**columns, even_size=self._even), layout
+        return Cohort(**columns, even_size=self._even, buckets=self._buckets), layout

@@ -56,9 +56,8 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
 
     `(state, clients, examples, cohorts, count, key) -> (state, clients, metrics)`. Arrays of
     cohorts and metrics have the round as second axis, `[D * P, R, ...]`; R is the plan's
-    `rounds_at_once`. The first `count` rounds run, in a loop with a traced trip count, so their
-    bits do not depend on how many there are. With R = 1 `count` is None and there is no loop: on a
-    GPU, a trip count that only the device knows stops the host.
+    `rounds_at_once`. The first `count` rounds run, in a loop, so their bits do not depend on how
+    many there are. With R = 1 `count` is None and there is no loop.
     """
     everywhere, split = replicated(plan), over_clients(plan)
 
@@ -97,7 +96,10 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
             shapes._replace(halted=()),
         )
         carry = (state, clients, stack, jnp.zeros(most, bool))
-        state, clients, stack, halted = jax.lax.fori_loop(0, count, body, carry)
+        if plan.known_trip_counts:
+            body = functools.partial(_while_due, body, count)
+        trips = most if plan.known_trip_counts else count
+        state, clients, stack, halted = jax.lax.fori_loop(0, trips, body, carry)
         return state, clients, stack._replace(halted=halted)
 
     # The host of every process reads the metrics of all clients.
@@ -109,6 +111,11 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
         out_shardings=(everywhere, split, metrics),
         keep_unused=True,
     )
+
+
+def _while_due(body: Any, count: Array, i: Array, carry: Any) -> Any:
+    """`body`, which changes nothing from round `count` on."""
+    return jax.lax.cond(i < count, body, lambda _, carry: carry, i, carry)
 
 
 def compile_round(algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> Compiled:

@@ -12,8 +12,7 @@ from fedlp_jax.prng import root_key
 
 CONFIG = {
     "seed": 25,
-    "behaviour": "reference",
-    "draws": "reference",
+    "behaviour": "reference",  # which sets the draws
     "data": {
         "name": "synthetic",
         "options": {"examples": 400, "test_examples": 10, "shape": [32, 32, 3]},

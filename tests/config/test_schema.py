@@ -131,6 +131,8 @@ def test_a_behaviour_sets_what_is_not_given(name):
     assert config.algorithm.layers == ("by_tensor" if reference else "by_module")
     assert config.model.init == ("pytorch" if reference else "flax")
     assert config.partition.reference == reference
+    assert config.draws == ("reference" if reference else "own")
+    assert parse_config(tree | {"draws": "own"}).draws == "own"
     assert "behaviour" not in config.model_dump()
 
 

@@ -15,7 +15,12 @@ from small import Steps, dataset, round_arguments
 import fedlp_jax as fl
 from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.plan import Plan, resolve
-from fedlp_jax.execution.scheduling import lay_out, slots_per_device, with_even_chunks
+from fedlp_jax.execution.scheduling import (
+    lay_out,
+    size_buckets,
+    slots_per_device,
+    with_even_chunks,
+)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -206,3 +211,17 @@ def test_a_round_is_one_reduction_over_the_mesh_and_gathers_nothing():
     program = jax.make_jaxpr(lambda *a: algorithm.round(*a, run.plan))
     jaxpr = str(program(*round_arguments(run)))
     assert len(re.findall(r"\bpsum\w*\[", jaxpr)) == 1
+
+
+def test_buckets_hold_as_many_clients_each_and_those_of_equal_work_are_one():
+    sizes = np.array([5, 40, 1, 12, 33, 8, 9, 2])
+    assert size_buckets(sizes, sizes) == (2, 8, 12, 40)
+    assert size_buckets(sizes, -(-sizes // 10)) == (8, 12, 40)  # batches of 10
+    assert size_buckets(sizes, np.full(8, 7)) == (40,)  # steps in place of epochs
+    assert size_buckets(np.array([6, 6]), np.array([1, 1])) == (6,)
+
+
+def test_the_padded_share_counts_the_steps_of_the_bucket():
+    steps = np.array([4, 3, 1])
+    layout = lay_out(steps, np.zeros(3, int), [1.0], Plan(1, 1), bounds=np.array([2, 4]))
+    assert layout.padded_share == 1 - 8 / (4 + 4 + 2)

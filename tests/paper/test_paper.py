@@ -11,15 +11,16 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.testing
 
-from fedlp_jax import FedLPError, cli
+from fedlp_jax import FedLPError, __version__, cli
 from fedlp_jax.config.loading import dump_config, load_config
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results
-from fedlp_jax.paper.cells import Study, estimate, read_cells, run_cells, unfinished
+from fedlp_jax.paper.cells import Study, estimate, read_cells, read_runs, run_cells, unfinished
 from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
@@ -44,10 +45,10 @@ def fedlp(*words, columns=80):
     return run.invoke(cli.app, ["reproduce", "paper", *words], prog_name="fedlp")
 
 
-def invented(study, cell, status="done", accuracy=0.5, config=None):
+def invented(study, cell, status="done", accuracy=0.5, config=None, where=""):
     """A cell with invented numbers, as a run would leave it."""
     config = config or study.config(cell)
-    path = study.path(cell)
+    path = study.path(cell).with_name(cell.name + where)
     path.mkdir(parents=True)
     rounds = range(1, config.rounds + 1 - (status == "unfinished"))
     rows = [
@@ -92,6 +93,9 @@ def test_cells_are_chosen_in_the_order_of_the_table():
     assert choose(["hetero-5", "fedavg"], ["m-niid"], seeds=2) == [
         Cell(row, "m-niid", seed) for seed in (25, 26) for row in ("fedavg", "hetero-5")
     ]
+    assert choose(["homo-0.1"], ["iid"], draws="own") == [Cell("homo-0.1", "iid", 25, "own")]
+    with pytest.raises(FedLPError, match="draws 'theirs' is unknown"):
+        choose(draws="theirs")
     with pytest.raises(FedLPError, match=r"row 'homo-0.4' is unknown; did you mean 'homo-0.*'"):
         choose(["homo-0.4"])
 
@@ -195,12 +199,54 @@ def test_a_cell_is_recognised_by_its_configuration(tmp_path):
 def test_the_directory_of_another_study_is_refused_and_unchanged(tmp_path):
     invented(Study(tmp_path, "small"), IID[0])
     before = sorted(tmp_path.rglob("*"))
-    said = fedlp("--out", str(tmp_path), "--rows", "hetero-1")
+    said = fedlp("--out", str(tmp_path), "--rows", "hetero-1", "--rounds", "9")
     assert said.exit_code == 2
-    assert "fedavg-iid-seed25 holds another run: rounds was 20 and is 200. " in said.stderr
+    assert "fedavg-iid-reference-seed25 holds another run: rounds was 20 and is 9. " in said.stderr
     assert fedlp("--out", str(tmp_path), "--scale", "smoke").exit_code == 2
-    assert fedlp("--out", str(tmp_path), "--scale", "small", "--rounds", "9").exit_code == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cell_of_fewer_rounds_counts_for_those_it_has(tmp_path):
+    """As the cells of several machines do: whoever has more goes on."""
+    own = Cell("homo-0.5", "iid", draws="own")
+    invented(Study(tmp_path, "small"), own)
+    invented(Study(tmp_path, rounds=30), own, "unfinished", where="@elsewhere")
+    study = Study(tmp_path)
+    (run, short) = read_runs(study)[own]
+    assert (run.path.name, run.status, run.rounds) == (f"{own.name}@elsewhere", "unfinished", 29)
+    assert (short.status, short.rounds) == ("unfinished", 20)
+    assert unfinished(study, [own]) == [own]
+    (entry,) = (entry for entry in results.make_table(study).cells if entry["seeds"])
+    assert (entry["id"], entry["draws"], entry["rounds"]) == ("homo-0.5", "own", 29)
+    assert entry["final"] == pytest.approx(52.9)
+    assert [run["averaged"] for run in entry["runs"]] == [True, False]
+    text = results.markdown(results.make_table(study))
+    assert "| FedLP-Homo(0.5) | 52.45 (29) | 77.60 |" in text
+    assert "No comparison: 29 rounds, and published is the value after 200" in text
+
+
+def test_a_cell_made_elsewhere_is_taken_if_configuration_and_version_match(tmp_path):
+    study = Study(tmp_path)
+    path = invented(study, IID[0], where="@h200")
+    file, summary = path / "config.yaml", path / "summary.json"
+    text = file.read_text()
+    # A file of the same images, where tensorflow-datasets is not installed.
+    file.write_text(
+        f"# fedlp_jax {__version__}\n" + text.replace("name: cifar10\n", "name: a/cifar10.npz\n")
+    )
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"commit": None}))
+    (path / "origin.json").write_text('{"commit": "71ce71b"}')
+    assert read_cells(study)[IID[0]].summary["commit"] == "71ce71b"
+    assert unfinished(study, IID) == IID[1:]
+    file.write_text("# fedlp_jax 99.0\n" + text)
+    with pytest.raises(FedLPError, match=f"was run by fedlp_jax 99.0, and this is {__version__}; "):
+        read_cells(study)
+    file.write_text(text.replace("draws: reference", "draws: own"))
+    with pytest.raises(FedLPError, match="holds another run: draws was own and is reference"):
+        read_cells(study)
+    file.write_text(text.replace("name: cifar10\n", "name: cifar100.npz\n"))
+    with pytest.raises(FedLPError, match="data.name was cifar100 and is cifar10"):
+        read_cells(study)
 
 
 def test_a_run_that_was_killed_before_its_configuration_was_written_is_unfinished(tmp_path):
@@ -246,9 +292,9 @@ def test_only_unfinished_cells_run_and_the_time_left_is_shown(tmp_path, monkeypa
         list(run_cells(study, CELLS[:4], say=said.append)) == ran == [CELLS[i] for i in (0, 2, 3)]
     )
     assert [line.split(", about")[0] for line in said] == [
-        "cell 2 of 4: fedavg-iid-seed25",
-        "cell 3 of 4: fedavg-m-niid-seed25",
-        "cell 4 of 4: homo-0.1-iid-seed25",
+        "cell 2 of 4: fedavg-iid-reference-seed25",
+        "cell 3 of 4: fedavg-m-niid-reference-seed25",
+        "cell 4 of 4: homo-0.1-iid-reference-seed25",
     ]
     assert ["left" in line for line in said] == [False, True, True]
     assert list(run_cells(study, CELLS[:4])) == []
@@ -261,8 +307,8 @@ def test_an_interruption_says_how_to_resume_and_leaves_the_table(tmp_path, monke
     assert said.exit_code == 130
     assert "fedlp: interrupted." in said.stderr
     assert "2 of 27 cells are done. The same command resumes fedavg-m-niid" in said.stderr
-    assert [entry["status"] for entry in table(tmp_path).cells] == ["done"] * 2 + ["not run"] * 25
-    assert (tmp_path / "accuracy_by_round.png").is_file()
+    assert [entry["status"] for entry in table(tmp_path).cells] == ["done"] * 2 + ["not run"] * 52
+    assert (tmp_path / "accuracy_by_round_reference.png").is_file()
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -270,7 +316,7 @@ def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
     ran = executing(monkeypatch, study, 0, DivergedError("round 1: nobody is left.", None))
     said = []
     assert list(run_cells(study, IID, say=said.append)) == ran == IID
-    assert "fedavg-iid-seed25 diverged: round 1: nobody is left." in said
+    assert "fedavg-iid-reference-seed25 diverged: round 1: nobody is left." in said
 
 
 @pytest.mark.parametrize(
@@ -283,6 +329,7 @@ def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
             ["--costs", "--rows", "homo-0.50"],
             "row 'homo-0.50' is unknown; did you mean 'homo-0.5'?",
         ),
+        (["--out", "o", "--draws", "mine"], "draws 'mine' is unknown. Known: reference, own"),
         (["--json"], "--json belongs to --costs"),
         ([], "--out DIR is needed"),
     ],
@@ -308,24 +355,30 @@ def study(tmp_path):
 
 
 def test_a_table_has_a_number_only_for_what_was_run(study):
-    found = {(entry["id"], entry["split"]): entry for entry in results.make_table(study).cells}
-    assert len(found) == 27
+    cells = results.make_table(study).cells
+    found = {(entry["id"], entry["split"]): entry for entry in cells if entry["draws"] != "own"}
+    assert (len(cells), len(found)) == (54, 27)
     cell = found["fedavg", "iid"]
     # Rounds 11 to 20 add 1.1 to 2 points to the accuracy of each seed.
-    assert cell["accuracy_last10"] == pytest.approx(61 + 1.55)
-    assert (cell["accuracy_final"], cell["accuracy_best"]) == (63.0, 63.0)
-    assert cell["seed_spread"] == pytest.approx(2**0.5, abs=1e-4)
+    assert cell["last_ten_mean"] == pytest.approx(61 + 1.55)
+    assert (cell["final"], cell["best"]) == (63.0, 63.0)
+    assert cell["seed_sd"] == pytest.approx(2**0.5, abs=1e-4)
+    assert cell["last_ten_sd"] == pytest.approx(np.std(range(10), ddof=1) / 10, abs=1e-4)
     assert cell["difference"] == pytest.approx(62.55 - 77.94)
     assert (cell["upload_megabytes"], cell["seconds"], cell["rounds"]) == (40.0, 30.0, 20)
     assert cell["seeds"] == [25, 26] and cell["runs"][0]["commit"] == "abc"
+    half = found["homo-0.5", "iid"]
+    assert (half["status"], half["rounds"], half["final"]) == ("unfinished", 19, 51.9)
     status = {key: entry["status"] for key, entry in found.items() if entry["status"] != "not run"}
     assert status == {
         ("fedavg", "iid"): "done",
         ("homo-0.5", "iid"): "unfinished",
         ("hetero-3", "d-niid"): "diverged",
     }
-    for key in set(found) - {("fedavg", "iid")}:
-        assert found[key]["accuracy_last10"] is found[key]["difference"] is None
+    for key in set(found) - {("fedavg", "iid"), ("homo-0.5", "iid")}:
+        assert found[key]["last_ten_mean"] is found[key]["difference"] is None
+    needed = {"row", "split", "draws", "seeds", "rounds", "last_ten_mean", "final", "published"}
+    assert all(needed <= set(entry) for entry in cells)
 
 
 def test_a_table_is_written_as_json_csv_and_markdown(study):
@@ -333,13 +386,41 @@ def test_a_table_is_written_as_json_csv_and_markdown(study):
     results.write_table(made, study.out)
     assert table(study.out) == made
     lines = list(csv.DictReader(io.StringIO((study.out / "table.csv").read_text())))
-    assert len(lines) == 27
-    assert (lines[0]["accuracy_last10"], lines[0]["seeds"]) == ("62.55", "25 26")
-    assert (lines[1]["accuracy_last10"], lines[1]["status"]) == ("", "not run")
+    assert len(lines) == 54
+    assert (lines[0]["last_ten_mean"], lines[0]["seeds"]) == ("62.55", "25 26")
+    assert (lines[1]["last_ten_mean"], lines[1]["status"]) == ("", "not run")
     text = (study.out / "table.md").read_text()
     assert "| FedAvg | 62.55 ± 1.41 | 77.94 | not run | 77.67 | not run | 67.57 |" in text
-    assert "| FedLP-Homo(0.5) | unfinished | 77.60 |" in text
+    assert "| FedLP-Homo(0.5) | 51.45 (19) | 77.60 |" in text
     assert "2 x Abacus 1, jax 1.0" in text and "commit abc" in text
+    assert "The published runs again" in text and "draws of our own" not in text
+    invented(study, IID[0]._replace(draws="own"))
+    assert "draws of our own" in results.markdown(results.make_table(study))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "sentence"),
+    [
+        # Of the last ten of 200 rounds: 19.55 points more, standard deviation 0.303.
+        (0.5798, "Agrees: -0.41 points are 1.4 standard deviations of its last ten rounds (0.30)"),
+        (0.59, "Open: +0.61 points are 2.0 standard deviations of its last ten rounds (0.30), but"),
+    ],
+)
+def test_agreement_is_counted_in_standard_deviations(tmp_path, accuracy, sentence):
+    study = Study(tmp_path)
+    invented(study, IID[0], accuracy=accuracy)
+    entry = results.make_table(study).cells[0]
+    assert entry["agreement"].startswith(sentence)
+    invented(study, IID[0]._replace(seed=26), accuracy=accuracy - 0.1)
+    entry = results.make_table(study).cells[0]
+    verdict, _, how = entry["agreement"].partition(":")
+    assert verdict == "Agrees" and how.endswith("over 2 seeds (7.07)")
+    invented(study, IID[1], accuracy=0.5)
+    invented(study, IID[1]._replace(seed=26), accuracy=0.501)
+    (entry,) = (
+        one for one in results.make_table(study).cells if one["id"] == IID[1].row and one["seeds"]
+    )
+    assert entry["agreement"].startswith("Differs: -8.00 points are 113.2 standard d")
 
 
 def test_a_smoke_table_compares_with_nothing(tmp_path):
@@ -351,7 +432,8 @@ def test_a_smoke_table_compares_with_nothing(tmp_path):
 
 
 def test_a_panel_for_each_split_that_was_run(study):
-    assert draw_figures(study) == ["accuracy_by_round.png", "accuracy_by_upload_megabytes.png"]
+    names = ["accuracy_by_round_reference.png", "accuracy_by_upload_megabytes_reference.png"]
+    assert draw_figures(study) == names
     assert all((study.out / name).stat().st_size > 10_000 for name in draw_figures(study))
     assert draw_figures(Study(study.out / "empty")) == []
 
@@ -379,7 +461,7 @@ def test_an_estimate_scales_a_measured_piece_by_modelled_work(tmp_path, monkeypa
     monkeypatch.setattr(cells_module, "simulate", simulate)
     study = Study(tmp_path, "smoke")
     whole, half = estimate(study, IID).values()
-    images = 2 * 4 * 1437 / 40  # of two rounds of four clients, one epoch
+    images = 2 * 4 * 35  # of two rounds of four clients, one epoch; 1437 / 40 dealt evenly
     assert whole.seconds == pytest.approx(0.6 / (3 * 4 * 10) * images + 2 * 0.5)
     assert half.seconds == pytest.approx(whole.seconds)
     # The ledger's bytes of a client; only conv1 and fc1 depend on the size of the images.
@@ -433,13 +515,13 @@ def test_a_killed_study_resumes_where_it_stopped(tmp_path, monkeypatch):
 
     said = fedlp(*words)
     assert said.exit_code == 0, said.output
-    assert "cell 2 of 2: homo-0.5-iid-seed25" in said.stderr
+    assert "cell 2 of 2: homo-0.5-iid-reference-seed25" in said.stderr
     assert (study.path(IID[0]) / "metrics.jsonl").stat().st_mtime_ns == first
     entries = [e for e in table(out).cells if e["seeds"]]
     assert [(e["id"], e["rounds"]) for e in entries] == [("fedavg", 2), ("homo-0.5", 2)]
     fedavg, homo = (e["upload_megabytes"] for e in entries)
     assert 0.2 < homo / fedavg < 0.8
-    assert "Written to" in said.stdout and (out / "accuracy_by_round.png").is_file()
+    assert "Written to" in said.stdout and (out / "accuracy_by_round_reference.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
