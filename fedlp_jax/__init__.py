@@ -47,7 +47,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedopt import fedadam as fedadam
     from fedlp_jax.algorithms.fedopt import fedavgm as fedavgm
     from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
+    from fedlp_jax.algorithms.fedper import fedper as fedper
     from fedlp_jax.algorithms.fedprox import fedprox as fedprox
+    from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
     from fedlp_jax.algorithms.scaffold import scaffold as scaffold
     from fedlp_jax.clients.devices import Profile as Profile
     from fedlp_jax.clients.failures import Corruption as Corruption
@@ -112,10 +114,12 @@ _HOMES = {
     "algorithms.compose": "compose",
     "algorithms.fedavg": "fedavg",
     "algorithms.fedlp": "fedlp_hetero fedlp_homo fedlp_q",
+    "algorithms.fedper": "fedper",
     "algorithms.fedprox": "fedprox",
     "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
     "algorithms.fednova": "fednova",
     "algorithms.feddyn": "feddyn",
+    "algorithms.lg_fedavg": "lg_fedavg",
     "algorithms.scaffold": "scaffold",
     "clients.devices": "Profile",
     "clients.failures": "Corruption Faults",

@@ -62,3 +62,8 @@ def client_key(root: Array, round: Array | int, client: Array | int, purpose: Pu
 def head_key(root: Array, client: Array | int) -> Array:
     """The key of a client's private variables: the same in every round."""
     return client_key(root, BEFORE_FIRST_ROUND, client, Purpose.HEAD)
+
+
+def initial_key(root: Array) -> Array:
+    """The key of the server's first variables."""
+    return client_key(root, BEFORE_FIRST_ROUND, SERVER, Purpose.INIT)

@@ -48,6 +48,9 @@ class Algorithm(NamedTuple):
     # (variables or shapes, example) -> what clients of each level keep; None = nothing
     client_state: Callable[[Variables, Batch], tuple[ClientState, ...]] | None = None
     shared_heads: bool = False  # every level can be tested from the server's variables
+    personal: bool = False  # no level can: each client is tested with what it keeps
+    # variables of a whole model -> the part that the server holds
+    of_server: Callable[[Variables], Variables] = lambda variables: variables
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
     privacy: Privacy | None = None

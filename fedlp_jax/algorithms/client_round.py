@@ -29,7 +29,7 @@ from fedlp_jax.clients.local_training import (
 from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.packing import Packed, pack, unpack
-from fedlp_jax.prng import Purpose, client_key, head_key, root_key
+from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import MaskPolicy
 from fedlp_jax.pruning.submodels import Submodel, Submodels
@@ -148,7 +148,8 @@ def train_client(
     kept = unpack(packed, program.state_shapes)
     head = kept.get("head")
     if head is None:
-        head = level.private(head_key(broadcast.key, inputs.client.id), program.example)
+        key = parts.submodels.private_key(broadcast.key, inputs.client.id)
+        head = level.private(key, program.example)
     end, metrics = _trained(program, broadcast, inputs, bounds, level.merge(start, head), kept)
     end, new_head = level.split(end)
 
@@ -189,7 +190,7 @@ def client_state(
     def init(root: Array, client: Array) -> PyTree:
         state = {}
         if parts.submodels.persist:
-            state["head"] = level.private(head_key(root, client), example)
+            state["head"] = level.private(parts.submodels.private_key(root, client), example)
         if first is not None:
             state["training"] = first(shared["params"])
         if upload is not None and upload.init is not None:

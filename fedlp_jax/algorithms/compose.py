@@ -45,6 +45,7 @@ def compose(
     steps: int | None = None,
     batch_size: int = 32,
     submodels: Submodels | None = None,
+    personal: str | None = None,
     policy: masks.MaskPolicy | None = None,
     aggregator: str | Mapping[str, Any] | Reducer = "masked_mean",
     clip: float | None = None,
@@ -71,6 +72,8 @@ def compose(
       steps: optimizer steps instead of epochs.
       batch_size: B; the last batch of an epoch may be smaller.
       submodels: which part of the model each client holds; default `submodel.whole()`.
+      personal: a regular expression for the variables that clients keep for themselves, such as
+        "fc2" (`submodel.personal`); None = they share all.
       policy: which layers are sent; default `masks.full()`.
       aggregator: "masked_mean", "cohort_mean" or "inverse_probability"
         (`fedlp_jax.aggregation.means`); "median", "trimmed_mean", "krum",
@@ -111,7 +114,7 @@ def compose(
         task,
         work,
         client_optimizer,
-        submodels or submodel.whole(),
+        _submodels(submodels, personal),
         policy or masks.full(),
         _pipeline(aggregator, clip, privacy, weighting),
         server_optimizer or optax.sgd(1.0),
@@ -152,12 +155,20 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         wire=parts.wire,
         client_state=partial(client_states, parts) if stateful else None,
         shared_heads=parts.submodels.shared_heads,
+        personal=parts.submodels.personal,
+        of_server=parts.submodels.of_server,
         faults=True,
         stacked=parts.pipeline.reducer.stacked,
         privacy=privacy,
         check=partial(_check_optimizers, parts),
         train_loss=train_loss,
     )
+
+
+def _submodels(submodels: Submodels | None, personal: str | None) -> Submodels:
+    if personal is not None:
+        return submodel.personal(personal, submodels)
+    return submodels or submodel.whole()
 
 
 def _chained(upload: Any) -> Upload | None:

@@ -39,7 +39,7 @@ from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, SERVER, Purpose, client_key
+from fedlp_jax.prng import initial_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import (
@@ -60,8 +60,9 @@ def initial_state(
 ) -> ServerState:
     """The state before the first round; see `Algorithm.init`."""
     if variables is None:
-        init_key = client_key(key, BEFORE_FIRST_ROUND, SERVER, Purpose.INIT)
-        variables = jax.jit(lambda k: parts.submodels.init(parts.task, k, example))(init_key)
+        init = jax.jit(lambda k: parts.submodels.init(parts.task, k, example))
+        variables = init(initial_key(key))
+    variables = parts.submodels.of_server(variables)
     table = layer_table(variables, parts.layers)
     for depth, level in enumerate(parts.submodels.levels(parts.task, variables, example), 1):
         _check_whole_layers(level, depth, variables, table, parts.layers)

@@ -375,6 +375,8 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.scaffold: (),
     algorithms.fednova: (),
     algorithms.feddyn: (),
+    algorithms.fedper: (),
+    algorithms.lg_fedavg: (),
     compose: (),
 }
 _POLICY = ("policy",)

@@ -23,7 +23,7 @@ from fedlp_jax.data.files import open_plain, read_plain, replacing
 from fedlp_jax.errors import FedLPError, check_number, shown, why
 
 # The second word of the Philox key: no two schemes share their draws under one seed.
-_STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5}
+_STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5, "alike": 6}
 _FILE_BYTES = 2**30  # limit for a file with a split
 
 
@@ -371,6 +371,39 @@ def from_file(labels: Any, *, path: str | os.PathLike[str]) -> Partition:
     order = integers("rows", list(itertools.chain.from_iterable(clients)))
     sizes = np.array([len(rows) for rows in clients], np.int64)
     return _by_size(order, sizes, labels)
+
+
+def made_for(clients: Partition, targets: Any) -> bool:
+    """Whether a partition was made from these labels."""
+    labels = class_labels("labels", _classes_of(targets))
+    return np.array_equal(clients.labels, labels)
+
+
+def dealt_alike(clients: Partition, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Deals other examples to the clients of a partition, so that each meets its own classes again.
+
+    The examples of a class go to the clients in proportion to how many of that class they hold,
+    rounded so that each example has one owner; those of a class that nobody holds have none. Which
+    they are depends on nothing else.
+
+    Args:
+      clients: the partition of a training split.
+      targets: of the other split; without classes, they count as one class.
+
+    Returns:
+      `order i32[N'], offset i64[K + 1]`, as in `Partition`, but a client may hold none.
+    """
+    labels = class_labels("labels", _classes_of(targets))
+    shuffled = _generator("alike", 0).permutation(len(labels))
+    owner = np.full(len(labels), -1)
+    for label in range(clients.num_classes):
+        rows, held = shuffled[labels[shuffled] == label], np.cumsum(clients.histogram[:, label])
+        if held[-1]:
+            edges = len(rows) * held // held[-1]  # whole numbers: the same on every platform
+            owner[rows] = np.repeat(np.arange(clients.clients), np.diff(edges, prepend=0))
+    order = np.argsort(owner, kind="stable")[(owner < 0).sum() :]
+    sizes = np.bincount(owner[owner >= 0], minlength=clients.clients)
+    return order.astype(np.int32), np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _mixed_reference(

@@ -42,6 +42,7 @@ class ClientStore:
     Attributes:
       stacks: for each level a tree of `[K_g, ...]`, K_g the clients at that level. A level without
         clients has one unused row, because loops over no slots still need an array.
+      place: `i32[K]`, of each client in the stack of its level.
       row_bytes: bytes of one slot, which has room for the state of any level.
     """
 
@@ -65,11 +66,11 @@ class ClientStore:
         """
         shapes = [level.shapes for level in levels]
         _check_shapes(levels, root)
-        self._row = np.zeros(len(assigned), np.int32)
+        self.place = np.zeros(len(assigned), np.int32)
         self.stacks: tuple[PyTree, ...] = ()
         for g, level in enumerate(levels):
             members = np.flatnonzero(assigned == g)
-            self._row[members] = np.arange(len(members), dtype=np.int32)
+            self.place[members] = np.arange(len(members), dtype=np.int32)
 
             def draw(client: Array, level: ClientState = level) -> PyTree:
                 return level.init(root, client)
@@ -121,7 +122,7 @@ class ClientStore:
         )
 
     def _row_of(self, client: np.ndarray) -> np.ndarray:
-        return self._row[np.maximum(client, 0)]
+        return self.place[np.maximum(client, 0)]
 
 
 def check_memory(
@@ -167,6 +168,7 @@ def rows_at_once(slots: int, row_bytes: int) -> int:
 
     Args:
       slots: P, slots of a device.
+      place: `i32[K]`, of each client in the stack of its level.
       row_bytes: bytes of one slot.
     """
     return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))

@@ -2,21 +2,30 @@
 
 A client of a shallow level runs a shallow network, not the whole one with masked layers. Some of
 its variables are shared with the server's variables of the same name. The others are private, such
-as the exit head of a FedLP-Hetero client, which no deeper model has.
+as the exit head of a FedLP-Hetero client, which no deeper model has, or a layer that `personal`
+names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedlp_jax.errors import FedLPError, check_choice
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key, root_key
+from fedlp_jax.errors import FedLPError, check_choice, shown
+from fedlp_jax.prng import (
+    BEFORE_FIRST_ROUND,
+    Purpose,
+    client_key,
+    head_key,
+    initial_key,
+    root_key,
+)
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, PyTree, Variables
 
@@ -47,6 +56,12 @@ class Submodels(NamedTuple):
     assign: Callable[[Task, Array, int], np.ndarray]  # (task, root key, K) -> i32[K], from 0
     persist: bool = False  # private variables are stored from round to round
     shared_heads: bool = False  # the server's variables hold a head for every level
+    personal: bool = False  # private variables belong to every level, so the server has no model
+    # (root key, client i32[]) -> the key of the client's first private variables
+    private_key: Callable[[Array, Array], Array] = head_key
+    resets: bool = False  # private variables begin anew in every round
+    # variables of a whole model -> the part that the server holds
+    of_server: Callable[[Variables], Variables] = lambda variables: variables
 
 
 def whole() -> Submodels:
@@ -84,7 +99,166 @@ def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
     def assign(task: Task, root: Array, clients: int) -> np.ndarray:
         return assign_depths(depths, root, clients, task.depth) - 1
 
-    return Submodels(init, levels, assign, heads == "persist", heads == "shared")
+    return Submodels(
+        init,
+        levels,
+        assign,
+        persist=heads == "persist",
+        shared_heads=heads == "shared",
+        resets=heads == "reset_to_init",
+    )
+
+
+def personal(pattern: str, of: Submodels | None = None) -> Submodels:
+    """Clients keep some variables for themselves: they train them and never send them.
+
+    The server does not hold these variables, so it has no whole model, and a run tests each client
+    with its own (`fedlp_jax.simulation.personal`). FedPer (arXiv:1912.00818) keeps the head,
+    LG-FedAvg (arXiv:2001.01523) the body, FedBN (arXiv:2102.07623) the normalisations.
+
+    All clients begin with the same private variables: those that the server would have drawn, or
+    those in the `variables` that a run is given.
+
+    Args:
+      pattern: a regular expression, searched in the path of each variable ("conv1/norm/scale"), as
+        in `layers.layer_table`.
+      of: the scheme whose submodels clients hold; None = `whole()`. Its private heads are kept too.
+
+    Raises:
+      FedLPError: no regular expression, or heads that are reset; from `init`, a pattern that
+        matches nothing or every parameter.
+    """
+    return _with_personal(_matcher(pattern), f"personal layers {pattern!r}", of or whole())
+
+
+def shared(pattern: str, of: Submodels | None = None) -> Submodels:
+    """Clients share the variables that match, and keep all others for themselves.
+
+    The complement of `personal`, with its arguments and errors.
+    """
+    matches = _matcher(pattern)
+    what = f"shared layers {pattern!r}"
+    return _with_personal(lambda path: not matches(path), what, of or whole())
+
+
+def _with_personal(
+    chosen: Callable[[tuple[str, ...]], bool], what: str, scheme: Submodels
+) -> Submodels:
+    """A scheme in which clients also keep the variables at the chosen paths."""
+    if scheme.resets:
+        raise FedLPError(
+            f"{what}: clients keep layers from round to round, but heads='reset_to_init' keeps "
+            "nothing; choose heads='persist' or 'shared'."
+        )
+
+    def drop(variables: Variables) -> Variables:
+        return _select(variables, {p for p in flatten_dict(variables) if not chosen(p)})
+
+    def init(task: Task, key: Array, example: Batch) -> Variables:
+        variables = scheme.init(task, key, example)
+        _check_split(what, variables, drop(variables))
+        return drop(variables)
+
+    def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
+        server, given = drop(variables), flatten_dict(variables)
+        dtype = jax.tree.leaves(server["params"])[0].dtype
+        shapes = jax.eval_shape(lambda key: scheme.init(task, key, example), root_key(0))
+        own = {
+            path: given.get(path, jax.ShapeDtypeStruct(x.shape, dtype))
+            for path, x in flatten_dict(shapes).items()
+            if chosen(path)
+        }
+        _check_given(own, flatten_dict(shapes))
+        like = unflatten_dict(flatten_dict(server) | own)
+        return tuple(_keeping(level, own, like) for level in scheme.levels(task, like, example))
+
+    return scheme._replace(
+        init=init,
+        levels=levels,
+        persist=True,
+        personal=True,
+        private_key=lambda root, client: initial_key(root),
+        of_server=drop,
+    )
+
+
+def _keeping(level: Submodel, own: dict[tuple[str, ...], Any], whole: Variables) -> Submodel:
+    """A level whose part of the variables at the paths `own` is private.
+
+    Args:
+      level: of a scheme that shares them.
+      own: variables of the whole model, or their shapes: clients begin with those that are arrays.
+      whole: all variables of the whole model, or shapes.
+    """
+    shared = flatten_dict(jax.eval_shape(level.extract, whole))
+    kept = {path: x for path, x in shared.items() if path in own}
+    first = {path: own[path] for path in kept if isinstance(own[path], jax.Array | np.ndarray)}
+
+    def extract(variables: Variables) -> Variables:
+        zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in own.items()}
+        everything = unflatten_dict(zeros | flatten_dict(variables))
+        held = level.extract(everything)
+        return _select(held, _others(held, kept))
+
+    def merge(shared_part: Variables, private_part: PyTree) -> Variables:
+        mine = _select(private_part, set(kept))
+        rest = _select(private_part, _others(private_part, kept))
+        return level.merge(_joined(shared_part, mine), rest)
+
+    def split(variables: Variables) -> tuple[Variables, PyTree]:
+        held, private_part = level.split(variables)
+        mine = _select(held, set(kept))
+        return _select(held, _others(held, kept)), _joined(private_part, mine)
+
+    def private(key: Array, example: Batch) -> PyTree:
+        drawn = flatten_dict(level.task.init(key, example))
+        mine = {path: drawn[path].astype(x.dtype) for path, x in kept.items()} | first
+        return _joined(level.private(key, example), unflatten_dict(mine))
+
+    return level._replace(
+        extract=extract,
+        merge=merge,
+        split=split,
+        private=private,
+        private_shapes=_joined(level.private_shapes, unflatten_dict(kept)),
+    )
+
+
+def _matcher(pattern: str) -> Callable[[tuple[str, ...]], bool]:
+    """Whether a path, its collection included, matches."""
+    try:
+        expression = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise FedLPError(
+            f"{shown(pattern)} is not a regular expression ({error}); give one that is found in "
+            "the paths of variables, such as 'fc2'."
+        ) from error
+    return lambda path: bool(expression.search("/".join(path[1:])))
+
+
+def _check_split(what: str, variables: Variables, server: Variables) -> None:
+    """Refuses a choice that leaves clients nothing to keep, or nothing to share."""
+    paths = ["/".join(path[1:]) for path in flatten_dict(variables) if path[0] == "params"]
+    shared = len(jax.tree.leaves(server.get("params", {})))
+    if shared == len(paths):
+        raise FedLPError(
+            f"{what}: clients keep none of the {len(paths)} parameters, which are "
+            f"{', '.join(paths)}; choose a pattern that leaves them some."
+        )
+    if shared == 0:
+        raise FedLPError(
+            f"{what}: clients share none of the {len(paths)} parameters, which are "
+            f"{', '.join(paths)}; choose a pattern that leaves some to share."
+        )
+
+
+def _check_given(own: dict[tuple[str, ...], Any], shapes: dict[tuple[str, ...], Any]) -> None:
+    for path, x in own.items():
+        if x.shape != shapes[path].shape:
+            raise FedLPError(
+                f"{'/'.join(path)} of the given variables is {list(x.shape)}, but clients keep "
+                f"{list(shapes[path].shape)} there; give variables of this model."
+            )
 
 
 def full(task: Task) -> Submodel:
@@ -237,6 +411,16 @@ def _at_depth(task: Task, depth: int) -> Task:
             "in which every client holds the whole model."
         )
     return task.at_depth(depth)
+
+
+def _joined(tree: Variables, other: Variables) -> Variables:
+    """Two trees of different paths in one."""
+    return unflatten_dict(flatten_dict(tree) | flatten_dict(other))
+
+
+def _others(tree: Variables, paths: Any) -> set[tuple[str, ...]]:
+    """The paths of a tree that are not among `paths`."""
+    return set(flatten_dict(tree)) - set(paths)
 
 
 def _select(variables: Variables, paths: set[tuple[str, ...]]) -> Variables:

@@ -163,7 +163,7 @@ def sparkline(values: Sequence[float], columns: int = _SPARKS) -> str:
 
 def headline(row: Mapping[str, Any]) -> str | None:
     """The test metric that stands for a round: accuracy, or else the loss; None = not tested."""
-    keys = ("test_accuracy", "test_loss")
+    keys = ("test_accuracy", "test_accuracy_personal", "test_loss", "test_loss_personal")
     return next((key for key in keys if row.get(key) is not None), None)
 
 

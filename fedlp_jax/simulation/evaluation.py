@@ -12,11 +12,14 @@ import numpy as np
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.data.batching import example_of, slice_batch
 from fedlp_jax.data.dataset import Dataset
-from fedlp_jax.data.partition import Partition
+from fedlp_jax.data.partition import Partition, dealt_alike, made_for
 from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.plan import Plan, resolve
 from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.simulation import personal
+from fedlp_jax.simulation.personal import ClientModels
+from fedlp_jax.simulation.personal import eval_batch_size as _batch_size
 from fedlp_jax.simulation.staging import on_host
 from fedlp_jax.simulation.validation import check_outputs
 from fedlp_jax.tasks.task import Task
@@ -31,19 +34,15 @@ from fedlp_jax.types import (
     Variables,
 )
 
-# Rows evaluated at once: small enough for a core's cache, large enough to fill an accelerator.
-_EVAL_BATCH = {"cpu": 64}
-_ACCELERATOR_EVAL_BATCH = 2048
-
-
-def _batch_size() -> int:
-    return _EVAL_BATCH.get(jax.default_backend(), _ACCELERATOR_EVAL_BATCH)
-
-
 def tested_levels(
     algorithm: Algorithm, variables: Variables, examples: Examples
 ) -> dict[str, Submodel]:
-    """Metric suffix -> submodel: the deepest model, and each depth where heads are shared."""
+    """Metric suffix -> submodel: the deepest model, and each depth where heads are shared.
+
+    None where clients keep layers for themselves.
+    """
+    if algorithm.personal:
+        return {}
     levels = algorithm.levels(variables, example_of(examples))
     tested = {"": levels[-1]}
     if algorithm.shared_heads:
@@ -53,14 +52,26 @@ def tested_levels(
 
 def evaluator(
     algorithm: Algorithm, plan: Plan
-) -> Callable[[Variables, Examples], dict[str, Metrics]]:
+) -> Callable[..., dict[str, Metrics]]:
     """Builds `evaluate(variables, split) -> {suffix: metrics}` for jit, over the devices of a plan.
 
     Batches of the split take the place of clients, so evaluation is the same map and sum as a
-    round: exact for any size of split, one division at the end, on the host.
+    round: exact for any size of split, one division at the end, on the host. Where clients keep
+    layers for themselves, it takes these and the batches of each client too, see
+    `fedlp_jax.simulation.personal`.
     """
     batch_size = _batch_size()
     devices = plan.devices or 1
+
+    def evaluate_personal(
+        variables: Variables,
+        examples: Examples,
+        stacks: tuple[PyTree, ...],
+        batches: personal.ClientBatches,
+    ) -> dict[str, Metrics]:
+        levels = algorithm.levels(variables, example_of(examples))
+        total, _ = personal.measure(levels, variables, stacks, examples, batches, plan)
+        return {"_personal": total}
 
     def evaluate(variables: Variables, examples: Examples) -> dict[str, Metrics]:
         batches = -(-examples.labels.shape[0] // batch_size)
@@ -87,12 +98,12 @@ def evaluator(
             for suffix, level in tested_levels(algorithm, variables, examples).items()
         }
 
-    return evaluate
+    return evaluate_personal if algorithm.personal else evaluate
 
 
 def evaluate(
     task: Task,
-    variables: Variables,
+    variables: Variables | ClientModels,
     data: Dataset,
     clients: Partition | None = None,
     *,
@@ -103,9 +114,12 @@ def evaluate(
 
     Args:
       task: as in training.
-      variables: a model, such as `result.variables`.
+      variables: a model, such as `result.variables`; or `result.models`, and each client is
+        measured with its own; on all examples, if there is no partition.
       data: what to measure on.
-      clients: a partition of that split, for numbers of each client.
+      clients: a partition of that split, for numbers of each client. For `result.models` on the
+        test split it may be the partition of the training split: the test examples are then dealt
+        to the clients as in the run, and a client that gets none has NaN.
       split: "test" or "train".
       plan: the devices to use; None = all.
 
@@ -117,6 +131,8 @@ def evaluate(
     """
     check_choice("split", split, ("test", "train"))
     examples = getattr(data, split)
+    if isinstance(variables, ClientModels):
+        return _evaluate_models(variables, data, clients, split, plan)
     count = len(examples.labels)
     if clients is not None and len(clients.labels) != count:
         raise FedLPError(
@@ -140,6 +156,53 @@ def evaluate(
         total, weight = (np.bincount(owner, np.asarray(x, np.float64)) for x in mean)
         metrics[name] = float(total[0] / weight[0]) if clients is None else total / weight
     return metrics
+
+
+def _evaluate_models(
+    models: ClientModels, data: Dataset, clients: Partition | None, split: str, plan: Plan | None
+) -> dict[str, Any]:
+    """`evaluate` of every client's own model: `f64[K]` for each metric."""
+    examples, count = getattr(data, split), len(models)
+    rows = len(examples.labels)
+    if clients is None:
+        order, offset = np.tile(np.arange(rows, dtype=np.int32), count), rows * np.arange(count + 1)
+    elif clients.clients != count:
+        raise FedLPError(
+            f"the partition has {clients.clients} clients, but there are the models of {count}; "
+            "give the partition of the run, or one of as many clients."
+        )
+    elif made_for(clients, examples.labels):
+        order, offset = clients.order, clients.offset
+    elif split == "test" and made_for(clients, data.train.labels):
+        order, offset = dealt_alike(clients, examples.labels)
+    else:
+        raise FedLPError(
+            f"the partition was not made for the {rows:,} labels of the {split} split of "
+            f"'{data.name}'; partition data.{split}.labels, or give split=."
+        )
+    held = on_host(examples, data.normalize)
+    task = models.levels[models.assigned[0]].task
+    check_outputs(task, models[0], example_of(held), data)
+    plan = resolve(plan, count)
+    batches = personal.client_batches(
+        order,
+        offset,
+        models.assigned,
+        models.place,
+        levels=len(models.levels),
+        devices=plan.devices or 1,
+        batch_size=_batch_size(),
+    )
+    mapped = jax.jit(
+        lambda variables, stacks, examples, batches: personal.measure(
+            models.levels, variables, stacks, examples, batches, plan
+        )[1]
+    )
+    given = jax.device_get((models.variables, models.stacks, held))
+    each = jax.device_get(mapped(*given, batches))
+    with np.errstate(invalid="ignore"):  # a client without examples
+        sums = _loss_first(personal.means_by_client(each, batches, count))
+        return {name: total / weight for name, (total, weight) in sums}
 
 
 def _sums_of_batches(

@@ -29,7 +29,7 @@ class Program(NamedTuple):
     Attributes:
       plan: the plan it is compiled for.
       round: see `rounds_of`.
-      test: `(variables, examples) -> {suffix: sums}`.
+      test: `(variables, examples, ...) -> {suffix: sums}`, see `evaluation.evaluator`.
       lowerings: the form of each convolution, by its shapes.
       seconds: of tracing, lowering and compiling, as "round_trace_seconds"; 0 for what the process
         already had.
@@ -124,7 +124,7 @@ def compile_round(algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> 
 
 
 def compile_test(algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...]) -> Compiled:
-    """Compiles the evaluation of `(variables, examples)` of these shapes and shardings."""
+    """Compiles the evaluation of arguments of these shapes and shardings."""
     return _compile("test", algorithm, plan, shapes)
 
 

@@ -15,6 +15,7 @@ from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.frames import frame
 from fedlp_jax.reporting.progress import headline
 from fedlp_jax.simulation.client_history import ClientHistory
+from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.types import ServerState, Variables
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Result:
       readings: seconds of tracing, lowering, compilation and running; padded share and imbalance.
       lowerings: the form that each convolution took, by its shapes.
       clients: who took part in each round, with their losses and what became of them.
+      models: what each client computes with, `models[k]`, where clients keep a part of it; None
+        elsewhere.
       warnings: what was assumed of model, data and environment, or went wrong, as it was said.
       stopped: why `early_stop` ended the run; None = it did not.
     """
@@ -102,6 +105,7 @@ class Result:
     readings: dict[str, float]
     lowerings: dict[str, str] = dataclasses.field(default_factory=dict)
     clients: ClientHistory = dataclasses.field(default_factory=ClientHistory)
+    models: ClientModels | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     stopped: str | None = None
 

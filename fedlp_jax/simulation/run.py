@@ -24,6 +24,7 @@ from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.simulation.cohorts import CohortRule
+from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
 from fedlp_jax.simulation.spec import Spec, specify
@@ -156,7 +157,7 @@ class Run:
         program, self.plan = compile_to_fit(
             compile, self.plan, self.spec.width_is_open, self.stage.round_bytes
         )
-        tested = (_shapes_of(self.state.variables), _shapes_of(self.stage.test))
+        tested = _shapes_of((self.state.variables, *self.stage.tested()))
         made["test"] = compile_test(self.algorithm, self.plan, tested)
         seconds = {
             f"{name}_{part}_seconds": value
@@ -199,7 +200,7 @@ class Run:
         self.stage.keep(staged, clients, metrics.halted)
         last, tested = round + count - 1, None
         if last % self.eval_every == 0 or last == self.last_round:
-            tested = self.program.test(self.state.variables, self.stage.test)
+            tested = self.program.test(self.state.variables, *self.stage.tested())
         with jax.transfer_guard_device_to_host("allow"):  # intended, as device_get is
             for leaf in jax.tree.leaves(metrics):
                 leaf.copy_to_host_async()  # when it exists, not when it is asked for
@@ -318,7 +319,15 @@ class Run:
             self.readings,
             dict(self.lowerings),
             clients=self.client_history,
+            models=self._models(),
         )
+
+    def _models(self) -> ClientModels | None:
+        """The models of the clients, if they keep a part of them."""
+        spec, store = self.spec, self.stage.store
+        if store is None or any("head" not in stack for stack in store.stacks):
+            return None
+        return ClientModels(self.state.variables, spec.levels, spec.assigned, store)
 
     def round_shapes(self, plan: Plan) -> tuple[Any, ...]:
         """Shapes and shardings of the arguments of `rounds_of`."""

@@ -114,9 +114,9 @@ def specify(
     shapes = checks.initial_state(algorithm, example, root, population).variables
     checks.check_size(shapes)
     checks.check_steps(algorithm, clients)
-    checks.check_variables(variables, shapes)
     layers, begun = layer_table(shapes, algorithm.layers), shapes
     if variables is not None:  # NumPy's float64 becomes what jax computes in
+        checks.check_variables(algorithm.of_server(variables), shapes)
         begun = variables = jax.tree.map(jnp.asarray, variables)
     # Client state takes the dtype of the given variables.
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)

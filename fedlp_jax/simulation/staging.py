@@ -10,12 +10,14 @@ import numpy as np
 
 from fedlp_jax.accounting.macs import relative_work
 from fedlp_jax.data.dataset import Split
+from fedlp_jax.data.partition import dealt_alike
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.client_state import ClientStore
 from fedlp_jax.execution.packing import Packed, room
 from fedlp_jax.execution.plan import HOST, Plan, over_clients, replicated
 from fedlp_jax.execution.scheduling import Layout, slots_per_device
 from fedlp_jax.simulation.cohorts import CohortBuilder
+from fedlp_jax.simulation.personal import ClientBatches, client_batches, eval_batch_size, heads
 from fedlp_jax.types import Array, Cohort, Examples, Normalize
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Stage:
       key: the run's root key, on the devices.
       train: the training split, on the devices or (`plan.data == "host"`) in numpy.
       test: the test split, on the devices.
+      batches: of the test split by client, on the devices, where each is tested with its own model.
       store: what clients keep between rounds, if they keep anything.
       builder: lays cohorts out.
     """
@@ -60,6 +63,7 @@ class Stage:
         self.store: ClientStore | None = None
         if spec.client_state:
             self.store = ClientStore(spec.client_state, spec.assigned, spec.root, plan)
+        self.batches = self._test_batches() if spec.algorithm.personal else None
         tasks = [level.task for level in spec.levels]
         self._level_cost = relative_work(tasks, spec.root, spec.example)
         self.lay_on(plan)
@@ -102,6 +106,12 @@ class Stage:
         stack = processes.put(self._stacked(cohorts), over_clients(self._plan))
         return Staged(examples, stack, kept, cohorts, layouts)
 
+    def tested(self) -> tuple[Any, ...]:
+        """What an evaluation reads besides the server's variables."""
+        if self.batches is None or self.store is None:
+            return (self.test,)
+        return self.test, heads(self.store), self.batches
+
     def shapes(self) -> tuple[Packed, Examples, Cohort]:
         """Shapes and shardings of what a dispatch stages: client state, examples, cohorts."""
         split, everywhere = over_clients(self._plan), replicated(self._plan)
@@ -138,6 +148,19 @@ class Stage:
             (cohort,) = staged.hosts
             client, segment = np.asarray(cohort.client), np.asarray(cohort.segment)
             self.store.put(client, segment, clients, halted)
+
+    def _test_batches(self) -> ClientBatches:
+        spec, store = self._spec, self.store
+        assert store is not None  # personal layers are kept
+        batches = client_batches(
+            *dealt_alike(spec.clients, spec.data.test.labels),
+            spec.assigned,
+            store.place,
+            levels=len(spec.levels),
+            devices=spec.plan.devices or 1,
+            batch_size=eval_batch_size(),
+        )
+        return processes.put(batches, over_clients(spec.plan))
 
     def _cohort(self, round: int) -> tuple[Cohort, Layout]:
         """The cohort of a round, in numpy."""
