@@ -15,6 +15,7 @@ import numpy as np
 from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import dump_config, load_config, parse_config
+from fedlp_jax.config.overview import whole_model
 from fedlp_jax.config.resume import last_snapshot, run_checkpoint
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.partition import Partition
@@ -197,7 +198,8 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     the whole model. It is modelled from the layer table, not run.
     """
     clients: Partition = arguments["clients"]
-    rule, senders = arguments["algorithm"].layers, sum(result.costs.clients)
+    algorithm, senders = arguments["algorithm"], sum(result.costs.clients)
+    whole = whole_model(algorithm, arguments["data"], result.variables, result.layers)
     faulty = (row for row in result.history if "chosen" in row)
     lost = sum(row["chosen"] - row["unavailable"] - row["arrived"] for row in faulty)
     return {
@@ -207,9 +209,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "stopped": result.stopped,  # why `early_stop` ended the run
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
-        "fedavg": fedavg_traffic(
-            result.variables, rule, result.layers, senders=senders, receivers=senders + lost
-        ),
+        "fedavg": fedavg_traffic(*whole, senders=senders, receivers=senders + lost),
         "layers": _layer_costs(result),
         "partition": {
             "clients": clients.clients,

@@ -19,12 +19,14 @@ from fedlp_jax.clients.devices import PASSES
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.config.schema import Config
 from fedlp_jax.data.batching import example_of
+from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.execution.plan import resolve
 from fedlp_jax.prng import root_key
-from fedlp_jax.pruning.layers import LayerTable, layer_table
+from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.cohorts import cohort_size
+from fedlp_jax.simulation.staging import on_host
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Batch, Examples, Variables
 
@@ -96,7 +98,9 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         tuple(level._replace(clients=int(n)) for level, n in zip(levels, number, strict=True)),
         upload_bytes=cohort * float((received * keep @ wire.upload).mean() + wire.header),
         download_bytes=chosen * float((received @ wire.download).mean()),
-        fedavg=fedavg_traffic(deepest, algorithm.layers, table, senders=cohort, receivers=chosen),
+        fedavg=fedavg_traffic(
+            *whole_model(algorithm, data, deepest, table), senders=cohort, receivers=chosen
+        ),
         stacked_bytes=stacked_bytes(variables, table, chosen, arguments["plan"])
         if algorithm.stacked
         else None,
@@ -116,6 +120,24 @@ def training_macs(config: Config, view: Overview) -> float | None:
     seen = float(np.mean(examples_seen(view.clients.sizes, work)))
     forward = [sum(level.macs.values()) * level.clients for level in view.levels]
     return view.cohort * PASSES * seen * sum(forward) / view.clients.clients
+
+
+def whole_model(
+    algorithm: Algorithm, data: Dataset, deepest: Variables, layers: LayerTable
+) -> tuple[Variables, LayerRule, LayerTable]:
+    """What clients would exchange if they kept nothing for themselves, as `fedavg_traffic` reads.
+
+    Args:
+      algorithm: of the run.
+      data: of the run.
+      deepest: what clients of the deepest level share.
+      layers: of the server.
+    """
+    if algorithm.personal:
+        example = example_of(on_host(data.train, data.normalize))
+        deepest = jax.eval_shape(algorithm.task.init, root_key(0), example)
+        layers = layer_table(deepest, algorithm.layers)
+    return deepest, algorithm.layers, layers
 
 
 def submodel_levels(algorithm: Algorithm, variables: Variables, example: Batch) -> list[Level]:

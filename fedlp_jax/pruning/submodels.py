@@ -195,8 +195,9 @@ def _keeping(level: Submodel, own: dict[tuple[str, ...], Any], whole: Variables)
     first = {path: own[path] for path in kept if isinstance(own[path], jax.Array | np.ndarray)}
 
     def extract(variables: Variables) -> Variables:
-        zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in own.items()}
-        everything = unflatten_dict(zeros | flatten_dict(variables))
+        # Stand-ins of no size: what the level makes of them is dropped.
+        absent = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in own.items()}
+        everything = unflatten_dict(absent | flatten_dict(variables))
         held = level.extract(everything)
         return _select(held, _others(held, kept))
 

@@ -34,6 +34,7 @@ from fedlp_jax.types import (
     Variables,
 )
 
+
 def tested_levels(
     algorithm: Algorithm, variables: Variables, examples: Examples
 ) -> dict[str, Submodel]:
@@ -50,9 +51,7 @@ def tested_levels(
     return tested
 
 
-def evaluator(
-    algorithm: Algorithm, plan: Plan
-) -> Callable[..., dict[str, Metrics]]:
+def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[..., dict[str, Metrics]]:
     """Builds `evaluate(variables, split) -> {suffix: metrics}` for jit, over the devices of a plan.
 
     Batches of the split take the place of clients, so evaluation is the same map and sum as a

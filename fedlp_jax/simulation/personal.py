@@ -10,7 +10,7 @@ their own; and it costs one pass over the test split, however many clients there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ from fedlp_jax.execution.map_clients import Level, entry, map_sum
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import Array, Batch, Examples, Metrics, PyTree, Variables
-
 
 # Rows evaluated at once: small enough for a core's cache, large enough to fill an accelerator.
 _EVAL_BATCH = {"cpu": 64}
@@ -73,6 +72,9 @@ class ClientModels:
 
     def __len__(self) -> int:
         return len(self.assigned)
+
+    def __iter__(self) -> Iterator[Variables]:
+        return (self[client] for client in range(len(self)))
 
     def __getitem__(self, client: int) -> Variables:
         """The variables of one client's model.
@@ -139,8 +141,9 @@ def client_batches(
             out[device, : len(of)] = values[of]
         return out.reshape(devices * slots, *values.shape[1:])
 
-    arrays = (laid(x) for x in (client, place[client], rows, size))
-    return ClientBatches(*arrays, segment=np.asarray(segment, np.int32))
+    return ClientBatches(
+        laid(client), laid(place[client]), laid(rows), laid(size), np.asarray(segment, np.int32)
+    )
 
 
 def measure(
@@ -188,8 +191,8 @@ def measure(
 
 def means_by_client(each: Metrics, batches: ClientBatches, clients: int) -> Any:
     """Sums and weights of each metric by client, `(f64[K], f64[K])`; on the host."""
-    ran = np.arange(len(batches.client)) % (len(batches.client) // len(batches.segment))
-    ran = ran < np.repeat(batches.segment[:, -1], len(batches.client) // len(batches.segment))
+    slots = len(batches.client) // len(batches.segment)
+    ran = (np.arange(slots) < batches.segment[:, -1:]).ravel()
     owner = batches.client[ran]
 
     def by_client(values: Array) -> np.ndarray:

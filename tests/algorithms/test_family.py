@@ -161,6 +161,7 @@ class Row(NamedTuple):
     up: int = 1  # how often the parameters of a layer are sent
     down: int = 1
     numbers: int = 0  # that a client sends besides
+    private: tuple = ()  # layers that stay with the client
 
 
 ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
@@ -184,6 +185,9 @@ ROWS = {
     "fedlp_q": Row(fl.fedlp_q, FedLPQ, {"levels": 4}),
     "top_k": Row(fl.fedlp_homo, TopK, {"upload": fl.top_k(0.25, error_feedback=True)}),
     "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
+    "fedper": Row(fl.fedper, FedAvg, {"head": "head1"}, private=("head1",)),
+    "lg_fedavg": Row(fl.lg_fedavg, FedAvg, {"head": "head1"}, private=("hidden1",)),
+    "personal": Row(fl.fedprox, FedProx, {"mu": 0.25, "personal": "head"}, private=("head1",)),
 }
 OTHERS = [name for name in ROWS if name != "fedavg"]
 
@@ -228,10 +232,11 @@ def arrays(variables):
     """The parameters as `{(layer, part): array}`."""
     layers = variables["params"]
     parts = ("kernel", "bias")
-    return {(n, p): np.asarray(layers[n][parts[p]], np.float64) for n, p in LEAVES}
+    held = [(n, p) for n, p in LEAVES if n in layers]
+    return {(n, p): np.asarray(layers[n][parts[p]], np.float64) for n, p in held}
 
 
-def trained(rule, x, own, client, round):
+def trained(rule, x, own, client, round, private):
     """What ONE client makes of the model, and the steps it takes."""
     w, steps = {leaf: a.copy() for leaf, a in x.items()}, 0
     speed = {leaf: np.zeros_like(a) for leaf, a in x.items()}
@@ -244,7 +249,9 @@ def trained(rule, x, own, client, round):
             inputs = DATA.train.inputs[batch].astype(np.float64)
             grads, _ = gradient(pairs, 1, inputs, DATA.train.labels[batch])
             for leaf in LEAVES:
-                g = rule.gradient(leaf, grads[leaf[0]][leaf[1]], w[leaf], x[leaf], own[leaf])
+                g = grads[leaf[0]][leaf[1]]
+                if leaf[0] not in private:
+                    g = rule.gradient(leaf, g, w[leaf], x[leaf], own[leaf])
                 speed[leaf] = rule.rho * speed[leaf] + g
             for leaf in LEAVES:
                 w[leaf] = w[leaf] - RATE * speed[leaf]
@@ -253,19 +260,27 @@ def trained(rule, x, own, client, round):
 
 
 def plain(name, start, keep=KEEP):
-    """All rounds; returns the model, the senders of each layer, and the bytes of all uploads."""
+    """All rounds.
+
+    Returns the model, the senders of each layer, the bytes of all uploads, and the private arrays
+    of each client.
+    """
     row, x = ROWS[name], arrays(start)
+    shared = [layer for layer in LAYERS if layer not in row.private]
+    first = {leaf: x.pop(leaf) for leaf in LEAVES if leaf[0] in row.private}
+    mine = {client: dict(first) for client in range(CLIENTS)}
     rule, kept, senders = row.oracle(), defaultdict(lambda: defaultdict(float)), []
     residual, uploaded = defaultdict(float), []
     for round in range(1, ROUNDS + 1):
         sent, total_bytes = defaultdict(list), 0
         for client in COHORTS[round]:
             own = kept[client]
-            w, steps = trained(rule, x, own, client, round)
-            draw = jax.random.uniform(key(round, client, MASK), (len(LAYERS),), jnp.float32)
+            w, steps = trained(rule, x | mine[client], own, client, round, row.private)
+            mine[client] = {leaf: w[leaf] for leaf in first}
+            draw = jax.random.uniform(key(round, client, MASK), (len(shared),), jnp.float32)
             a = len(POPULATION.rows(client)) if row.weigh == "examples" else 1.0
             total_bits = 0
-            for index, (layer, u) in enumerate(zip(LAYERS, np.asarray(draw), strict=True)):
+            for index, (layer, u) in enumerate(zip(shared, np.asarray(draw), strict=True)):
                 sends, both = u < np.float32(keep), ((layer, 1), (layer, 0))
                 update = {leaf: w[leaf] - x[leaf] for leaf in both}
                 vector = np.concatenate([update[leaf].ravel() for leaf in both])
@@ -289,8 +304,8 @@ def plain(name, start, keep=KEEP):
             total = sum(a for a, _, _ in uploads)
             d, extra = (sum(u[0] * u[i] for u in uploads) / total for i in (1, 2))
             x[leaf] = x[leaf] + rule.step(leaf, d, extra, len(uploads))
-        senders.append([len(sent[layer, 0]) for layer in LAYERS])
-    return x, np.array(senders), uploaded
+        senders.append([len(sent[layer, 0]) for layer in shared])
+    return x, np.array(senders), uploaded, mine
 
 
 @pytest.fixture(scope="module")
@@ -308,23 +323,29 @@ each = pytest.mark.parametrize("made", OTHERS, indirect=True)
 
 def close(result, expected, rtol=1e-9):
     got = arrays(result.state.variables)
-    for leaf in LEAVES:
+    assert got.keys() == expected.keys()
+    for leaf in expected:
         np.testing.assert_allclose(got[leaf], expected[leaf], rtol=rtol, atol=1e-12)
 
 
 @each
 def test_rounds_equal_a_plain_loop(made):
     name, _, start, result = made
-    expected, senders, _ = plain(name, start)
-    assert 0 in senders  # a layer that nobody sent is in it
+    expected, senders, _, mine = plain(name, start)
+    assert 0 in senders or len(senders[0]) == 1  # a layer that nobody sent is in it
     close(result, expected)
+    for client in range(CLIENTS) if ROWS[name].private else ():
+        got = arrays(result.models[client])
+        for leaf, array in (expected | mine[client]).items():
+            np.testing.assert_allclose(got[leaf], array, rtol=1e-9, atol=1e-12)
 
 
 @each
 def test_the_ledger_books_what_the_definition_sends(made):
     name, _, start, result = made
-    row, (_, _, uploaded) = ROWS[name], plain(name, start)
-    sizes = np.array([sum(start["params"][n][p].size for p in ("kernel", "bias")) for n in LAYERS])
+    row, (_, _, uploaded, _) = ROWS[name], plain(name, start)
+    shared = [layer for layer in LAYERS if layer not in row.private]
+    sizes = np.array([sum(start["params"][n][p].size for p in ("kernel", "bias")) for n in shared])
     cohorts = np.array([len(COHORTS[round]) for round in range(1, ROUNDS + 1)])
     received = 4 * row.down * sizes.sum()
     np.testing.assert_array_equal(result.history["upload_bytes"], uploaded)
@@ -393,6 +414,9 @@ LEARNS = {
     "fedlp_q": {"keep": 0.7, "levels": 15},
     "top_k": {"keep": 0.7, "upload": fl.top_k(0.1, error_feedback=True)},
     "feddyn": {"alpha": 0.1},
+    "fedper": {"head": "fc2"},
+    "lg_fedavg": {"head": "fc2"},
+    "personal": {"mu": 0.01, "personal": "fc2/bias"},
 }
 
 
@@ -401,11 +425,14 @@ LEARNS = {
 def test_it_learns_the_digits(name):
     data = fl.load("digits")
     clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
-    task = fl.classification(fl.models.Logistic(num_classes=10))
+    personal = ROWS[name].private
+    model = fl.models.MLP(hidden=(32,)) if personal else fl.models.Logistic(num_classes=10)
+    task = fl.classification(model)
     sgd = optax.sgd(0.1)
     one = ROWS[name].make(task, client_optimizer=sgd, epochs=2, batch_size=10, **LEARNS[name])
     result = fl.simulate(one, data, clients, rounds=20, cohort=10, seed=0)
-    assert result.history["test_accuracy"][-1] > 0.8
+    accuracy = "test_accuracy_personal" if personal else "test_accuracy"
+    assert result.history[accuracy][-1] > 0.8
 
 
 @pytest.mark.slow

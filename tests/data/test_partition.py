@@ -603,3 +603,28 @@ def test_a_missing_split_and_a_bad_name_are_refused(tmp_path):
         partition.from_file(np.arange(6) % 2, path=tmp_path / "split.json")
     with pytest.raises(FedLPError, match=r"name a \.json file"):
         partition.iid(np.arange(6) % 2, clients=2).save(tmp_path / "split.npz")
+
+
+@few
+@given(data=st.data())
+def test_other_examples_are_dealt_as_the_training_examples_are(data):
+    clients = data.draw(st.integers(1, 9))
+    train = _labels(data.draw, 60)
+    made = partition.dirichlet(train, clients=clients, alpha=0.5, seed=1, min_size=1)
+    test = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 8, 90)
+    order, offset = partition.dealt_alike(made, test)
+    assert len(offset) == clients + 1
+    taught = np.flatnonzero(np.isin(test, train))  # of classes that somebody holds
+    np.testing.assert_array_equal(np.sort(order), taught)
+    for k in range(clients):
+        got = np.bincount(test[order[offset[k] : offset[k + 1]]], minlength=8)
+        for label in range(made.num_classes):
+            held = made.histogram[:, label]
+            fair = (test == label).sum() * held[k] / max(held.sum(), 1)
+            assert abs(got[label] - fair) < 1
+
+
+def test_examples_without_classes_are_dealt_by_size():
+    made = partition.quantity(np.zeros(50, int), clients=4, alpha=1.0)
+    _, offset = partition.dealt_alike(made, np.linspace(0, 1, 100, dtype=np.float32))
+    np.testing.assert_array_equal(np.diff(offset), 2 * made.sizes)

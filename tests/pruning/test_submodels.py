@@ -9,6 +9,7 @@ import pytest
 from small import Steps, flat
 
 import fedlp_jax as fl
+from fedlp_jax.pruning import submodels as submodel
 from fedlp_jax.pruning.submodels import assign_depths, depth_prefix, full, union_of_depths
 from fedlp_jax.types import Batch, Normalize
 
@@ -40,6 +41,58 @@ def test_the_whole_has_nothing_private():
     assert full(TASK).private(KEY, EXAMPLE) == {}
     deepest = depth_prefix(TASK, 3, WHOLE, EXAMPLE)
     assert not jax.tree.leaves(deepest.private(KEY, EXAMPLE))
+
+
+@pytest.mark.parametrize("scheme", [submodel.whole(), submodel.by_depth("uniform")])
+def test_personal_layers_are_private_at_every_level(scheme):
+    kept = submodel.personal("norm|hidden2/bias", scheme)
+    server = kept.init(TASK, KEY, EXAMPLE)
+    assert set(server) == {"params"}
+    assert set(server["params"]) == {"head3", "hidden1", "hidden2", "hidden3"}
+    assert set(server["params"]["hidden2"]) == {"kernel"}
+    for level in kept.levels(TASK, server, EXAMPLE):
+        shared, private = level.extract(server), level.private(KEY, EXAMPLE)
+        drawn = level.task.init(KEY, EXAMPLE)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), private)
+        assert shapes == level.private_shapes
+        model = level.merge(shared, private)
+        assert jax.tree.structure(model) == jax.tree.structure(drawn)
+        assert np.array_equal(flat(private["batch_stats"]), flat(drawn["batch_stats"]))
+        again = level.split(model)
+        assert np.array_equal(flat(again[0]), flat(shared))
+        assert np.array_equal(flat(again[1]), flat(private))
+        wide = level.embed(shared, server)
+        assert jax.tree.structure(wide) == jax.tree.structure(server)
+
+
+def test_clients_keep_what_they_are_given():
+    kept = submodel.shared("head")
+    (level,) = kept.levels(TASK, WHOLE, EXAMPLE)
+    private = level.private(jax.random.key(5), EXAMPLE)
+    assert np.array_equal(flat(level.merge(kept.of_server(WHOLE), private)), flat(WHOLE))
+    wide = fl.classification(Steps(width=9, norm=True)).init(KEY, EXAMPLE)
+    with pytest.raises(fl.FedLPError, match=r"norm1/mean of the given variables is \[9\]"):
+        kept.levels(TASK, wide, EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: submodel.personal("fc"), "'fc': clients keep none of the 14 parameters, .* head3"),
+        (lambda: submodel.personal("."), "share none of the 14 parameters"),
+        (lambda: submodel.shared("."), "keep none of the 14"),
+        (lambda: submodel.shared("fc"), "share none of the 14"),
+        (lambda: submodel.personal("("), r"'\(' is not a regular expression"),
+        (lambda: submodel.personal(3), "3 is not a regular expression"),
+        (
+            lambda: submodel.personal("head", submodel.by_depth(1, "reset_to_init")),
+            "heads='reset_to_init' keeps nothing; choose",
+        ),
+    ],
+)
+def test_personal_layers_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(fl.FedLPError, match=message):
+        make().init(TASK, KEY, EXAMPLE)
 
 
 def test_a_union_has_the_head_of_every_depth():
