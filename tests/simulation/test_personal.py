@@ -12,7 +12,7 @@ from fedlp_jax.simulation.personal import client_batches
 
 TASK = fl.classification(Steps(depth=1, norm=True))
 DATA = dataset()
-CLIENTS = fl.partition.dirichlet(DATA.train.labels, clients=9, alpha=0.5, seed=1)
+CLIENTS = fl.partition.dirichlet(DATA.train.labels, clients=9, alpha=1.0, seed=1, min_size=2)
 SGD = optax.sgd(0.1)
 RUN = {"cohort": 4, "plan": fl.Plan(devices=2, width=2)}
 
