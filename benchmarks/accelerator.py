@@ -13,7 +13,7 @@ costs only that cell, and FILE is complete after every cell.
 
 "share of peak" is the rate of floating-point operations as written (see benchmarks.roofline) over
 the peak measured at the same precision: MFU. Programs are those of `fl.setup`, which repeat to the
-bit; XLA_FLAGS=--xla_gpu_deterministic_ops=false compiles longer and may run faster.
+bit; XLA_FLAGS=--xla_gpu_deterministic_ops=true runs the kernels that XLA takes without timing.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from fedlp_jax.config.loading import dump_config
 from fedlp_jax.config.overview import Overview, macs_by_layer
 from fedlp_jax.config.schema import Config
+from fedlp_jax.execution.plan import gpu_kernels
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.progress import duration, headline
 from fedlp_jax.reporting.tables import numbers_table, two_columns
@@ -50,6 +52,9 @@ def environment_table() -> Table:
     device = facts["device"]
     rows = {name.replace("_", "-"): version for name, version in facts["versions"].items()}
     rows["devices"] = f"{device['count']} x {device['kind']} ({device['platform']})"
+    if device["platform"] == "gpu":
+        kept = jax.config.values["jax_compilation_cache_dir"]
+        rows["GPU kernels"] = f"{gpu_kernels()}; programs kept in {kept or 'no directory'}"
     rows["commit"] = facts["commit"] or "not a checkout"
     return two_columns(rows, title="fedlp-jax")
 

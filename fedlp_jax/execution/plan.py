@@ -26,7 +26,10 @@ DEVICE, HOST = PLACES = ("device", "host")
 _WIDTH = {"cpu": 1}
 _ACCELERATOR_WIDTH = 128
 _USABLE = 0.9  # share of the free memory: allocators need slack, and so do other programs
-_DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops"
+# The first is a superset of the second, which leaves XLA free to time the kernels that repeat.
+_FIXED_FLAG = "--xla_gpu_deterministic_ops"
+_TUNED_FLAG = "--xla_gpu_exclude_nondeterministic_ops"
+GPU_KERNELS = {"tuned": _TUNED_FLAG, "fixed": _FIXED_FLAG}
 _COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
@@ -106,30 +109,33 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
     return dataclasses.replace(plan, devices=devices, width=width, rounds_at_once=at_once)
 
 
-def setup(cpu_devices: int | None = None) -> None:
+def setup(cpu_devices: int | None = None, gpu_kernels: str = "tuned") -> None:
     """Makes jax ready: CPU devices, GPUs that repeat, programs kept. Call it before using jax.
 
     On CPU, one device per core, each with one stream of clients, is faster than one device with all
-    cores. On GPU, XLA by default times several kernels for each product while it compiles and takes
-    the one that was fastest that time, so another process computes other bits. This turns that off,
-    which also leaves less to compile; `XLA_FLAGS` with `--xla_gpu_deterministic_ops=false` leaves
-    it on, for the fastest rounds. Compiled programs are kept on disk for the next start, see
-    `keep_programs`. Importing fedlp_jax changes no setting of jax; this function does.
+    cores. Compiled programs are kept on disk for the next start, see `keep_programs`. Importing
+    fedlp_jax changes no setting of jax; this function does.
 
     Args:
       cpu_devices: number of CPU devices; None = one per usable core.
+      gpu_kernels: which kernels XLA may take on a GPU. "tuned": those that repeat to the bit, the
+        fastest of them by timing. What was chosen is kept with the compiled programs, so the next
+        process computes the same bits; without that directory it may choose others. "fixed": no
+        timing, the same bits in every process, and slower products: 1.6 times on a small MLP. What
+        `XLA_FLAGS` says of either wins.
 
     Raises:
-      FedLPError: jax was used before, so its devices are fixed.
+      FedLPError: jax was used before, so its devices are fixed, or no such kernels.
     """
+    check_choice("gpu_kernels", gpu_kernels, tuple(GPU_KERNELS))
     cpu_devices = cpu_devices or _usable_cores()
     before = flags = os.environ.get("XLA_FLAGS", "")
     if _COLLECTIVE_TIMEOUT_FLAG not in flags:
         # XLA aborts the process if a device waits over a minute for another at the end of a round;
         # uneven clients on a slow machine may take longer.
         flags = f"{flags} {_COLLECTIVE_TIMEOUT_FLAG}=86400".strip()
-    if _DETERMINISTIC_FLAG not in flags:
-        flags = f"{flags} {_DETERMINISTIC_FLAG}=true"
+    if not any(flag in flags for flag in GPU_KERNELS.values()):
+        flags = f"{flags} {GPU_KERNELS[gpu_kernels]}=true"
     os.environ["XLA_FLAGS"] = flags.strip()
     try:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -142,15 +148,32 @@ def setup(cpu_devices: int | None = None) -> None:
     processes.gather()  # opens the connections, which processes must do within half a minute
 
 
+def gpu_kernels() -> str | None:
+    """Which kernels a GPU may use, see `setup`; None = any, since `setup` was not called."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if _FIXED_FLAG in given:
+        return "fixed" if f"{_FIXED_FLAG}=false" not in given else "tuned"
+    return "tuned" if _TUNED_FLAG in given else None
+
+
 def note_other_kernels() -> None:
     """Adds to the warnings of a run that a GPU may compute other bits the next time."""
-    if jax.default_backend() == "gpu" and _DETERMINISTIC_FLAG not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    if jax.default_backend() != "gpu":
+        return
+    chosen = gpu_kernels()
+    if chosen is None:
         note(
             [
                 "XLA chooses a GPU's kernels by timing them, so another process may compute other "
-                f"bits. Call fl.setup() first, or set {_DETERMINISTIC_FLAG} in XLA_FLAGS."
+                "bits. Call fl.setup() first."
+            ]
+        )
+    elif chosen == "tuned" and not jax.config.values["jax_compilation_cache_dir"]:
+        note(
+            [
+                "compiled programs are not kept, so another process may choose other kernels and "
+                "compute other bits. Make the cache directory writable, or call "
+                "fl.setup(gpu_kernels='fixed') first."
             ]
         )
 

@@ -168,9 +168,17 @@ def test_clients_go_to_the_first_of_the_least_busy_devices_with_room(devices):
             assert row[row >= 0].tolist() == members[d]  # longest first, then by id
 
 
-@pytest.mark.parametrize("given", [None, "--xla_gpu_deterministic_ops=false"])
-def test_setup_asks_for_gpus_that_repeat_unless_told_otherwise(given):
-    code = "import os, fedlp_jax as fl; fl.setup(2); print(os.environ['XLA_FLAGS']); import jax; "
+@pytest.mark.parametrize(
+    ("given", "kernels", "flag"),
+    [
+        (None, "tuned", "--xla_gpu_exclude_nondeterministic_ops=true"),
+        (None, "fixed", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=false", "tuned", "--xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_setup_asks_for_gpus_that_repeat_unless_told_otherwise(given, kernels, flag):
+    code = f"import os, fedlp_jax as fl; fl.setup(2, gpu_kernels={kernels!r}); "
+    code += "print(os.environ['XLA_FLAGS']); import jax; "
     code += "print(jax.numpy.ones(3).sum(), len(jax.devices()))"
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environ |= {} if given is None else {"XLA_FLAGS": given}
@@ -178,8 +186,7 @@ def test_setup_asks_for_gpus_that_repeat_unless_told_otherwise(given):
         [sys.executable, "-c", code], env=environ, text=True, capture_output=True, check=True
     )
     flags, result = run.stdout.splitlines()
-    assert flags.count("deterministic") == 1
-    assert (given or "--xla_gpu_deterministic_ops=true") in flags.split()
+    assert [one for one in flags.split() if "determin" in one] == [flag]
     assert result == "3.0 2"
 
 

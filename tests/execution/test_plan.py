@@ -65,10 +65,29 @@ def test_kernels_chosen_by_timing_are_noted(monkeypatch):
             plans.note_other_kernels()
         assert len(said) == count
     assert "Call fl.setup() first" in said[0]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")  # on purpose
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     with errors.collecting() as said:
         plans.note_other_kernels()
-    assert not said
+    assert not said and plans.gpu_kernels() == "fixed"
+
+
+@pytest.mark.parametrize(("kept", "count"), [(None, 1), ("somewhere", 0)])
+def test_tuned_kernels_that_are_not_kept_are_noted(monkeypatch, kept, count):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", kept)
+    try:
+        with errors.collecting() as said:
+            plans.note_other_kernels()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(said) == count and plans.gpu_kernels() == "tuned"
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(fl.FedLPError, match="gpu_kernels 'quick' is unknown.*tuned, fixed"):
+        fl.setup(gpu_kernels="quick")
 
 
 def test_a_width_that_was_asked_for_is_refused_with_one_that_fits(needs, monkeypatch):
