@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.compose import compose as compose
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
+    from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
     from fedlp_jax.algorithms.fedlp import fedlp_q as fedlp_q
@@ -50,6 +51,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedper import fedper as fedper
     from fedlp_jax.algorithms.fedprox import fedprox as fedprox
     from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
+    from fedlp_jax.algorithms.fedrolex import fedrolex as fedrolex
+    from fedlp_jax.algorithms.fjord import fjord as fjord
+    from fedlp_jax.algorithms.heterofl import heterofl as heterofl
     from fedlp_jax.algorithms.scaffold import scaffold as scaffold
     from fedlp_jax.clients.devices import Profile as Profile
     from fedlp_jax.clients.failures import Corruption as Corruption
@@ -70,6 +74,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.pruning import layers as layers
     from fedlp_jax.pruning import masks as masks
     from fedlp_jax.pruning import submodels as submodel
+    from fedlp_jax.pruning import widths as widths
     from fedlp_jax.reporting import plots as plots
     from fedlp_jax.reporting import sinks as sinks
     from fedlp_jax.reporting.compare import compare as compare
@@ -104,6 +109,7 @@ _MODULES = {
     "sinks": "reporting.sinks",
     "robust": "aggregation.robust",
     "submodel": "pruning.submodels",
+    "widths": "pruning.widths",
     "theory": "theory",
     "types": "types",
 }
@@ -121,6 +127,10 @@ _HOMES = {
     "algorithms.feddyn": "feddyn",
     "algorithms.lg_fedavg": "lg_fedavg",
     "algorithms.scaffold": "scaffold",
+    "algorithms.heterofl": "heterofl",
+    "algorithms.fedrolex": "fedrolex",
+    "algorithms.federated_dropout": "federated_dropout",
+    "algorithms.fjord": "fjord",
     "clients.devices": "Profile",
     "clients.failures": "Corruption Faults",
     "config.experiment": "run",

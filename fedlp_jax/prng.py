@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     PROFILE = 14
     NOISE = 15
     UPLOAD = 16
+    UNITS = 17
 
 
 def root_key(seed: int) -> Array:

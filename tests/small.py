@@ -1,5 +1,7 @@
 """Small models and data that several test files share."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,12 +31,13 @@ class Steps(nn.Module):
     width: int = 8
     classes: int = 3
     norm: bool = False
+    width_rate: float = 1.0
 
     @nn.compact
     def __call__(self, x, train):
         x = x.reshape(x.shape[0], -1)
         for i in range(1, self.depth + 1):
-            x = nn.Dense(self.width, name=f"hidden{i}")(x)
+            x = nn.Dense(math.ceil(self.width_rate * self.width), name=f"hidden{i}")(x)
             if self.norm:
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.8, name=f"norm{i}")(x)
             x = nn.relu(x)

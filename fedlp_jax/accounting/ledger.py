@@ -6,6 +6,8 @@ clock.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +19,24 @@ BYTES = 4  # of a parameter or statistic on the wire: float32
 
 
 class Wire(NamedTuple):
-    """Bytes of what a client exchanges with the server in a round."""
+    """What a client exchanges with the server in a round, by layer.
 
-    upload: np.ndarray  # i64[L], of each layer that it sends
-    download: np.ndarray  # i64[L], of each layer that it receives
-    header: int  # of an upload, whatever layers are in it
+    Where clients hold slices of layers, arrays are `[G, L]`, with a row for each submodel level.
+    """
+
+    upload: np.ndarray  # i64[L], bytes of each layer that it sends
+    download: np.ndarray  # i64[L], bytes of each layer that it receives
+    header: int  # bytes of an upload, whatever layers are in it
     beside: np.ndarray  # i64[L], the part of `upload` that no compression touches
+    params: np.ndarray  # i64[L], parameters of each layer
+
+    def at(self, level: Any) -> Wire:
+        """The rows of clients at levels `i32[C]`; as it is where clients hold layers whole."""
+        if self.params.ndim == 1:
+            return self
+        rows = (values[level] for values in (self.upload, self.download, self.beside, self.params))
+        upload, download, beside, params = rows
+        return Wire(upload, download, self.header, beside, params)
 
 
 def wire_of(
@@ -37,7 +51,7 @@ def wire_of(
     Every number takes 4 bytes unless it is compressed, the mask of an upload one bit per layer.
 
     Args:
-      layers: the layer table.
+      layers: the layer table; its sizes may be `[G, L]`, see `layers_of_levels`.
       upload: trees with an update, such as SCAFFOLD's change of the control variate.
       download: trees with the model, such as SCAFFOLD's control variate.
       numbers: single numbers with an update, such as FedNova's.
@@ -47,7 +61,16 @@ def wire_of(
     beside = BYTES * layers.statistics + upload * tree
     header = mask_bytes(layers) + BYTES * numbers
     sent = beside + (tree if compressed is None else compressed)
-    return Wire(sent, layer_bytes(layers) + download * tree, header, beside)
+    return Wire(sent, layer_bytes(layers) + download * tree, header, beside, layers.params)
+
+
+def layers_of_levels(layers: LayerTable, held: Sequence[LayerTable]) -> LayerTable:
+    """The layer table with sizes `[G, L]`: what each level holds of each layer."""
+    return dataclasses.replace(
+        layers,
+        params=np.stack([table.params for table in held]),
+        statistics=np.stack([table.statistics for table in held]),
+    )
 
 
 class Ledger:
@@ -62,8 +85,9 @@ class Ledger:
     Attributes:
       layers: the layer table.
       wire: bytes of each layer, up and down.
-      senders: for each round `i64[L]`, clients that sent each layer.
-      receivers: for each round `i64[L]`, clients that received each layer.
+      senders: for each round `i64[L]`, clients that sent each layer; `i64[G, L]`, of each level,
+        where clients hold slices of layers.
+      receivers: the same of clients that received each layer.
       clients: for each round, clients that reported: C unless some fail.
       upload_bytes: for each round, of all clients.
       layer_upload_bits: `i64[L]`, over all rounds, without masks and numbers of their own.
@@ -89,6 +113,7 @@ class Ledger:
         download: np.ndarray,
         arrived: np.ndarray | None = None,
         bits: np.ndarray | None = None,
+        level: np.ndarray | None = None,
     ) -> dict[str, int]:
         """Books one round.
 
@@ -100,6 +125,7 @@ class Ledger:
             None = all.
           bits: `i32[C, L]`, of each layer's parameters where uploads are compressed, counted by
             the round; None = they are not.
+          level: `i32[C]`, submodel levels, where clients hold slices of layers.
 
         Returns:
           The round's `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, summed
@@ -107,17 +133,19 @@ class Ledger:
         """
         upload, download = upload.astype(np.int64), download.astype(np.int64)
         arrived = np.ones(len(client), bool) if arrived is None else arrived
-        self.senders.append(upload.sum(axis=0))
-        self.receivers.append(download.sum(axis=0))
+        wire = self.wire.at(level)
+        self.senders.append(self._by_level(upload, level))
+        self.receivers.append(self._by_level(download, level))
         self.clients.append(int(arrived.sum()))
         if bits is None:
-            bits = np.broadcast_to(8 * (self.wire.upload - self.wire.beside), upload.shape)
+            bits = np.broadcast_to(8 * (wire.upload - wire.beside), upload.shape)
         bits = upload * bits.astype(np.int64)
-        sent = -(-bits.sum(axis=1) // 8) + upload @ self.wire.beside + self.wire.header * arrived
+        beside = upload * wire.beside
+        sent = -(-bits.sum(axis=1) // 8) + beside.sum(axis=1) + wire.header * arrived
         self.upload_bytes.append(int(sent.sum()))
-        self.layer_upload_bits += bits.sum(axis=0) + 8 * upload.sum(axis=0) * self.wire.beside
+        self.layer_upload_bits += bits.sum(axis=0) + 8 * beside.sum(axis=0)
         self.client_upload_bytes[client] += sent
-        self.client_download_bytes[client] += download @ self.wire.download
+        self.client_download_bytes[client] += (download * wire.download).sum(axis=1)
         row = modelled_traffic(
             self.layers, self.senders[-1], self.receivers[-1], self.clients[-1], self.wire
         )
@@ -137,11 +165,20 @@ class Ledger:
     @property
     def layer_upload_params(self) -> np.ndarray:
         """`i64[L]`, parameters of each layer sent over all rounds."""
-        return self.arrays()["senders"].sum(axis=0) * self.layers.params
+        sent = self.arrays()["senders"].sum(axis=0) * self.wire.params
+        return sent if sent.ndim == 1 else sent.sum(axis=0)
+
+    def _by_level(self, exchanged: np.ndarray, level: np.ndarray | None) -> np.ndarray:
+        """The clients of each layer, by level where the wire distinguishes levels."""
+        if self.wire.params.ndim == 1 or level is None:
+            return exchanged.sum(axis=0)
+        counts = np.zeros(self.wire.params.shape, np.int64)
+        np.add.at(counts, level, exchanged)
+        return counts
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything booked so far, for `load`."""
-        shape = (-1, len(self.layers))
+        shape = (-1, *self.wire.params.shape)
         return {
             "senders": np.asarray(self.senders, np.int64).reshape(shape),
             "receivers": np.asarray(self.receivers, np.int64).reshape(shape),
@@ -186,8 +223,8 @@ def modelled_traffic(
 
     Args:
       layers: the layer table.
-      senders: `[..., L]`, clients that send each layer.
-      receivers: `[..., L]`, clients that receive each layer.
+      senders: `[..., L]`, clients that send each layer; `[..., G, L]` where `wire` is by level.
+      receivers: the same of clients that receive it.
       clients: `[...]` or a number, clients that send a mask.
       wire: bytes of each layer; None = of the model alone.
 
@@ -195,11 +232,15 @@ def modelled_traffic(
       `upload_params`, `download_params`, `upload_bytes`, `download_bytes`, each `[...]`.
     """
     wire = wire or wire_of(layers)
+
+    def total(counts: np.ndarray, sizes: np.ndarray) -> Any:
+        return counts @ sizes if sizes.ndim == 1 else (counts * sizes).sum(axis=(-2, -1))
+
     return {
-        "upload_params": senders @ layers.params,
-        "download_params": receivers @ layers.params,
-        "upload_bytes": senders @ wire.upload + clients * wire.header,
-        "download_bytes": receivers @ wire.download,
+        "upload_params": total(senders, wire.params),
+        "download_params": total(receivers, wire.params),
+        "upload_bytes": total(senders, wire.upload) + clients * wire.header,
+        "download_bytes": total(receivers, wire.download),
     }
 
 

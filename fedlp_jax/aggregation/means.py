@@ -36,11 +36,14 @@ class WeightedSum(NamedTuple):
     total: Variables  # sum of a_k m_{k,l} d_k, in float32 or wider
     total_weight: Array  # f32[L], sum of a_k m_{k,l}
     cohort_weight: Array  # f32[], sum of a_k
+    # Sum of a_k m_{k,l} over the clients that hold the entry, a tree like `total`; () = levels hold
+    # layers whole, so that it is `total_weight`.
+    entry_weight: PyTree = ()
 
 
 def masked_mean() -> Reducer:
     """Mean of each layer over the clients that sent it (FedLP, arXiv:2303.06360)."""
-    return _mean(_weighted, lambda s: s.total_weight)
+    return _mean(_weighted, _sent_weight)
 
 
 def cohort_mean() -> Reducer:
@@ -84,10 +87,10 @@ def inverse_probability() -> Reducer:
 
 def _mean(
     prepare: Callable[[Variables, UploadInfo, Array, LayerTable], WeightedSum],
-    divisor: Callable[[WeightedSum], Array],
+    divisor: Callable[[WeightedSum], PyTree],
     sensitivity: Callable[[Array, Array], Array] | None = None,
 ) -> Reducer:
-    """A mean whose parameters are divided by `divisor(sum) -> f32[L]`."""
+    """A mean whose parameters are divided by `divisor(sum)`, `f32[L]` or a tree of weights."""
 
     def reduce(
         contributions: WeightedSum,
@@ -100,7 +103,7 @@ def _mean(
     ) -> Aggregate:
         del uploads, counted, client, state, plan
         update = _divided(contributions, divisor(contributions), layers)
-        gate = contributions.total_weight > 0
+        gate = jax.tree.map(lambda weight: weight > 0, _sent_weight(contributions))
         return Aggregate(update, gate, contributions.cohort_weight)
 
     return Reducer(lambda variables: (), prepare, _embed, reduce, sensitivity=sensitivity)
@@ -123,17 +126,31 @@ def _weighted(
     )
 
 
-def _embed(contribution: WeightedSum, level: Submodel, variables: Variables) -> WeightedSum:
+def _embed(
+    contribution: WeightedSum, level: Submodel, variables: Variables, layers: LayerTable
+) -> WeightedSum:
     like = jax.tree.map(lambda x: x.astype(wide(x.dtype)), variables)  # the dtype of sums
-    return contribution._replace(total=level.embed(contribution.total, like))
+    total = contribution.total
+    embedded = contribution._replace(total=level.embed(total, like))
+    if not level.slices:
+        return embedded
+    weight = layers.expand(contribution.total_weight)
+    held = jax.tree.map(lambda x, a: jnp.full_like(x, a.astype(x.dtype)), total, weight)
+    return embedded._replace(entry_weight=level.embed(held, like))
+
+
+def _sent_weight(contributions: WeightedSum) -> PyTree:
+    """The weight of those who sent a layer, `f32[L]`, or an entry."""
+    no_slices = isinstance(contributions.entry_weight, tuple)
+    return contributions.total_weight if no_slices else contributions.entry_weight
 
 
 def _cohort_weight(contributions: WeightedSum) -> Array:
     return jnp.full_like(contributions.total_weight, contributions.cohort_weight)
 
 
-def _divided(contributions: WeightedSum, divisor: Array, layers: LayerTable) -> Variables:
-    """Sums divided by a number per layer, parameters by `divisor`, statistics by `total_weight`."""
+def _divided(contributions: WeightedSum, divisor: PyTree, layers: LayerTable) -> Variables:
+    """The sums of parameters divided by `divisor`, those of statistics by the senders' weight."""
 
     def mean(total: Array, weight: Array) -> Array:
         weight = weight.astype(total.dtype)
@@ -143,7 +160,8 @@ def _divided(contributions: WeightedSum, divisor: Array, layers: LayerTable) -> 
             jnp.zeros_like(total),
         )
 
-    of_params, of_statistics = layers.expand(divisor), layers.expand(contributions.total_weight)
+    sent = _sent_weight(contributions)
+    of_params, of_statistics = layers.expand(divisor), layers.expand(sent)
     return {
         name: jax.tree.map(mean, tree, (of_params if name == "params" else of_statistics)[name])
         for name, tree in contributions.total.items()

@@ -7,7 +7,7 @@ updates themselves, C models next to each other: it is `stacked`, and `prepare` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
@@ -27,7 +27,7 @@ class Aggregate(NamedTuple):
     """What the clients of a round add up to."""
 
     update: Variables  # like the server's variables; 0 in a layer that nobody sent
-    gate: Array  # bool[L], False = the layer keeps its value
+    gate: Any  # bool[L], False = the layer keeps its value; where levels are slices, a tree of bool
     cohort_weight: Array  # f32[], sum of a_k over the clients that count; 0 = nobody
     extras: Terms = NO_TERMS  # what clients sent with their updates, averaged as these are
 
@@ -38,8 +38,9 @@ class Reducer(NamedTuple):
     init: Callable[[Variables], PyTree]  # variables -> state, which holds the rule's numbers
     # (update, upload, counted bool[], layers of the submodel) -> contribution
     prepare: Callable[[Variables, UploadInfo, Array, LayerTable], PyTree]
-    # (contribution, submodel, server's variables) -> contribution in the server's structure
-    embed: Callable[[PyTree, Submodel, Variables], PyTree]
+    # (contribution, submodel, server's variables, layers of the submodel)
+    #   -> contribution in the server's structure
+    embed: Callable[[PyTree, Submodel, Variables, LayerTable], PyTree]
     # (contributions, uploads [C, ...], counted bool[C], client i32[C], state, layers, plan)
     #   -> aggregate; contributions are their sum, or [C, ...] if stacked
     reduce: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable, Plan], Aggregate]

@@ -49,7 +49,10 @@ def by_layer(rule: Rule, number: Any = ()) -> Reducer:
         del upload, counted, layers
         return update
 
-    def embed(update: Variables, level: Submodel, variables: Variables) -> Variables:
+    def embed(
+        update: Variables, level: Submodel, variables: Variables, layers: LayerTable
+    ) -> Variables:
+        del layers
         return level.embed(update, variables)
 
     def reduce(

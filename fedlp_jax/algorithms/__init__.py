@@ -10,6 +10,7 @@ from fedlp_jax.algorithms.base import Algorithm as Algorithm
 from fedlp_jax.algorithms.compose import compose as compose
 from fedlp_jax.algorithms.fedavg import fedavg as fedavg
 from fedlp_jax.algorithms.feddyn import feddyn as feddyn
+from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
 from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
 from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
 from fedlp_jax.algorithms.fedlp import fedlp_q as fedlp_q
@@ -21,4 +22,7 @@ from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
 from fedlp_jax.algorithms.fedper import fedper as fedper
 from fedlp_jax.algorithms.fedprox import fedprox as fedprox
 from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
+from fedlp_jax.algorithms.fedrolex import fedrolex as fedrolex
+from fedlp_jax.algorithms.fjord import fjord as fjord
+from fedlp_jax.algorithms.heterofl import heterofl as heterofl
 from fedlp_jax.algorithms.scaffold import scaffold as scaffold

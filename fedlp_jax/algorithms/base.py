@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from fedlp_jax.accounting.ledger import Wire, wire_of
+from fedlp_jax.accounting.ledger import Wire, layers_of_levels, wire_of
 from fedlp_jax.aggregation.privacy import Privacy
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.pruning.layers import LayerRule, LayerTable
+from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import always
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Task
@@ -44,7 +45,7 @@ class Algorithm(NamedTuple):
     assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
     # (layers, K) -> probability that a client sends a layer it holds, f32[1 or K, 1 or L]
     upload_rates: Callable[[LayerTable, int], np.ndarray] = always
-    wire: Callable[[LayerTable], Wire] = wire_of  # bytes of what is exchanged
+    wire: Callable[[LayerTable], Wire] = wire_of  # what is exchanged; see `exchanged`
     # (variables or shapes, example) -> what clients of each level keep; None = nothing
     client_state: Callable[[Variables, Batch], tuple[ClientState, ...]] | None = None
     shared_heads: bool = False  # every level can be tested from the server's variables
@@ -57,3 +58,21 @@ class Algorithm(NamedTuple):
     # (shapes of the model, examples i64[K]) -> None: refuses or warns, before anything compiles
     check: Callable[[Variables, np.ndarray], None] = lambda model, sizes: None
     train_loss: str = "examples"  # or "batches": mean over clients of the mean over steps
+
+
+def exchanged(
+    algorithm: Algorithm, layers: LayerTable, variables: Variables, levels: Sequence[Submodel]
+) -> Wire:
+    """What clients of an algorithm exchange with the server.
+
+    Args:
+      algorithm: any.
+      layers: of the server's variables.
+      variables: these, or their shapes.
+      levels: of the algorithm; where they hold slices of layers, sizes are by level.
+    """
+    if not any(level.slices for level in levels):
+        return algorithm.wire(layers)
+    shapes = [jax.eval_shape(level.extract, variables) for level in levels]
+    held = [layer_table(shape, algorithm.layers, layers.names) for shape in shapes]
+    return algorithm.wire(layers_of_levels(layers, held))

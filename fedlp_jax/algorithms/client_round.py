@@ -65,12 +65,17 @@ class Parts:
     upload: Upload | None
 
     def wire(self, layers: LayerTable) -> Wire:
-        """Bytes of what is exchanged: the model, and what the algorithm adds to it."""
+        """Bytes of what is exchanged: the model, and what the algorithm adds to it.
+
+        Args:
+          layers: the layer table, or `layers_of_levels` where clients hold slices.
+        """
         variables = {"params": {"any": jax.ShapeDtypeStruct((), jnp.float32)}}
         read, sent = jax.eval_shape(self._terms_exchanged, variables)
         sizes = None
         if self.upload is not None:
-            sizes = np.array([expected_bits(self.upload, int(n)) / 8 for n in layers.params])
+            sizes = np.array([expected_bits(self.upload, int(n)) / 8 for n in layers.params.flat])
+            sizes = sizes.reshape(layers.params.shape)
         return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers), sizes)
 
     def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
@@ -116,6 +121,15 @@ class ClientProgram:
     lost_skip: bool  # lost clients take no step
     largest: int | None = None  # size of the largest client, where trip counts must be known
 
+    @property
+    def embeds(self) -> bool:
+        """Whether a client's own contribution has the server's structure, not their sum only.
+
+        Updates of all levels lie in one stack; clients that hold different parts of the server's
+        variables add up there.
+        """
+        return self.parts.pipeline.reducer.stacked or self.submodel.place is not None
+
 
 def train_client(
     program: ClientProgram,
@@ -142,6 +156,9 @@ def train_client(
       A contribution is either summed or stacked, and the other is `()`.
     """
     parts, level, outcome = program.parts, program.submodel, inputs.outcome
+    if level.place is not None:
+        level = level.place(broadcast.key, broadcast.round, inputs.client.id)
+        program = dataclasses.replace(program, submodel=level)
 
     # Start from the server's variables and what the client kept, such as its head.
     start = level.extract(broadcast.variables)
@@ -167,9 +184,10 @@ def train_client(
         payload, inputs.upload, counted, broadcast.bound, program.layers
     )
     summed, stacked = contribution, ()
-    if parts.pipeline.reducer.stacked:  # alike at all levels, to lie in one stack
+    if program.embeds:
         like = payload_like(parts, broadcast.variables, broadcast.terms)
-        summed, stacked = (), parts.pipeline.reducer.embed(contribution, level, like)
+        embedded = parts.pipeline.reducer.embed(contribution, level, like, program.layers)
+        summed, stacked = ((), embedded) if parts.pipeline.reducer.stacked else (embedded, ())
 
     if kept:
         parts_of = {"head": new_head, "training": training, "upload": residual}

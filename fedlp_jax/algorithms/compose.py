@@ -141,6 +141,8 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
             "privacy needs updates of a known norm, which compression changes; omit upload or "
             "privacy."
         )
+    if parts.submodels.slices:
+        _check_slices(parts, privacy)
     stateful = parts.submodels.persist or parts.local_training.init is not None
     stateful = stateful or (upload is not None and upload.init is not None)
     return Algorithm(
@@ -169,6 +171,30 @@ def _submodels(submodels: Submodels | None, personal: str | None) -> Submodels:
     if personal is not None:
         return submodel.personal(personal, submodels)
     return submodels or submodel.whole()
+
+
+def _check_slices(parts: Parts, privacy: Privacy | None) -> None:
+    """Refuses what counts layers as one where clients hold parts of them."""
+    if parts.pipeline.reducer.stacked:
+        raise FedLPError(
+            "a robust rule lets every sender of a layer vote on all of it, but here clients hold "
+            "parts of layers; use aggregator='masked_mean', 'cohort_mean' or 'inverse_probability'."
+        )
+    if privacy is not None:
+        raise FedLPError(
+            "privacy adds noise to whole layers, also where no client holds their entries; use "
+            "fl.fedavg or fl.fedlp_homo with privacy."
+        )
+    if parts.local_training.finish is not None:
+        raise FedLPError(
+            "this algorithm sends more than its update, which is not cut to a client's width; "
+            "use a rule for gradients alone, such as FedProx, or whole submodels."
+        )
+    if parts.upload is not None and parts.upload.init is not None:
+        raise FedLPError(
+            "an upload with error feedback keeps what it did not send of a client's entries, which "
+            "need not be its own in the next round; use upload=fl.top_k(..., error_feedback=False)."
+        )
 
 
 def _chained(upload: Any) -> Upload | None:

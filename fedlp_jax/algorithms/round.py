@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedlp_jax.accounting.ledger import layers_of_levels
 from fedlp_jax.aggregation.pipeline import layers_of_payload, separated
 from fedlp_jax.aggregation.reducer import Aggregate, UploadInfo
 from fedlp_jax.aggregation.server import Reduced, gated, server_step
@@ -112,7 +113,8 @@ def run_round(
     # Train every client at its level, unless it is lost. Sum or stack what they send.
     outcomes = None
     if cohort.conditions is not None:
-        wire = parts.wire(table)
+        held = layers_of_levels(table, tables) if parts.submodels.slices else table
+        wire = parts.wire(held)
         outcomes = draw_outcomes(key, number, cohort, masks, wire, levels, parts.work, example)
     a = cohort.size.astype(jnp.float32)
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
@@ -122,6 +124,7 @@ def run_round(
         [
             _level(parts, level, layers_of_payload(layers, payload), payload, example, cohort, plan)
             for level, layers in zip(levels, tables, strict=True)
+            if not level.idle  # it comes after the others
         ],
         broadcast,
         _client_inputs(cohort, uploads, outcomes, plan, examples),
@@ -170,10 +173,10 @@ def _level(
     sizes = jnp.asarray(cohort.buckets, jnp.int32)
 
     def embed(broadcast: Broadcast, summed: PyTree) -> PyTree:
-        if parts.pipeline.reducer.stacked:
+        if program.embeds:
             return summed
         like = payload_like(parts, broadcast.variables, broadcast.terms)
-        return parts.pipeline.reducer.embed(summed, level, like)
+        return parts.pipeline.reducer.embed(summed, level, like, layers)
 
     return Level(
         partial(train_client, program),
@@ -302,13 +305,15 @@ def _lost_skip(cohort: Cohort, plan: Plan) -> bool:
 def _layers_of(
     level: Submodel, variables: Variables, whole: LayerTable, rule: LayerRule
 ) -> LayerTable:
-    return layer_table(level.extract(variables), rule, whole.names)
+    return layer_table(jax.eval_shape(level.extract, variables), rule, whole.names)
 
 
 def _check_whole_layers(
     level: Submodel, depth: int, variables: Variables, whole: LayerTable, rule: LayerRule
 ) -> None:
     """A layer is averaged as one, so a submodel has all of it or nothing."""
+    if level.slices:
+        return  # its entries are averaged one by one
     part = _layers_of(level, variables, whole, rule)
     cut = (part.covered > 0) & (part.params + part.statistics < whole.params + whole.statistics)
     if cut.any():

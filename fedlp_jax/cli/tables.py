@@ -106,16 +106,16 @@ def _layer_table(view: Overview) -> Table:
 def _level_table(view: Overview) -> Table:
     return numbers_table(
         "Submodels",
-        ("depth", "clients", "shared parameters", "held parameters", "MACs per example"),
+        ("submodel", "clients", "shared parameters", "held parameters", "MACs per example"),
         (
             (
-                str(depth),
+                level.name.replace("_", " "),
                 f"{level.clients:,}",
                 f"{level.shared:,}",
                 f"{level.held:,}",
                 f"{sum(level.macs.values()):,}",
             )
-            for depth, level in enumerate(view.levels, start=1)
+            for level in view.levels
         ),
     )
 

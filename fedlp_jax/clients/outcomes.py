@@ -118,7 +118,7 @@ def draw_outcomes(
     drops = answers & (chance < c.dropout)
     corrupt = draws(Purpose.CORRUPTION, 1)[0] < c.corruption
 
-    begin, train, send = _durations(c.machines, masks, wire, macs)
+    begin, train, send = _durations(c.machines, masks, wire, cohort.level, macs)
     finish = begin + train + send
     end = jnp.where(drops, begin + share * train, finish)
     in_time = answers & ~drops & (finish <= c.deadline)
@@ -158,12 +158,13 @@ def _training_macs(
 
 
 def _durations(
-    machines: Machines | None, masks: Masks, wire: Wire, macs: Array
+    machines: Machines | None, masks: Masks, wire: Wire, level: Array, macs: Array
 ) -> tuple[Array, Array, Array]:
     """Seconds of download, training and upload, `f32[C]` each."""
     if machines is None:
         return (jnp.zeros_like(macs),) * 3
-    received, sent = (jnp.asarray(x, jnp.float32)[None] for x in (wire.download, wire.upload))
+    sizes = (jnp.asarray(x, jnp.float32) for x in (wire.download, wire.upload))
+    received, sent = (x[None] if x.ndim == 1 else x[level] for x in sizes)
     # Sums rather than products of matrices, which accelerators round.
     down = (masks.download * received).sum(axis=1)
     up = (masks.upload * sent).sum(axis=1) + wire.header

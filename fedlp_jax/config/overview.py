@@ -14,7 +14,7 @@ import numpy as np
 from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.aggregation.robust import stacked_bytes
-from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.algorithms.base import Algorithm, exchanged
 from fedlp_jax.clients.devices import PASSES
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.config.schema import Config
@@ -34,6 +34,7 @@ from fedlp_jax.types import Batch, Examples, Variables
 class Level(NamedTuple):
     """One submodel level."""
 
+    name: str  # such as "depth_2"
     task: Task
     variables: Variables  # shapes, private ones included
     table: LayerTable  # what it exchanges with the server, in the layers of the whole model
@@ -86,9 +87,10 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     number = np.bincount(assigned, minlength=len(levels))
     keep = algorithm.upload_rates(table, clients.clients)
     received = np.stack([level.table.covered for level in levels])[assigned]  # f32[K, L]
-    wire = algorithm.wire(table)
+    wire = exchanged(algorithm, table, variables, algorithm.levels(variables, example))
+    of_clients = wire.at(assigned)  # f64[K, L] where clients hold slices
     cohort = cohort_size(config.cohort, clients.clients)
-    deepest = algorithm.levels(variables, example)[-1].extract(variables)
+    deepest = jax.eval_shape(algorithm.levels(variables, example)[-1].extract, variables)
     # Over-selection: the first C of the chosen clients count.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
     return Overview(
@@ -96,8 +98,9 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         cohort,
         table,
         tuple(level._replace(clients=int(n)) for level, n in zip(levels, number, strict=True)),
-        upload_bytes=cohort * float((received * keep @ wire.upload).mean() + wire.header),
-        download_bytes=chosen * float((received @ wire.download).mean()),
+        upload_bytes=cohort
+        * float((received * keep * of_clients.upload).sum(axis=1).mean() + wire.header),
+        download_bytes=chosen * float((received * of_clients.download).sum(axis=1).mean()),
         fedavg=fedavg_traffic(
             *whole_model(algorithm, data, deepest, table), senders=cohort, receivers=chosen
         ),
@@ -152,8 +155,11 @@ def submodel_levels(algorithm: Algorithm, variables: Variables, example: Batch) 
     levels = []
     for level in algorithm.levels(variables, example):
         held = jax.eval_shape(level.task.init, root_key(0), example)
-        part = layer_table(level.extract(variables), algorithm.layers, layers.names)
-        levels.append(Level(level.task, held, part, forward_macs(level.task, held, example)))
+        held_shapes = jax.eval_shape(level.extract, variables)
+        part = layer_table(held_shapes, algorithm.layers, layers.names)
+        levels.append(
+            Level(level.name, level.task, held, part, forward_macs(level.task, held, example))
+        )
     return levels
 
 

@@ -377,6 +377,10 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.feddyn: (),
     algorithms.fedper: (),
     algorithms.lg_fedavg: (),
+    algorithms.heterofl: (),
+    algorithms.fedrolex: (),
+    algorithms.federated_dropout: (),
+    algorithms.fjord: (),
     compose: (),
 }
 _POLICY = ("policy",)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.types import Array, PyTree, Variables
+from fedlp_jax.types import PyTree, Variables
 
 LayerRule = str | Mapping[str, str]
 
@@ -36,8 +36,10 @@ class LayerTable:
     def __len__(self) -> int:
         return len(self.names)
 
-    def expand(self, values: Array) -> PyTree:
-        """`f32[L]` -> a tree of scalars, one per leaf."""
+    def expand(self, values: Any) -> PyTree:
+        """`f32[L]` -> a tree of scalars, one per leaf; a tree, of single entries, stays."""
+        if not hasattr(values, "shape"):
+            return values
         return jax.tree.map(lambda layer: values[layer], self.index)
 
     def only(self, collection: str) -> LayerTable:

@@ -45,6 +45,12 @@ class Submodel(NamedTuple):
     embed: Callable[[Variables, Variables], Variables]  # (shared tree, like) -> zeros elsewhere
     private: Callable[[Array, Batch], PyTree]  # (key, example) -> initial private variables
     private_shapes: PyTree  # of what `private` returns
+    name: str = ""  # after which metrics of the level are named
+    slices: bool = False  # it holds parts of layers, so that entries are averaged one by one
+    idle: bool = False  # nobody holds it; it is there to be tested
+    # (root key, round i32[], client i32[]) -> this level with other `extract` and `embed`, if a
+    # client's part of the server's variables changes from round to round
+    place: Callable[[Array, Array, Array], Submodel] | None = None
 
 
 class Submodels(NamedTuple):
@@ -62,6 +68,7 @@ class Submodels(NamedTuple):
     resets: bool = False  # private variables begin anew in every round
     # variables of a whole model -> the part that the server holds
     of_server: Callable[[Variables], Variables] = lambda variables: variables
+    slices: bool = False  # as of its levels
 
 
 def whole() -> Submodels:
@@ -149,6 +156,11 @@ def _with_personal(
         raise FedLPError(
             f"{what}: clients keep layers from round to round, but heads='reset_to_init' keeps "
             "nothing; choose heads='persist' or 'shared'."
+        )
+    if scheme.slices:
+        raise FedLPError(
+            f"{what}: clients of different widths hold different parts of a layer, which cannot be "
+            "kept apart from the server's; give all clients the whole model or a depth."
         )
 
     def drop(variables: Variables) -> Variables:
@@ -333,6 +345,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
         embed=embed,
         private=private,
         private_shapes=unflatten_dict(private_shapes),
+        name=f"depth_{depth}",
     )
 
 
@@ -378,7 +391,7 @@ def assign_depths(depths: Depths, root: Array, clients: int, deepest: int) -> np
     except (TypeError, ValueError) as error:
         raise FedLPError(f"depths={depths!r} cannot be read as numbers; {allowed}.") from error
     if values.shape == (deepest,) and (values >= 0).all() and abs(values.sum() - 1) < 1e-6:
-        return _draw_depths(values, root, clients)
+        return 1 + draw_levels(values, root, clients)
     whole_numbers = values == np.round(values)
     if values.shape == (clients,) and (whole_numbers & (values >= 1) & (values <= deepest)).all():
         return values.astype(np.int32)
@@ -394,15 +407,23 @@ def depth_probabilities(depths: str | int, deepest: int) -> list[float]:
     return [flagged if depth == depths else others for depth in range(1, deepest + 1)]
 
 
-def _draw_depths(probability: np.ndarray, root: Array, clients: int) -> np.ndarray:
+def draw_levels(probability: np.ndarray, root: Array, clients: int) -> np.ndarray:
+    """The level of every client, `i32[K]` from 0, drawn from (seed, client) alone.
+
+    Args:
+      probability: of each level.
+      root: typed key of the run's seed.
+      clients: K.
+    """
+
     def draw(client: Array) -> Array:
         key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.DEPTH)
         return jax.random.uniform(key, (), jnp.float32)
 
     uniforms = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
-    # Without the last edge, a rounding error in the sum cannot give a depth past the last.
+    # Without the last edge, a rounding error in the sum cannot give a level past the last.
     edges = np.cumsum(probability)[:-1]
-    return (1 + np.searchsorted(edges, uniforms, side="right")).astype(np.int32)
+    return np.searchsorted(edges, uniforms, side="right").astype(np.int32)
 
 
 def _at_depth(task: Task, depth: int) -> Task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -47,7 +47,7 @@ def tested_levels(
     levels = algorithm.levels(variables, example_of(examples))
     tested = {"": levels[-1]}
     if algorithm.shared_heads:
-        tested |= {f"_depth_{g}": level for g, level in enumerate(levels, start=1)}
+        tested |= {f"_{level.name}": level for level in levels}
     return tested
 
 
@@ -242,14 +242,14 @@ def test_metrics(tested: dict[str, Metrics]) -> dict[str, float]:
 
 
 def train_metrics(
-    client: ClientMetrics, level: np.ndarray, levels: int, kind: str
+    client: ClientMetrics, level: np.ndarray, names: Sequence[str], kind: str
 ) -> dict[str, Any]:
     """Means over the clients of a round that count, on the host.
 
     Args:
       client: arrays `[C]`, only slots that ran.
       level: `i32[C]`.
-      levels: G; with more than one, means per depth are added.
+      names: of the levels; with more than one, means of each are added.
       kind: "examples" or "batches", see `Algorithm.train_loss`.
 
     Returns:
@@ -259,9 +259,9 @@ def train_metrics(
     row = _means(client, finite, kind, "")
     row["clients"] = int(finite.size)
     row["clients_left_out"] = int((~finite).sum())
-    if levels > 1:
-        for g in range(levels):
-            row |= _means(client, finite & (level == g), kind, f"_depth_{g + 1}")
+    if len(names) > 1:
+        for g, name in enumerate(names):
+            row |= _means(client, finite & (level == g), kind, f"_{name}")
     return row
 
 

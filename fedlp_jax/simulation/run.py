@@ -111,7 +111,7 @@ class Run:
         self.state: ServerState = processes.put(
             jax.tree.map(jnp.copy, state), replicated(self.plan)
         )
-        self.ledger = Ledger(spec.layers, self.population, spec.algorithm.wire(spec.layers))
+        self.ledger = Ledger(spec.layers, self.population, spec.wire)
         self.history = History()
         self.client_history = ClientHistory(
             self.algorithm.task.metrics, spec.layers.names, spec.clients.sizes
@@ -257,7 +257,7 @@ class Run:
         row |= evaluation.train_metrics(
             jax.tree.map(lambda x: x[arrived], metrics.client),
             record.level[arrived],
-            len(self.spec.levels),
+            [level.name for level in self.spec.levels if not level.idle],
             self.algorithm.train_loss,
         )
         if outcomes is not None:
@@ -269,7 +269,7 @@ class Run:
         self.client_history.add(record.round, record.client, record.level, metrics, arrived)
         upload, download = np.asarray(metrics.upload), np.asarray(metrics.download)
         bits = None if isinstance(metrics.bits, tuple) else np.asarray(metrics.bits)
-        row |= self.ledger.add(record.client, upload, download, arrived, bits)
+        row |= self.ledger.add(record.client, upload, download, arrived, bits, record.level)
         row["seconds"] = record.seconds
         self.history.rows.append(row)
         return row

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlp_jax.accounting.ledger import Wire
 from fedlp_jax.aggregation.privacy import accountant
-from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.algorithms.base import Algorithm, exchanged
 from fedlp_jax.clients.failures import Exposure, Faults
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
@@ -49,6 +50,7 @@ class Spec:
       levels: G submodels.
       client_state: what clients of each level keep between rounds; () = nothing.
       layers: the layer table.
+      wire: what clients exchange of each layer.
       predicted: bytes that a run keeps besides its model.
       epsilon: rounds -> epsilon of differential privacy; None = no privacy.
     """
@@ -67,6 +69,7 @@ class Spec:
     levels: tuple[Submodel, ...]
     client_state: tuple[ClientState, ...]
     layers: LayerTable
+    wire: Wire
     predicted: dict[str, float]
     epsilon: Callable[[int], float] | None
 
@@ -137,6 +140,7 @@ def specify(
         levels,
         kept,
         layers,
+        exchanged(algorithm, layers, begun, levels),
         predicted,
         epsilon,
     )

@@ -68,6 +68,7 @@ class Network(NamedTuple):
     apply: Apply
     at_depth: Callable[[int], Network] | None = None
     depth: int = 1  # number of submodels, depths 1 to `depth`; the deepest is the whole model
+    at_width: Callable[[float], Network] | None = None  # rate -> the network with fewer channels
 
 
 # As `Apply`, and sentences to say if this is training.
@@ -86,6 +87,10 @@ def network(module: Any) -> Network:
 
     A linen module with an integer field `depth` offers submodels: `module.clone(depth=c)` for c
     from 1 to `depth`. Sub-modules that depths share have the same names in all of them.
+
+    One with a float field `width_rate` offers narrower networks: `module.clone(width_rate=r)` has
+    `ceil(r x channels)` channels in its hidden layers, under the same names, and the same inputs
+    and outputs.
 
     An nnx instance brings its initial parameters. A class or function of `rngs` gets the run's key,
     so that its initial model follows the seed. `nnx.Param`s are trained, `nnx.BatchStat`s are
@@ -206,9 +211,13 @@ def _linen(module: nn.Module) -> Network:
         return outputs, kept, sentences
 
     depth = getattr(module, "depth", None)
-    if not isinstance(depth, int) or isinstance(depth, bool):
-        return Network(init, _with_warnings(run))
-    return Network(init, _with_warnings(run), lambda d: _linen(module.clone(depth=d)), depth)
+    found = Network(init, _with_warnings(run))
+    if isinstance(depth, int) and not isinstance(depth, bool):
+        found = found._replace(at_depth=lambda d: _linen(module.clone(depth=d)), depth=depth)
+    rate = getattr(module, "width_rate", None)
+    if isinstance(rate, float):
+        found = found._replace(at_width=lambda r: _linen(module.clone(width_rate=r * rate)))
+    return found
 
 
 def _streams(key: Array) -> dict[str, Array]:

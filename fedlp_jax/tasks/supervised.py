@@ -74,15 +74,18 @@ def supervised(
     def evaluate(variables: Variables, batch: Batch) -> Metrics:
         return measure(outputs(variables, batch), batch)
 
-    at_depth = None
-    if net.at_depth is not None:
-        submodel = net.at_depth
+    def of(part: Callable[[Any], Network] | None) -> Callable[[Any], Task] | None:
+        if part is None:
+            return None
 
-        @functools.cache  # one object per depth, so that jax recognises what it has traced
-        def at_depth(depth: int) -> Task:
-            return supervised(submodel(depth), measure, check, metrics, normalize, augment)
+        @functools.cache  # one object per part, so that jax recognises what it has traced
+        def task(size: Any) -> Task:
+            return supervised(part(size), measure, check, metrics, normalize, augment)
 
-    return Task(init, loss, evaluate, outputs, check, metrics, at_depth, net.depth)
+        return task
+
+    depths, widths = of(net.at_depth), of(net.at_width)
+    return Task(init, loss, evaluate, outputs, check, metrics, depths, net.depth, widths)
 
 
 def mean_over_rows(values: Array, valid: Array | None) -> Mean:

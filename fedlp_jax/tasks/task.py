@@ -31,3 +31,4 @@ class Task(NamedTuple):
     metrics: tuple[str, ...] = ("loss", "accuracy")
     at_depth: Callable[[int], Task] | None = None  # depth -> submodel, if the model has depths
     depth: int = 1  # number of depths; the deepest is the whole model
+    at_width: Callable[[float], Task] | None = None  # rate -> narrower model, if it has widths

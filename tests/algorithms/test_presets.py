@@ -144,7 +144,7 @@ def test_a_loss_is_the_mean_over_examples_or_over_steps_and_clients(kind, loss):
         steps=np.array([2, 1]),
         finite=np.array([True, True]),
     )
-    assert train_metrics(client, np.zeros(2, int), 1, kind)["train_loss"] == pytest.approx(loss)
+    assert train_metrics(client, np.zeros(2, int), [""], kind)["train_loss"] == pytest.approx(loss)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fedlp_jax.errors import FedLPError, check_choice
+from fedlp_jax.errors import FedLPError, check_choice, check_number
 from fedlp_jax.nn.conv import conv_general_dilated
 from fedlp_jax.nn.initializers import INITS, Init, initializers
 from fedlp_jax.types import Array
@@ -48,6 +48,33 @@ class Model(nn.Module, kw_only=True, metaclass=_InitKeyword):
                 "None, the dtype of the parameters."
             )
         super().__post_init__()
+
+
+class WidthModel(Model, kw_only=True):
+    """A model that also exists with fewer channels: `clone(width_rate=r)`, 0 < r <= 1.
+
+    Every hidden layer then has the first `ceil(r x channels)` of its channels. Inputs and outputs
+    are never cut.
+
+    Raises:
+      FedLPError: the rate is not in (0, 1].
+    """
+
+    width_rate: float = 1.0  # r
+
+    def __post_init__(self) -> None:
+        check_number("width_rate", self.width_rate, gt=0, le=1)
+        super().__post_init__()
+
+    def scaled(self, channels: int) -> int:
+        """The channels of a hidden layer that has so many in the whole model."""
+        return channels_at(channels, self.width_rate)
+
+
+def channels_at(channels: int, rate: float) -> int:
+    """`ceil(r x channels)`."""
+    # A product such as .7 x 10 may lie a rounding error above a whole number.
+    return max(math.ceil(rate * channels - 1e-9), 1)
 
 
 def dense(features: int, fan_in: int, init: Init, name: str, dtype: Any = None) -> nn.Dense:

@@ -9,7 +9,7 @@ import flax.linen as nn
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.nn.initializers import Init
-from fedlp_jax.nn.models.base import Model, conv, dense
+from fedlp_jax.nn.models.base import WidthModel, conv, dense
 from fedlp_jax.nn.pooling import max_pool
 from fedlp_jax.types import Array
 
@@ -33,7 +33,7 @@ class ConvLayer(nn.Module):
         return norm(nn.relu(layer(x)))
 
 
-class FedLPCNN(Model):
+class FedLPCNN(WidthModel):
     """The CNN of FedLP (arXiv:2303.06360) for 32 x 32 images, at one of five depths.
 
     Depth 5 is the global model: six `ConvLayer`s of 32, 32, 64, 64, 128, 128 channels with max
@@ -68,16 +68,18 @@ class FedLPCNN(Model):
             )
         convolutions = len(_CHANNELS) if self.depth == _DEEPEST else self.depth + 1
         for i in range(1, convolutions + 1):
-            x = ConvLayer(_CHANNELS[i - 1], self.initial, self.dtype, name=f"conv{i}")(x, train)
+            channels = self.scaled(_CHANNELS[i - 1])
+            x = ConvLayer(channels, self.initial, self.dtype, name=f"conv{i}")(x, train)
             if i % 2 == 0 or i == convolutions:
                 x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
         head = "" if self.depth == _DEEPEST else f"exit{self.depth}_"
-        x = dense(_HIDDEN, x.shape[-1], self.initial, f"{head}fc1", self.dtype)(x)
-        return dense(self.num_classes, _HIDDEN, self.initial, f"{head}fc2", self.dtype)(x)
+        hidden = self.scaled(_HIDDEN)
+        x = dense(hidden, x.shape[-1], self.initial, f"{head}fc1", self.dtype)(x)
+        return dense(self.num_classes, hidden, self.initial, f"{head}fc2", self.dtype)(x)
 
 
-class MNISTCNN(Model):
+class MNISTCNN(WidthModel):
     """The MNIST CNN of the FedLP authors' code for 28 x 28 images; 21,840 parameters, 10 classes.
 
     Two 5 x 5 convolutions without padding, each followed by max pooling and ReLU, then two linear
@@ -99,12 +101,13 @@ class MNISTCNN(Model):
                 f"{list(x.shape)}."
             )
         valid = {"padding": "VALID", "dtype": self.dtype}
-        x = conv(10, (5, 5), x.shape[-1], self.initial, "conv1", **valid)(x)
+        first, second, hidden = map(self.scaled, (10, 20, 50))
+        x = conv(first, (5, 5), x.shape[-1], self.initial, "conv1", **valid)(x)
         x = nn.relu(max_pool(x))
-        x = conv(20, (5, 5), 10, self.initial, "conv2", **valid)(x)
+        x = conv(second, (5, 5), first, self.initial, "conv2", **valid)(x)
         x = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = nn.relu(max_pool(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(dense(50, x.shape[-1], self.initial, "fc1", self.dtype)(x))
+        x = nn.relu(dense(hidden, x.shape[-1], self.initial, "fc1", self.dtype)(x))
         x = nn.Dropout(0.5, deterministic=not train)(x)
-        return dense(self.num_classes, 50, self.initial, "fc2", self.dtype)(x)
+        return dense(self.num_classes, hidden, self.initial, "fc2", self.dtype)(x)

@@ -9,7 +9,7 @@ import flax.linen as nn
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.nn.initializers import Init
-from fedlp_jax.nn.models.base import Model, conv, dense
+from fedlp_jax.nn.models.base import WidthModel, conv, dense
 from fedlp_jax.types import Array
 
 _STAGES = (16, 32, 64)
@@ -51,7 +51,7 @@ class Stem(nn.Module):
         return nn.relu(_conv_norm(self, x, 1, train, ""))
 
 
-class ResNet(Model):
+class ResNet(WidthModel):
     """Three stages of two residual blocks with 16, 32 and 64 channels, as in FedLP.
 
     195,738 parameters for 3 channels and 10 classes. Its modules, and so its layers, are `stem`,
@@ -70,13 +70,14 @@ class ResNet(Model):
         """
         if x.ndim != 4:
             raise FedLPError(f"ResNet needs images [B, H, W, channels], not {list(x.shape)}.")
-        x = Stem(_STAGES[0], self.initial, self.dtype, name="stem")(x, train)
-        for s, features in enumerate(_STAGES, 1):
+        stages = [self.scaled(channels) for channels in _STAGES]
+        x = Stem(stages[0], self.initial, self.dtype, name="stem")(x, train)
+        for s, features in enumerate(stages, 1):
             for b in range(1, _BLOCKS + 1):
                 stride = 2 if s > 1 and b == 1 else 1
                 name = f"stage{s}_block{b}"
                 x = ResidualBlock(features, stride, self.initial, self.dtype, name=name)(x, train)
-        return dense(self.num_classes, _STAGES[-1], self.initial, "fc", self.dtype)(x.mean((1, 2)))
+        return dense(self.num_classes, stages[-1], self.initial, "fc", self.dtype)(x.mean((1, 2)))
 
 
 def _conv_norm(
