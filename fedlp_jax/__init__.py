@@ -50,10 +50,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
     from fedlp_jax.algorithms.fedper import fedper as fedper
     from fedlp_jax.algorithms.fedprox import fedprox as fedprox
-    from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
     from fedlp_jax.algorithms.fedrolex import fedrolex as fedrolex
     from fedlp_jax.algorithms.fjord import fjord as fjord
     from fedlp_jax.algorithms.heterofl import heterofl as heterofl
+    from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
     from fedlp_jax.algorithms.scaffold import scaffold as scaffold
     from fedlp_jax.clients.devices import Profile as Profile
     from fedlp_jax.clients.failures import Corruption as Corruption

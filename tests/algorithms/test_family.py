@@ -491,7 +491,7 @@ def test_it_learns_the_digits(name):
     sgd = optax.sgd(0.1)
     one = ROWS[name].make(task, client_optimizer=sgd, epochs=2, batch_size=10, **LEARNS[name])
     result = fl.simulate(one, data, clients, rounds=20, cohort=10, seed=0)
-    accuracy = "test_accuracy_personal" if personal else "test_accuracy"
+    accuracy = "test_accuracy_personal" if ROWS[name].private else "test_accuracy"
     assert result.history[accuracy][-1] > 0.8
 
 
