@@ -84,6 +84,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.checkpoint import Checkpoint as Checkpoint
     from fedlp_jax.simulation.early_stop import EarlyStop as EarlyStop
     from fedlp_jax.simulation.evaluation import evaluate as evaluate
+    from fedlp_jax.simulation.keep_best import KeepBest as KeepBest
     from fedlp_jax.simulation.loop import simulate as simulate
     from fedlp_jax.simulation.profiling import Trace as Trace
     from fedlp_jax.simulation.result import DivergedError as DivergedError
@@ -146,6 +147,7 @@ _HOMES = {
     "simulation.checkpoint": "Checkpoint",
     "simulation.early_stop": "EarlyStop",
     "simulation.evaluation": "evaluate",
+    "simulation.keep_best": "KeepBest",
     "simulation.loop": "simulate",
     "simulation.profiling": "Trace",
     "simulation.result": "DivergedError Result",

@@ -130,6 +130,11 @@ class ServerState(NamedTuple):
     halted: Array  # bool[], a round left no finite model; later rounds change nothing
     algorithm: Any = ()  # the `Terms` of its ServerRule, if the algorithm has one
 
+    def __repr__(self) -> str:
+        """The round and the size, without the arrays."""
+        count = sum(getattr(x, "size", 0) for x in jax.tree.leaves(self.variables))
+        return f"ServerState(after round {self.round}, {count:,} numbers in variables)"
+
 
 class RoundMetrics(NamedTuple):
     """What a round reports but does not carry. Slots as in `Cohort`."""

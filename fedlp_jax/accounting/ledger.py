@@ -152,6 +152,12 @@ class Ledger:
         row["upload_bytes"] = self.upload_bytes[-1]
         return {name: int(value) for name, value in row.items()}
 
+    def __repr__(self) -> str:
+        """Rounds, layers and the traffic of all clients."""
+        up, down = (self.total[f"{way}_bytes"] / 1e6 for way in ("upload", "download"))
+        rounds = f"{len(self.clients)} rounds of {len(self.layers)} layers"
+        return f"Ledger({rounds}: {up:,.4g} MB up, {down:,.4g} MB down)"
+
     @property
     def total(self) -> dict[str, int]:
         """The same four numbers, summed over all rounds."""

@@ -28,4 +28,4 @@ def export(
 
     table = runs_frame([Path(run).expanduser() for run in runs], clients=clients)
     write(table, out)
-    typer.echo(f"{len(table):,} rows of {len(runs)} runs written to {out}.")
+    typer.echo(f"{len(table):,} rows written to {out}.")

@@ -25,6 +25,7 @@ from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run, some_clients
 from fedlp_jax.reporting.run_directory import (
+    BEST,
     CLIENTS,
     PARTITION,
     PLOTS,
@@ -152,7 +153,8 @@ def _shown(name: str, progress: bool | None) -> str | bool:
 def _extras(config: Config, path: Path, profile: str | None) -> dict[str, Any]:
     """The arguments of `simulate` that write into the run directory."""
     trace = None if profile is None else Trace(path / PROFILE, *rounds_of(profile))
-    return {"sinks": _sinks(config, path), "profile": trace}
+    best = None if config.keep_best is None else config.keep_best.build(path=path / BEST)
+    return {"sinks": _sinks(config, path), "profile": trace, "keep_best": best}
 
 
 def _sinks(config: Config, directory: Path) -> list[Sink]:
@@ -206,6 +208,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "name": name,
         "status": "done",
         "rounds": len(result.history),
+        "best": None if result.best is None else result.best._replace(variables=None)._asdict(),
         "stopped": result.stopped,  # why `early_stop` ended the run
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,

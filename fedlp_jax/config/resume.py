@@ -21,7 +21,16 @@ from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
 from fedlp_jax.simulation.early_stop import Watch
 
 # What changes the time a run takes and the rounds it shows, but no number in them.
-_MAY_DIFFER = {"name", "rounds", "eval_every", "early_stop", "sinks", "plan", "checkpoint"}
+_MAY_DIFFER = {
+    "name",
+    "rounds",
+    "eval_every",
+    "early_stop",
+    "keep_best",
+    "sinks",
+    "plan",
+    "checkpoint",
+}
 
 
 def run_checkpoint(config: Config, directory: Path, overwrite: bool = False) -> Checkpoint:

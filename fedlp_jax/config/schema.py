@@ -48,6 +48,7 @@ from fedlp_jax.pruning import masks
 from fedlp_jax.reporting import sinks
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import EarlyStop
+from fedlp_jax.simulation.keep_best import KeepBest
 from fedlp_jax.tasks.classification import classification
 from fedlp_jax.tasks.multi_label import multi_label
 from fedlp_jax.tasks.next_token import next_token
@@ -436,6 +437,7 @@ SINKS = _kinds({"wandb": sinks.wandb}) | _kinds(
 CheckpointSection = derive("checkpoint", Checkpoint, without=("directory", "settings", "overwrite"))
 FaultsSection = derive("faults", Faults)
 EarlyStopSection = derive("early_stop", EarlyStop)
+KeepBestSection = derive("keep_best", KeepBest, without=("path",))
 
 
 def _fits(field: Any, value: Any) -> bool:
@@ -471,6 +473,7 @@ class Config(Section):
     eval_every: Annotated[Whole, Field(ge=1)] | None = None  # rounds; null = the last only
     faults: Annotated[Any, _type(FaultsSection | None)] = None
     early_stop: Annotated[Any, _type(EarlyStopSection | None)] = None
+    keep_best: Annotated[Any, _type(KeepBestSection | None)] = None  # as best.npz
     sinks: tuple[Annotated[Any, _type(one_of(SINKS))], ...] = ()
     plan: Annotated[Any, _type(PlanSection)] = PlanSection()
     checkpoint: Annotated[Any, _type(CheckpointSection)] = CheckpointSection()

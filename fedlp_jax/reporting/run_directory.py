@@ -3,6 +3,7 @@
     config.yaml     the resolved configuration, which can itself be run
     metrics.jsonl   one object per round
     variables.npz   the trained model: everything the server holds, see `fl.load_variables`
+    best.npz        the model that tested best, if `keep_best` asks for it
     clients.npz     a table with a row per round and client, see `Result.clients`
     partition.npz   examples of every client, and the labels of up to 50
     summary.json    last numbers, totals, versions, device, time
@@ -39,8 +40,9 @@ from fedlp_jax.types import Variables
 CONFIG, METRICS, SUMMARY, PLOTS = "config.yaml", "metrics.jsonl", "summary.json", "plots"
 CHECKPOINTS, CLIENTS, PARTITION, LOCK = "checkpoints", "clients.npz", "partition.npz", ".lock"
 EARLIER, TENSORBOARD, PROFILE = "earlier", "tensorboard", "profile"
+BEST = "best.npz"
 _FOLDERS = (PLOTS, CHECKPOINTS, TENSORBOARD, PROFILE)
-_FILES = (CONFIG, VARIABLES, CLIENTS, PARTITION, SUMMARY, METRICS)
+_FILES = (CONFIG, VARIABLES, BEST, CLIENTS, PARTITION, SUMMARY, METRICS)
 
 
 class RunDirectory:

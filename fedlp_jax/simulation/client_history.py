@@ -142,6 +142,10 @@ class ClientHistory:
         known = ["round", "client", "level", "examples", "outcome", "corrupt", "kept"]
         return [*known, *self._metrics]
 
+    def __repr__(self) -> str:
+        """How many rows there are, and the columns."""
+        return f"ClientHistory({len(self):,} rows: {', '.join(self.keys())})"
+
     def __len__(self) -> int:
         return len(self._table())
 

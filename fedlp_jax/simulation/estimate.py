@@ -59,7 +59,8 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
     turns = [timed(range(1, 1 + count)) / count for _ in range(_TURNS)]
     assert run.program is not None
     tests = [
-        _seconds(run.program.test, run.state.variables, run.stage.test) for _ in range(1 + _TURNS)
+        _seconds(run.program.test, run.state.variables, *run.stage.tested())
+        for _ in range(1 + _TURNS)
     ]
     rounds, every = arguments["rounds"], arguments.get("eval_every") or max(arguments["rounds"], 1)
     memory, need = run.program.round.memory_analysis(), needed_bytes(run.program.round)

@@ -29,6 +29,7 @@ from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.early_stop import EarlyStop, Watch
+from fedlp_jax.simulation.keep_best import KeepBest, Keeper
 from fedlp_jax.simulation.profiling import Recorder, Trace
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
@@ -78,6 +79,7 @@ def simulate(
     resume: Snapshot | None = None,
     stop: Callable[[], bool] | None = None,
     early_stop: EarlyStop | None = None,
+    keep_best: KeepBest | None = None,
     profile: Trace | None = None,
     compiled: Callable[[Plan], None] | None = None,
 ) -> Result:
@@ -124,6 +126,7 @@ def simulate(
       stop: asked before every round; once it returns True the run is saved and ends.
       early_stop: ends the run at a target or without progress, see `EarlyStop`; the reason is
         `result.stopped`.
+      keep_best: also keeps the model that tested best, see `KeepBest`; it is `result.best`.
       profile: rounds that JAX's profiler records, see `Trace`; in the first process.
       compiled: called once, before the first round, with the plan that fits the memory.
 
@@ -160,13 +163,12 @@ def simulate(
     asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     done = resume.rows if resume is not None else ()
-    watch, recorder = Watch(early_stop, done), _recorder(profile, run)
+    watch, recorder = _observers(run, done, early_stop, keep_best, profile)
     with processes.losses_explained(), _listeners(run, done, progress, log, sinks) as listeners:
-        listeners = [watch.update, *listeners]
         _start(run, bool(left), resume, compiled)
         with _listening_to_ctrl_c(stop) as (ask, pressed), recorder:
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
-            _run_rounds(run, left, listeners, callbacks, saver, ends, recorder)
+            _run_rounds(run, left, [watch.update, *listeners], callbacks, saver, ends, recorder)
     _warn_of_missing_rounds(run, pressed())
     return dataclasses.replace(run.result(), stopped=watch.reason)
 
@@ -186,9 +188,17 @@ def _listeners(
         yield [shown.update, *([log] if log is not None and first else []), *writers]
 
 
-def _recorder(profile: Trace | None, run: Run) -> Recorder:
-    profile = profile if processes.is_first() else None
-    return Recorder(profile, run.first_round, run.last_round)
+def _observers(
+    run: Run,
+    done: Sequence[Row],
+    early_stop: EarlyStop | None,
+    keep_best: KeepBest | None,
+    profile: Trace | None,
+) -> tuple[Watch, Recorder]:
+    """What follows the rows of a run: when it stops, its best model, and its profiler."""
+    run.keeper = None if keep_best is None else Keeper(keep_best, done)
+    trace = profile if processes.is_first() else None
+    return Watch(early_stop, done), Recorder(trace, run.first_round, run.last_round)
 
 
 def _warn_of_missing_rounds(run: Run, pressed: bool) -> None:

@@ -15,6 +15,7 @@ from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.frames import frame
 from fedlp_jax.reporting.progress import headline
 from fedlp_jax.simulation.client_history import ClientHistory
+from fedlp_jax.simulation.keep_best import Best
 from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.types import ServerState, Variables
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Row = dict[str, Any]
+_WAYS = ("up", "down")
 
 
 class DivergedError(RuntimeError):
@@ -69,6 +71,13 @@ class History:
         """
         return frame(self.rows)
 
+    def __repr__(self) -> str:
+        """The rounds, and the metrics that they have."""
+        if not self.rows:
+            return "History(no rounds)"
+        first, last = self.rows[0]["round"], self.rows[-1]["round"]
+        return f"History(rounds {first} to {last}: {', '.join(self.keys())})"
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
@@ -94,6 +103,7 @@ class Result:
         elsewhere.
       warnings: what was assumed of model, data and environment, or went wrong, as it was said.
       stopped: why `early_stop` ended the run; None = it did not.
+      best: the model of the best evaluation, if `keep_best` asks for it.
     """
 
     variables: Variables
@@ -108,6 +118,20 @@ class Result:
     models: ClientModels | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     stopped: str | None = None
+    best: Best | None = None
+
+    def __repr__(self) -> str:
+        """The run in a line, without its arrays."""
+        tested = next((row for row in reversed(self.history.rows) if headline(row)), None)
+        key = headline(tested) if tested else None
+        words = [f"{len(self.history)} rounds"]
+        if tested is not None and key is not None:
+            words.append(f"{key.replace('_', ' ')} {tested[key]:.4f} in round {tested['round']}")
+        if self.best is not None:
+            words.append(f"best {self.best.value:.4f} in round {self.best.round}")
+        words += [f"{self.costs.total[f'{way}load_bytes'] / 1e6:,.4g} MB {way}" for way in _WAYS]
+        words.append(f"{self.layers.params.sum():,} parameters in {len(self.layers)} layers")
+        return f"Result({', '.join(words)})"
 
     def to_frame(self) -> DataFrame:
         """The history as a pandas data frame, see `History.to_frame`."""

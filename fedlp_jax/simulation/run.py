@@ -24,6 +24,7 @@ from fedlp_jax.simulation import validation as checks
 from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.simulation.cohorts import CohortRule
+from fedlp_jax.simulation.keep_best import Keeper
 from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
@@ -42,6 +43,7 @@ class Pending(NamedTuple):
     cohorts: list[Cohort]  # of each round, numpy
     metrics: Any  # RoundMetrics [D * P, R, ...] on the devices
     tested: dict[str, Any] | None  # the evaluation after the last
+    variables: Variables | None = None  # that it tested, if the best are kept
 
 
 class RoundRecord(NamedTuple):
@@ -55,6 +57,7 @@ class RoundRecord(NamedTuple):
     tested: dict[str, Any] | None  # {suffix: sums}, if the round was evaluated
     halted: bool  # the round left no finite model, so the state stands still
     seconds: float
+    variables: Variables | None = None  # that were tested, if the best are kept
 
     @property
     def left_out(self) -> np.ndarray:
@@ -82,6 +85,7 @@ class Run:
       ledger: what was sent.
       history: a row for each round read.
       client_history: a row for each client of each round read.
+      keeper: keeps the best model; None = the last alone is kept.
       readings: seconds of tracing, lowering and compiling, and predicted bytes.
     """
 
@@ -118,6 +122,7 @@ class Run:
         )
         self.program: Program | None = None
         self.lowerings: dict[str, str] = {}  # the form of each convolution, by its shapes
+        self.keeper: Keeper | None = None
         self.padded_share = self.imbalance = 0.0  # sums over rounds
         self.clock = 0.0
 
@@ -198,13 +203,15 @@ class Run:
             self.stage.key,
         )
         self.stage.keep(staged, clients, metrics.halted)
-        last, tested = round + count - 1, None
+        last, tested, kept = round + count - 1, None, None
         if last % self.eval_every == 0 or last == self.last_round:
             tested = self.program.test(self.state.variables, *self.stage.tested())
+            if self.keeper is not None:  # the next round donates the state
+                kept = jax.tree.map(jnp.copy, self.state.variables)
         with jax.transfer_guard_device_to_host("allow"):  # intended, as device_get is
             for leaf in jax.tree.leaves(metrics):
                 leaf.copy_to_host_async()  # when it exists, not when it is asked for
-        return Pending(round, staged.hosts, metrics, tested)
+        return Pending(round, staged.hosts, metrics, tested, kept)
 
     def at_once(self, round: int) -> int:
         """How many rounds from this one on may share a dispatch: up to the next evaluation."""
@@ -241,6 +248,7 @@ class Run:
                     tested if place == count - 1 else None,
                     bool(metrics.halted[place]),
                     seconds,
+                    pending.variables if place == count - 1 else None,
                 )
             )
         return found
@@ -272,6 +280,8 @@ class Run:
         row |= self.ledger.add(record.client, upload, download, arrived, bits, record.level)
         row["seconds"] = record.seconds
         self.history.rows.append(row)
+        if self.keeper is not None and record.variables is not None:
+            self.keeper.update(row, record.variables)
         return row
 
     def check(self, record: RoundRecord) -> None:
@@ -319,6 +329,7 @@ class Run:
             self.readings,
             dict(self.lowerings),
             clients=self.client_history,
+            best=None if self.keeper is None else self.keeper.best,
             models=self._models(),
         )
 

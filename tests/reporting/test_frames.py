@@ -64,7 +64,7 @@ def test_runs_are_exported_with_experiment_seed_and_directory(runs, tmp_path, su
     out = tmp_path / f"made/rounds{suffix}"
     words = ["export", *map(str, runs), "--out", str(out)]
     said = typer.testing.CliRunner().invoke(cli.app, words)
-    assert said.exit_code == 0 and said.output.startswith("4 rows of 2 runs"), said.output
+    assert said.exit_code == 0 and said.output.startswith("4 rows written"), said.output
     table = pandas.read_csv(out) if suffix == ".csv" else pandas.read_parquet(out)
     assert_frame_equal(table, runs_frame(runs), check_dtype=False)
     assert table["experiment"].tolist() == ["run (keep=0.5)"] * 2 + ["run (keep=1.0)"] * 2
