@@ -1,16 +1,23 @@
 """Every page beside the README does what it says."""
 
 import ast
+import glob
 import gzip
 import json
 import pathlib
 import re
+import shlex
+import shutil
+import sys
 
 import pytest
+import typer.testing
 import yaml
 
 import fedlp_jax as fl
+from fedlp_jax import cli
 from fedlp_jax.config.loading import parse_config
+from fedlp_jax.execution import plan as plans
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()
@@ -18,6 +25,11 @@ TASKS = (ROOT / "docs" / "tasks.md").read_text()
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 API = ROOT / "docs" / "api"
 PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
+
+
+# Pages whose blocks run one after the other, in one directory and one interpreter.
+SCRIPTS = ["tutorial", "bring_your_own", "coming_from", "costs", "python"]
+ELSEWHERE = {"make", "source", "pip", "git"}  # commands that set up an environment
 
 
 def blocks(language, page=PAGE):
@@ -156,3 +168,55 @@ def test_the_reference_shows_every_public_name_once():
     assert sorted([*shown, *modules, *inside]) == [
         name for name in sorted(dir(fl)) if name[0] != "_"
     ]
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Where a reader would be: a clone of the repository, without its runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    for folder in ("configs", "docs"):
+        shutil.copytree(ROOT / folder, folder, ignore=shutil.ignore_patterns("_build"))
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if (ROOT / "docs" / f"{n}.md").exists()])
+def test_a_page_runs_from_top_to_bottom(name, directory):
+    names = {}
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    found = re.findall(r"^```(python|yaml|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found
+    for language, block in found:
+        file = re.match(r"# (\w+\.(?:py|yaml))\n", block)
+        if file:
+            (directory / file[1]).write_text(block)
+        elif language == "python":
+            exec(compile(block, f"{name}.md", "exec"), names)
+        elif language == "sh":
+            for line in block.splitlines():
+                run_line(line)
+
+
+def run_line(line):
+    """A line of a shell, if it is a command of ours."""
+    line, _, target = line.split("#")[0].partition(" > ")
+    words = shlex.split(line)
+    if not words or words[0] in ELSEWHERE:
+        return
+    assert words[0] == "fedlp", line
+    words = [path for word in words[1:] for path in sorted(glob.glob(word)) or [word]]
+    result = typer.testing.CliRunner().invoke(cli.app, words, prog_name="fedlp")
+    assert result.exit_code == 0, (line, result.output)
+    if target:
+        pathlib.Path(target.strip()).write_text(result.stdout)
+
+
+def test_every_page_is_in_the_contents():
+    entries = re.findall(r"^[\w/]+$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    pages = {str(p.relative_to(ROOT / "docs"))[:-3] for p in PAGES if ROOT / "docs" in p.parents}
+    assert sorted(entries) == sorted(pages - {"index"})
