@@ -29,6 +29,11 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "fedlp_jax"
+html_show_copyright = False
+html_theme_options = {
+    name: {"code-font-size": "0.8rem"}  # 90 columns fit
+    for name in ("light_css_variables", "dark_css_variables")
+}
 
 # Pages are to read well on a forge, too: mathematics stands in fences, and links lead to files.
 myst_enable_extensions = ["dollarmath"]
@@ -42,6 +47,7 @@ nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # with tables
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
