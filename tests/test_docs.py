@@ -4,6 +4,7 @@ import ast
 import glob
 import gzip
 import json
+import operator
 import pathlib
 import re
 import shlex
@@ -13,6 +14,7 @@ import sys
 import pytest
 import typer.testing
 import yaml
+from test_readme import check_commands
 
 import fedlp_jax as fl
 from fedlp_jax import cli
@@ -28,7 +30,7 @@ PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob
 
 
 # Pages whose blocks run one after the other, in one directory and one interpreter.
-SCRIPTS = ["tutorial", "bring_your_own", "coming_from", "costs", "python"]
+SCRIPTS = ["tutorial", "bring_your_own", "coming_from", "costs", "determinism", "python"]
 ELSEWHERE = {"make", "source", "pip", "git"}  # commands that set up an environment
 
 
@@ -185,7 +187,7 @@ def directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if (ROOT / "docs" / f"{n}.md").exists()])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_page_runs_from_top_to_bottom(name, directory):
     names = {}
     text = (ROOT / "docs" / f"{name}.md").read_text()
@@ -220,3 +222,22 @@ def test_every_page_is_in_the_contents():
     entries = re.findall(r"^[\w/]+$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
     pages = {str(p.relative_to(ROOT / "docs"))[:-3] for p in PAGES if ROOT / "docs" in p.parents}
     assert sorted(entries) == sorted(pages - {"index"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_names_exist(page):
+    text = page.read_text()
+    check_commands(text)
+    for name in set(re.findall(r"\bfl\.([A-Za-z_]+(?:\.[A-Za-z_]+)?)", text)):
+        operator.attrgetter(name)(fl)
+
+
+def test_the_configuration_of_the_configuration_page_is_valid():
+    (block,) = blocks("yaml", (ROOT / "docs" / "configuration.md").read_text())
+    assert parse_config(yaml.safe_load(block)).rounds == 60
+
+
+def test_what_one_brings_takes_at_most_thirty_lines():
+    found = blocks("python", (ROOT / "docs" / "bring_your_own.md").read_text())
+    assert len(found) == 5
+    assert max(len(block.splitlines()) for block in found) <= 30
