@@ -48,3 +48,7 @@ class Reducer(NamedTuple):
     # (keep f32[C, L], chosen bool[C, 1]) -> f32[L], the largest factor that multiplies a client's
     # update in the sum; None = unknown, so privacy is refused. Needs a `WeightedSum`.
     sensitivity: Callable[[Array, Array], Array] | None = None
+    # (update, layers of the submodel) -> bool[L]: of the layers drawn, those that ONE client sends
+    # after all, such as those that moved far. The others are neither booked nor averaged. None = it
+    # sends what was drawn. A deadline of `Faults` is still modelled with all layers drawn.
+    sends: Callable[[Variables, LayerTable], Array] | None = None

@@ -138,7 +138,7 @@ def train_client(
     packed: Packed,
     active: Array,
     bounds: Bounds | None,
-) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree], Packed]:
+) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree, PyTree], Packed]:
     """ONE client's round: train its submodel and prepare its upload.
 
     Args:
@@ -151,8 +151,8 @@ def train_client(
         `program.largest`.
 
     Returns:
-      What is summed over clients; its metrics, what is stacked, and the bits of each layer; what
-      it keeps now.
+      What is summed over clients; its metrics, what is stacked, the bits of each layer, and its
+      upload mask if that was not known before; what it keeps now.
       A contribution is either summed or stacked, and the other is `()`.
     """
     parts, level, outcome = program.parts, program.submodel, inputs.outcome
@@ -172,6 +172,7 @@ def train_client(
 
     # Send the update, unless the client is lost or its result is not finite.
     update = jax.tree.map(jnp.subtract, end, start)
+    inputs, sent = _gated(program, inputs, update)
     payload, training = _finished(program, broadcast, inputs, start, update, metrics.steps, kept)
     counted = active
     if outcome is not None:
@@ -194,7 +195,7 @@ def train_client(
         new = {name: parts_of[name] for name in kept}
         new_kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new, kept)
         packed = pack(new_kept, {dtype: x.size for dtype, x in packed.items()})
-    return summed, (metrics._replace(finite=counted), stacked, bits), packed
+    return summed, (metrics._replace(finite=counted), stacked, bits, sent), packed
 
 
 def client_state(
@@ -271,6 +272,17 @@ def _gradient_rule(
             return _as(rule(step, terms, kept.get("training", ())), gradient)
 
     return gradient
+
+
+def _gated(
+    program: ClientProgram, inputs: ClientInput, update: Variables
+) -> tuple[ClientInput, Array | tuple[()]]:
+    """The inputs with the upload mask that the reducer leaves, and that mask; () = all of it."""
+    sends = program.parts.pipeline.reducer.sends
+    if sends is None:
+        return inputs, ()
+    mask = jnp.where(sends(update, program.layers), inputs.upload.mask, 0.0)
+    return inputs._replace(upload=inputs.upload._replace(mask=mask)), mask
 
 
 def _finished(

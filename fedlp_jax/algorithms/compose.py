@@ -219,6 +219,11 @@ def _pipeline(
         check_clip("clip", clip)
     if privacy is not None:
         check_privacy(privacy)
+        if reducer.sends is not None:
+            raise FedLPError(
+                "privacy needs layers chosen without the data, but the aggregator's `sends` reads "
+                "the update; omit sends or privacy."
+            )
         if reducer.sensitivity is None or weighting != "uniform" or clip is not None:
             shown = "a reducer of your own" if aggregator is reducer else repr(aggregator)
             raise FedLPError(

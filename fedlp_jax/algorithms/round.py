@@ -120,7 +120,7 @@ def run_round(
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
     broadcast = _broadcast(parts, state, number, examples, key)
     payload = payload_like(parts, state.variables, broadcast.terms)
-    summed, (metrics, stacked, bits), clients = map_sum(
+    summed, (metrics, stacked, bits, sent), clients = map_sum(
         [
             _level(parts, level, layers_of_payload(layers, payload), payload, example, cohort, plan)
             for level, layers in zip(levels, tables, strict=True)
@@ -133,6 +133,9 @@ def run_round(
         sharded=_sharded(plan),
         client_state=clients,
     )
+
+    if parts.pipeline.reducer.sends is not None:
+        masks, uploads = masks._replace(upload=sent), uploads._replace(mask=sent)
 
     # Reduce the cohort, and step the server.
     pipeline = parts.pipeline
