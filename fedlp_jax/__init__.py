@@ -90,6 +90,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.simulation.result import DivergedError as DivergedError
     from fedlp_jax.simulation.result import Result as Result
     from fedlp_jax.simulation.run import Simulation as Simulation
+    from fedlp_jax.simulation.sweep import Sweep as Sweep
+    from fedlp_jax.simulation.sweep import sweep as sweep
     from fedlp_jax.tasks.classification import classification as classification
     from fedlp_jax.tasks.multi_label import multi_label as multi_label
     from fedlp_jax.tasks.next_token import next_token as next_token
@@ -152,6 +154,7 @@ _HOMES = {
     "simulation.profiling": "Trace",
     "simulation.result": "DivergedError Result",
     "simulation.run": "Simulation",
+    "simulation.sweep": "Sweep sweep",
     "tasks.classification": "classification",
     "tasks.multi_label": "multi_label",
     "tasks.next_token": "next_token",

@@ -32,6 +32,7 @@ from benchmarks import (
     soak,
     speed,
     step,
+    sweep,
     tuning,
 )
 from benchmarks.workloads import WORKLOADS, made_up, smoke
@@ -358,6 +359,13 @@ def test_soak(run):
     assert [round for round, _ in result["resident_mib"]] == list(range(2, 81, 2))
     assert all(size > 100 for _, size in result["resident_mib"])
     assert math.isfinite(result["bytes_a_round"])
+
+
+def test_sweep(run):
+    result = run(sweep)
+    assert result["runs"] == 4
+    assert result["apart"]["largest_difference_of_test_accuracy"] < 0.02
+    assert all(math.isfinite(share) and share > 0 for share in result["shares"].values())
 
 
 def test_dense(run):

@@ -24,6 +24,7 @@ from fedlp_jax.execution import plan as plans
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "robustness.md").read_text()
 TASKS = (ROOT / "docs" / "tasks.md").read_text()
+SWEEPS = (ROOT / "docs" / "sweeps.md").read_text()
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 API = ROOT / "docs" / "api"
 PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
@@ -48,6 +49,14 @@ def test_python_runs(block):
     history = names["result"].history
     key = "epsilon" if "privacy=" in block else "simulated_time"
     assert (history[key] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python", SWEEPS))
+def test_sweeps_run(block):
+    names = {}
+    exec(compile(block, "sweeps.md", "exec"), names)
+    assert len(names["sweep"].runs) == 4
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from fedlp_jax.errors import FedLPError, check_choice, check_number, note, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import keep_programs
 
-AXIS = "clients"
+AXIS, RUNS = "clients", "runs"
 DEVICE, HOST = PLACES = ("device", "host")
 # On CPU a loop of plain GEMMs beats vmapped clients (measured). An accelerator needs many clients
 # at once, because every kernel of a step takes time to launch; the best number is not measured.
@@ -71,6 +71,28 @@ class Plan:
         such a loop costs nothing, and ends sooner where clients are uneven.
         """
         return processes.devices(self.devices)[0].platform != "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanesPlan(Plan):
+    """The plan of each of several runs side by side, which are dealt out to groups of devices.
+
+    Attributes:
+      groups: how many; each has the `devices` of one run.
+    """
+
+    groups: int = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        """Devices by group of runs and, within a group, by clients."""
+        axes, shape = (RUNS, AXIS), (self.groups, self.devices or 1)
+        devices = processes.devices(self.groups * (self.devices or 1))
+        return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+    def sharded(self, axis: int) -> NamedSharding:
+        """Sharding of arrays of which this axis is runs; one before it is slots or devices."""
+        return NamedSharding(self.mesh, Spec(*(AXIS,) * axis, RUNS))
 
 
 def resolve(plan: Plan | None, cohort: int) -> Plan:

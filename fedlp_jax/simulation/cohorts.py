@@ -78,6 +78,7 @@ class Cohorts:
     Attributes:
       rule: as the user gave it.
       size: C, the clients of the largest cohort.
+      fixed: every cohort has C clients.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Cohorts:
             first cohort has unknown or repeated ids.
         """
         self.rule, self._clients, self._seed = rule, clients, seed
-        self._fixed = max_cohort is None
+        self.fixed = max_cohort is None
         self._first: tuple[int, np.ndarray] | None = None
         if not callable(rule):
             if max_cohort is not None:
@@ -141,7 +142,7 @@ class Cohorts:
         if first is not None and first[0] == round:
             return first[1]
         ids = self._from_function(round)
-        if self._fixed and len(ids) != self.size:
+        if self.fixed and len(ids) != self.size:
             raise FedLPError(
                 f"the cohort function returned {len(ids)} clients in round {round} but "
                 f"{self.size} at first; return the same number each round, or state the largest "
@@ -182,6 +183,7 @@ class CohortBuilder:
         level_cost: Sequence[float],
         plan: Plan,
         largest: int | None = None,
+        widest: int | None = None,
     ):
         """Prepares for a population.
 
@@ -192,6 +194,8 @@ class CohortBuilder:
           level_cost: G numbers, modelled cost of one step at each level.
           plan: resolved.
           largest: C, which fixes the slots; None = each cohort's own size.
+          widest: M, at least the examples of the largest client, and then the size of the only
+            bucket; None = as many. It changes no draw.
         """
         self._partition = partition
         self._assigned = assigned
@@ -200,11 +204,13 @@ class CohortBuilder:
         self._plan = plan
         self._largest = largest
         sizes = partition.sizes
-        self._widest = int(sizes.max())
-        self._even = self._widest if int(sizes.min()) == self._widest else None
+        most = int(sizes.max())
+        self._widest = widest or most
+        self._even = most if int(sizes.min()) == most else None
         self._buckets: tuple[int, ...] = ()
         if plan.known_trip_counts:
-            self._buckets = size_buckets(sizes, local_steps(sizes))
+            buckets = size_buckets(sizes, local_steps(sizes))
+            self._buckets = buckets if widest is None else (widest,)
 
     def most_rows(self, cohort: int) -> int:
         """An upper bound on the rows of one device in any round: those of the largest clients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[..., dict[str, Metri
     """
     batch_size = _batch_size()
     devices = plan.devices or 1
+    one_by_one = dataclasses.replace(plan, devices=devices, width=1)
 
     def evaluate_personal(
         variables: Variables,
@@ -88,7 +90,7 @@ def evaluator(algorithm: Algorithm, plan: Plan) -> Callable[..., dict[str, Metri
             held = level.extract(variables)
             work = Level(run, bounds=lambda first: (), embed=lambda shared, total: total)
             total, _, _ = map_sum(
-                [work], (held, examples), jnp.asarray(first), jnp.asarray(segment), Plan(devices, 1)
+                [work], (held, examples), jnp.asarray(first), jnp.asarray(segment), one_by_one
             )
             return total
 

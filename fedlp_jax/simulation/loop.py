@@ -166,7 +166,7 @@ def simulate(
     watch, recorder = _observers(run, done, early_stop, keep_best, profile)
     with processes.losses_explained(), _listeners(run, done, progress, log, sinks) as listeners:
         _start(run, bool(left), resume, compiled)
-        with _listening_to_ctrl_c(stop) as (ask, pressed), recorder:
+        with listening_to_ctrl_c(stop) as (ask, pressed), recorder:
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
             _run_rounds(run, left, [watch.update, *listeners], callbacks, saver, ends, recorder)
     _warn_of_missing_rounds(run, pressed())
@@ -227,7 +227,7 @@ def _start(
 
 
 @contextlib.contextmanager
-def _listening_to_ctrl_c(
+def listening_to_ctrl_c(
     stop: Callable[[], bool] | None,
 ) -> Iterator[tuple[Callable[[], bool], Callable[[], bool]]]:
     """Yields whether to stop, and whether Ctrl-C was pressed; twice, it raises KeyboardInterrupt.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -60,6 +61,19 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
     many there are. With R = 1 `count` is None and there is no loop.
     """
     everywhere, split = replicated(plan), over_clients(plan)
+    # The host of every process reads the metrics of all clients.
+    of_slots: Any = split if processes.count() == 1 else everywhere
+    metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots, of_slots)
+    return jax.jit(
+        traceable_rounds(algorithm, plan),
+        donate_argnums=(0, 1),
+        out_shardings=(everywhere, split, metrics),
+        keep_unused=True,
+    )
+
+
+def traceable_rounds(algorithm: Algorithm, plan: Plan) -> Callable[..., Any]:
+    """The function that `rounds_of` compiles."""
 
     def run(
         state: ServerState,
@@ -102,15 +116,7 @@ def rounds_of(algorithm: Algorithm, plan: Plan) -> Any:
         state, clients, stack, halted = jax.lax.fori_loop(0, trips, body, carry)
         return state, clients, stack._replace(halted=halted)
 
-    # The host of every process reads the metrics of all clients.
-    of_slots: Any = split if processes.count() == 1 else everywhere
-    metrics = RoundMetrics(of_slots, of_slots, of_slots, cast(Any, everywhere), of_slots, of_slots)
-    return jax.jit(
-        run,
-        donate_argnums=(0, 1),
-        out_shardings=(everywhere, split, metrics),
-        keep_unused=True,
-    )
+    return run
 
 
 def _while_due(body: Any, count: Array, i: Array, carry: Any) -> Any:

@@ -102,8 +102,11 @@ class Result:
       models: what each client computes with, `models[k]`, where clients keep a part of it; None
         elsewhere.
       warnings: what was assumed of model, data and environment, or went wrong, as it was said.
-      stopped: why `early_stop` ended the run; None = it did not.
+      stopped: why `early_stop` ended the run; None = it did not. Of a run of a sweep that diverged,
+        the error.
       best: the model of the best evaluation, if `keep_best` asks for it.
+      label: of its algorithm in a sweep.
+      seed: of all draws.
     """
 
     variables: Variables
@@ -119,6 +122,8 @@ class Result:
     warnings: list[str] = dataclasses.field(default_factory=list)
     stopped: str | None = None
     best: Best | None = None
+    label: str = ""
+    seed: int = 0
 
     def __repr__(self) -> str:
         """The run in a line, without its arrays."""

@@ -90,7 +90,13 @@ class Run:
     """
 
     def __init__(
-        self, spec: Spec, *, rounds: int, first_round: int = 1, eval_every: int | None = None
+        self,
+        spec: Spec,
+        *,
+        rounds: int,
+        first_round: int = 1,
+        eval_every: int | None = None,
+        like: Run | None = None,
     ):
         """Puts data and initial state on the devices.
 
@@ -100,6 +106,7 @@ class Run:
           first_round: the number of the first.
           eval_every: test after every round that this divides, and after the last; None = after
             the last only.
+          like: another run with the same data and devices, whose arrays it shares.
         """
         self.spec, self.plan = spec, spec.plan
         self.first_round, self.last_round = first_round, first_round + rounds - 1
@@ -110,7 +117,7 @@ class Run:
         state = spec.algorithm.init(spec.root, spec.example, self.population, spec.variables)
         self.begun_with = first_numbers(state)
         state = state._replace(round=jnp.asarray(first_round - 1, jnp.int32))
-        self.stage = Stage(spec)
+        self.stage: Stage = Stage(spec, None if like is None else like.stage)
         # A copy: rounds donate the state, and the caller's own arrays must survive.
         self.state: ServerState = processes.put(
             jax.tree.map(jnp.copy, state), replicated(self.plan)
@@ -202,7 +209,7 @@ class Run:
             None if self.plan.rounds_at_once == 1 else np.int32(count),
             self.stage.key,
         )
-        self.stage.keep(staged, clients, metrics.halted)
+        self.stage.keep(staged.hosts, clients, metrics.halted)
         last, tested, kept = round + count - 1, None, None
         if last % self.eval_every == 0 or last == self.last_round:
             tested = self.program.test(self.state.variables, *self.stage.tested())
@@ -222,11 +229,17 @@ class Run:
         until_test = self.eval_every - (round - 1) % self.eval_every
         return max(min(most, quick, until_test, self.last_round - round + 1), 1)
 
-    def records(self, pending: Pending) -> list[RoundRecord]:
-        """Waits for the numbers of dispatched rounds."""
+    def records(self, pending: Pending, seconds: float | None = None) -> list[RoundRecord]:
+        """Waits for the numbers of dispatched rounds.
+
+        Args:
+          pending: from `dispatch`.
+          seconds: of each round; None = those since the call before.
+        """
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
         now, count = time.perf_counter(), len(pending.cohorts)
-        seconds, self.clock = (now - self.clock) / count, now
+        since, self.clock = (now - self.clock) / count, now
+        seconds = since if seconds is None else seconds
         found = []
         for place, cohort in enumerate(pending.cohorts):
             slots = np.flatnonzero(np.asarray(cohort.client) >= 0)
@@ -331,6 +344,7 @@ class Run:
             clients=self.client_history,
             best=None if self.keeper is None else self.keeper.best,
             models=self._models(),
+            seed=self.seed,
         )
 
     def _models(self) -> ClientModels | None:

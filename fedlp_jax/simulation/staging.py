@@ -46,8 +46,12 @@ class Stage:
       builder: lays cohorts out.
     """
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, like: Stage | None = None):
         """Puts the data where the plan says.
+
+        Args:
+          spec: of the run.
+          like: of another run with the same data and devices, whose arrays it shares.
 
         Raises:
           FedLPError: as `ClientStore`.
@@ -56,10 +60,12 @@ class Stage:
         self._spec = spec
         everywhere = replicated(plan)
         self.key = processes.put(spec.root, everywhere)
-        self.train = on_host(data.train, data.normalize)
-        if plan.data != HOST:
-            self.train = processes.put(self.train, everywhere)
-        self.test = processes.put(on_host(data.test, data.normalize), everywhere)
+        self.train: Examples = on_host(data.train, data.normalize) if like is None else like.train
+        self.test: Examples = on_host(data.test, data.normalize) if like is None else like.test
+        if like is None:
+            if plan.data != HOST:
+                self.train = processes.put(self.train, everywhere)
+            self.test = processes.put(self.test, everywhere)
         self.store: ClientStore | None = None
         if spec.client_state:
             self.store = ClientStore(spec.client_state, spec.assigned, spec.root, plan)
@@ -68,8 +74,13 @@ class Stage:
         self._level_cost = relative_work(tasks, spec.root, spec.example)
         self.lay_on(plan)
 
-    def lay_on(self, plan: Plan) -> None:
-        """Lays later cohorts out for this plan, on the same devices."""
+    def lay_on(self, plan: Plan, widest: int | None = None) -> None:
+        """Lays later cohorts out for this plan, on the same devices.
+
+        Args:
+          plan: resolved.
+          widest: see `CohortBuilder`.
+        """
         spec = self._spec
         self._plan = plan
         self.builder = CohortBuilder(
@@ -79,6 +90,7 @@ class Stage:
             self._level_cost,
             plan,
             spec.cohorts.size,
+            widest,
         )
         self._rows = self.builder.most_rows(spec.cohorts.size) if plan.data == HOST else 0
 
@@ -92,18 +104,13 @@ class Stage:
 
     def __call__(self, first: int, count: int = 1) -> Staged:
         """Stages rounds `first` to `first + count - 1`; waits for nothing."""
-        built = [self._cohort(round) for round in range(first, first + count)]
-        cohorts, layouts = [cohort for cohort, _ in built], [layout for _, layout in built]
-        kept: Packed = {}
-        if self.store is not None:
-            (cohort,) = cohorts
-            kept = self.store.rows(np.asarray(cohort.client), np.asarray(cohort.segment))
-        examples = self.train
+        cohorts, layouts = self.lay_out(first, count)
+        kept, examples = self.kept(cohorts), self.train
         if self._plan.data == HOST:
             (cohort,) = cohorts
             examples, cohort = self._sent(cohort)
             cohorts = [cohort]
-        stack = processes.put(self._stacked(cohorts), over_clients(self._plan))
+        stack = processes.put(self.stacked(cohorts), over_clients(self._plan))
         return Staged(examples, stack, kept, cohorts, layouts)
 
     def tested(self) -> tuple[Any, ...]:
@@ -111,6 +118,18 @@ class Stage:
         if self.batches is None or self.store is None:
             return (self.test,)
         return self.test, heads(self.store), self.batches
+
+    def lay_out(self, first: int, count: int = 1) -> tuple[list[Cohort], list[Layout]]:
+        """The cohorts of rounds `first` to `first + count - 1`, in numpy."""
+        built = [self._cohort(round) for round in range(first, first + count)]
+        return [cohort for cohort, _ in built], [layout for _, layout in built]
+
+    def kept(self, cohorts: list[Cohort]) -> Packed:
+        """What the clients of the one cohort keep; empty if nothing is stored."""
+        if self.store is None:
+            return {}
+        (cohort,) = cohorts
+        return self.store.rows(np.asarray(cohort.client), np.asarray(cohort.segment))
 
     def shapes(self) -> tuple[Packed, Examples, Cohort]:
         """Shapes and shardings of what a dispatch stages: client state, examples, cohorts."""
@@ -134,18 +153,18 @@ class Stage:
                 cast(Any, _shape((rows, *labels.shape[1:]), labels.dtype, split)),
                 examples.normalize,
             )
-        return state, examples, _shapes(self._stacked([cohort]), split)
+        return state, examples, _shapes(self.stacked([cohort]), split)
 
-    def keep(self, staged: Staged, clients: Packed, halted: Array) -> None:
+    def keep(self, cohorts: list[Cohort], clients: Packed, halted: Array) -> None:
         """Stores the client state that a round returned, unless the run has halted.
 
         Args:
-          staged: the round's input.
+          cohorts: the one of the round, numpy.
           clients: `[D * P, n]` for each dtype.
           halted: `bool[1]`.
         """
         if self.store is not None:
-            (cohort,) = staged.hosts
+            (cohort,) = cohorts
             client, segment = np.asarray(cohort.client), np.asarray(cohort.segment)
             self.store.put(client, segment, clients, halted)
 
@@ -174,7 +193,7 @@ class Stage:
         conditions = exposure.conditions(round, np.asarray(cohort.client))
         return dataclasses.replace(cohort, conditions=conditions)
 
-    def _stacked(self, cohorts: list[Cohort]) -> Cohort:
+    def stacked(self, cohorts: list[Cohort]) -> Cohort:
         """Cohorts in one, `[D * P, R, ...]`, with room for the plan's `rounds_at_once`."""
         most = self._plan.rounds_at_once or 1
         if most == 1:
