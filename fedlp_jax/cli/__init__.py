@@ -18,7 +18,19 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fedlp_jax import __version__
-from fedlp_jax.cli import algorithms, compare, export, info, new, plan, report, reproduce, run, tune
+from fedlp_jax.cli import (
+    algorithms,
+    compare,
+    export,
+    info,
+    new,
+    plan,
+    report,
+    reproduce,
+    run,
+    sweep,
+    tune,
+)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -150,6 +162,7 @@ app.command(epilog=new.EXAMPLES)(_guarded(new.new))
 app.command(context_settings=_any_field, epilog=run.EXAMPLES)(_guarded(run.run))
 app.command(context_settings=_any_field, epilog=info.EXAMPLES)(_guarded(info.info))
 app.command(context_settings=_any_field, epilog=plan.EXAMPLES)(_guarded(plan.plan))
+app.command(context_settings=_any_field, epilog=sweep.EXAMPLES)(_guarded(sweep.sweep))
 app.command(context_settings=_any_field, epilog=tune.EXAMPLES)(_guarded(tune.tune))
 app.command(epilog=algorithms.EXAMPLES)(_guarded(algorithms.algorithms))
 app.command(epilog=compare.EXAMPLES)(_guarded(compare.compare))

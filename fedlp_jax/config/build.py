@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedlp_jax.aggregation.reducer import Reducer
@@ -18,8 +18,13 @@ from fedlp_jax.pruning.masks import MaskPolicy
 from fedlp_jax.tasks.task import Task
 
 
-def build(config: Config) -> dict[str, Any]:
+def build(config: Config, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """Loads the data and builds everything else, on the host.
+
+    Args:
+      config: the configuration.
+      known: remembers data and algorithms, so that configurations which agree in them share them;
+        None = nothing is shared.
 
     Returns:
       The arguments of `simulate`.
@@ -27,10 +32,18 @@ def build(config: Config) -> dict[str, Any]:
     Raises:
       FedLPError: the data cannot be read, or these settings do not fit together.
     """
-    data = config.data.build()
+    known = {} if known is None else known
+    data = _once(known, (config.data,), config.data.build)
     draws = reference.draw(config, data) if config.draws == "reference" else None
+    of_algorithm = (
+        config.data,
+        config.model,
+        config.task,
+        config.algorithm,
+        config.seed if draws else None,
+    )
     return {
-        "algorithm": _algorithm(config, data, draws),
+        "algorithm": _once(known, of_algorithm, lambda: _algorithm(config, data, draws)),
         "data": data,
         "clients": build_partition(config, data) if draws is None else draws.partition,
         "rounds": config.rounds,
@@ -41,6 +54,14 @@ def build(config: Config) -> dict[str, Any]:
         "early_stop": None if config.early_stop is None else config.early_stop.build(),
         "plan": config.plan.build(),
     }
+
+
+def _once(known: dict[str, Any], settings: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What these settings make, made at most once."""
+    key = repr(settings)
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def _algorithm(config: Config, data: Dataset, draws: ReferenceDraws | None) -> Algorithm:

@@ -111,9 +111,9 @@ def execute(
             start = last_snapshot(config, path) if resume else None
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
-                config = _with_plan(config, dataclasses.replace(start.plan, **plan))
+                config = with_plan(config, dataclasses.replace(start.plan, **plan))
             arguments = build(config) | _extras(config, path, profile)
-        record = _Record(config, directory, list(start.rows) if start is not None else [])
+        record = Record(config, directory, list(start.rows) if start is not None else [])
         try:
             result = simulate(
                 **arguments,
@@ -129,10 +129,10 @@ def execute(
             if directory is not None:
                 record.compiled(result.plan)
                 record.begin()
-                _save(directory, result, arguments["clients"])
+                save_arrays(directory, result, arguments["clients"])
         except BaseException as error:  # an interruption too leaves its summary
             if directory is not None:
-                _note_failure(error, directory, record.rows, said)
+                note_failure(error, directory, record.rows, said)
             raise
         result.warnings = said  # those of the data too
         summary = summarize(config.name, arguments, result)
@@ -169,7 +169,7 @@ def _sinks(config: Config, directory: Path) -> list[Sink]:
     return made
 
 
-class _Record:
+class Record:
     """Collects the rows of a run and writes them; the first one begins the directory."""
 
     def __init__(self, config: Config, directory: RunDirectory | None, rows: list[dict[str, Any]]):
@@ -178,7 +178,7 @@ class _Record:
 
     def compiled(self, plan: Plan) -> None:
         """Sets the plan that is written."""
-        self._config = _with_plan(self._config, plan)
+        self._config = with_plan(self._config, plan)
 
     def begin(self) -> None:
         """Writes the configuration, once."""
@@ -234,11 +234,17 @@ def _layer_costs(result: Result) -> dict[str, dict[str, int]]:
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
-    if isinstance(config, Config):
-        return config
+    """The configuration of one run."""
     if isinstance(config, Mapping):
-        return parse_config(dict(config))
-    return load_config(config)
+        config = parse_config(dict(config))
+    elif not isinstance(config, Config):
+        config = load_config(config)
+    if config.sweep is not None:
+        raise FedLPError(
+            f"the configuration '{config.name}' has a section sweep; run it with fedlp sweep, or "
+            "delete the section to run it once."
+        )
+    return config
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -246,12 +252,13 @@ def _common(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"name": True, "data": {"data_dir"}})
 
 
-def _with_plan(config: Config, plan: Plan) -> Config:
+def with_plan(config: Config, plan: Plan) -> Config:
+    """The configuration with a plan that is resolved."""
     section = config.plan.model_copy(update=dataclasses.asdict(plan))
     return config.model_copy(update={"plan": section})
 
 
-def _save(directory: RunDirectory, result: Result, clients: Partition | None = None) -> None:
+def save_arrays(directory: RunDirectory, result: Result, clients: Partition | None = None) -> None:
     """Writes what a run leaves in arrays."""
     directory.save(result.state.variables)
     directory.save_arrays(CLIENTS, result.clients.columns())
@@ -269,7 +276,7 @@ def _partition_arrays(clients: Partition) -> dict[str, Any]:
     return {"sizes": clients.sizes, "client": drawn, "labels": np.stack(labels)}
 
 
-def _note_failure(
+def note_failure(
     error: BaseException,
     directory: RunDirectory,
     rows: list[dict[str, Any]],
@@ -288,6 +295,6 @@ def _note_failure(
     else:
         error.add_note("Nothing was written.")
     if isinstance(error, DivergedError):
-        _save(directory, error.result)
+        save_arrays(directory, error.result)
     elif directory.has_checkpoint:
         error.add_note(f"Resume with: fedlp run {directory.path} --resume")

@@ -440,6 +440,15 @@ EarlyStopSection = derive("early_stop", EarlyStop)
 KeepBestSection = derive("keep_best", KeepBest, without=("path",))
 
 
+class SweepSection(Section):
+    """What `fedlp sweep` runs: each point of a grid of fields, with each seed."""
+
+    factory: ClassVar[Callable[..., Any]] = staticmethod(dict)
+
+    grid: dict[Text, tuple[Any, ...]] = {}  # dotted field -> its values
+    seeds: Annotated[Whole, Field(ge=1)] = 1  # how many, from the run's own on
+
+
 def _fits(field: Any, value: Any) -> bool:
     """Whether a behaviour's value may become this field: some algorithms know only one."""
     return get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
@@ -478,6 +487,7 @@ class Config(Section):
     plan: Annotated[Any, _type(PlanSection)] = PlanSection()
     checkpoint: Annotated[Any, _type(CheckpointSection)] = CheckpointSection()
     behaviour: Literal["layerwise", "reference"] | None = Field(None, exclude=True)
+    sweep: SweepSection | None = Field(None, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
