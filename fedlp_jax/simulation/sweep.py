@@ -261,6 +261,7 @@ class _Member:
     Attributes:
       point: what is run.
       run: with the plan of a lane; None for a run that no lane can take, or once it is finished.
+      reason: why no lane can take the run; empty where one can, or where it has no rounds.
       macs: of one example's forward pass.
       result: once it is finished.
     """
@@ -270,6 +271,7 @@ class _Member:
         self.point = point
         self.run: Run | None = None
         self.result: Result | None = None
+        self.reason = "several processes run" if processes.count() > 1 else ""
         self.error: DivergedError | None = None
         self._last: int | None = None  # the round after which it has ended
         checks.check_start(point.settings["rounds"], 1, point.checkpoint, point.resume)
@@ -289,7 +291,11 @@ class _Member:
         plan = dataclasses.replace(plan, devices=1)
         spec = specify(**settings, seed=seed, first_round=first, plan=plan)
         self.macs = models.macs(spec)
-        if spec.plan.data == HOST or rounds < first:
+        if spec.plan.data == HOST:
+            self.reason = "the data lie on the host"
+        elif spec.algorithm.personal:
+            self.reason = "clients are tested with layers of their own"
+        if self.reason or rounds < first:
             return
         like = next((m.run for m in others if m.run and m.run.spec.data is spec.data), None)
         run = self.run = Run(
@@ -442,16 +448,15 @@ def _members(points: Sequence[Point]) -> list[_Member]:
     models, members = _Models(), list[_Member]()
     for point in points:
         members.append(_Member(point, models, members))
-    if any(member.run is None for member in members) or processes.count() > 1:
-        why = "several processes run" if processes.count() > 1 else "the data lie on the host"
-        if any(member.point.settings["rounds"] for member in members):
-            warn(f"runs follow each other, because {why}.", stacklevel=4)
+    reasons = dict.fromkeys(member.reason for member in members if member.reason)
+    if reasons:
+        warn(f"runs follow each other, because {' and '.join(reasons)}.", stacklevel=4)
     return members
 
 
 def _groups(members: Sequence[_Member], at_once: int | None) -> list[list[_Member]]:
     """The members that run side by side, in groups of one structure."""
-    able = [member for member in members if member.run is not None and processes.count() == 1]
+    able = [member for member in members if member.run is not None]
     if at_once is None and jax.default_backend() == "cpu":
         able = [m for m in able if m.macs <= _CPU_MACS and len(m.lane.spec.levels) == 1]
     elif at_once == 1:
