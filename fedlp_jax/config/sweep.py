@@ -81,8 +81,9 @@ def sweep_points(
     count = (1 if section is None else section.seeds) if seeds is None else seeds
     for field, values in fields.items():
         _check_field(field, values)
-    if base.sinks:
-        raise FedLPError("a sweep has no sinks; leave `sinks` out, or run points with fedlp run.")
+    for name in ("sinks", "keep_best"):
+        if getattr(base, name):
+            raise FedLPError(f"a sweep has no {name}; omit the section, or use fedlp run.")
     points: list[tuple[str, Config]] = []
     for values in itertools.product(*fields.values()):
         point = dict(zip(fields, values, strict=True))
