@@ -91,6 +91,15 @@ def test_the_command_starts_without_jax():
     )
 
 
+def test_importing_takes_less_than_a_second_beyond_jax():
+    python(
+        "import time, jax; start = time.process_time();"
+        "import fedlp_jax as fl; bare = time.process_time() - start;"
+        "fl.simulate; used = time.process_time() - start;"
+        "assert bare < 0.1 and used < 1, (bare, used)"
+    )
+
+
 @pytest.mark.slow
 def test_importing_changes_no_setting():
     python(

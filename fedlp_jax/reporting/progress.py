@@ -45,7 +45,7 @@ class Progress:
           console: to print to; None = stderr.
           done: rows of the rounds before, if the run is resumed.
         """
-        self._console = console or Console(stderr=True)
+        self._console = console or _stderr()
         self._show = self._console.is_terminal if show is None else show
         self._rounds, self._name, self._first = rounds, name, len(done) + 1
         self._uploaded = 0.0  # bytes
@@ -144,6 +144,14 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _stderr() -> Console:
+    """The console of stderr. A notebook, which calls itself a terminal, gets plain lines."""
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return Console(stderr=True, force_jupyter=False, force_terminal=False)
+    return console
 
 
 def sparkline(values: Sequence[float], columns: int = _SPARKS) -> str:
