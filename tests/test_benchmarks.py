@@ -22,6 +22,7 @@ from benchmarks import (
     convolutions,
     curves,
     dense,
+    family,
     hetero,
     language,
     memory,
@@ -188,6 +189,21 @@ def test_convolutions(run, monkeypatch):
     (row,) = run(convolutions)["backends"]["cpu"]
     assert set(row["milliseconds"]) == {"patches", "winograd_4x4"}
     assert all(0 < time < math.inf for time in row["milliseconds"].values())
+
+
+@pytest.mark.slow
+def test_family(run):
+    result = run(family, "--only", "FedAvg", "FedLP-Homo(0.5)")
+    assert result["rounds"] == 2 and list(result["runs"]) == ["FedAvg", "FedLP-Homo(0.5)"]
+    fedavg, homo = (seeds[0] for seeds in result["runs"].values())
+    assert fedavg["round"] == homo["round"] == [2]
+    assert homo["upload_bytes"] < fedavg["upload_bytes"] == fedavg["download_bytes"]
+    assert homo["train_macs"] == fedavg["train_macs"]
+
+
+def test_every_algorithm_of_the_family_table_can_be_configured():
+    each = [fl.load_config(family.CONFIG, {"algorithm": one}) for one in family.FAMILY.values()]
+    assert len({config.algorithm.name for config in each}) > 10
 
 
 def test_language(run):

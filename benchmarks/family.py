@@ -1,0 +1,122 @@
+"""The algorithms of the package on one problem: configs/family.yaml (Fashion-MNIST, Dirichlet).
+
+    python -m benchmarks.family [--json FILE] [--seeds 3] [--rounds 100] [--only NAME ...] [--smoke]
+
+Every algorithm has the same model, partition, cohorts, batches and client optimizer. Its own
+numbers are in `FAMILY`: those of its paper, or the first that worked; none was tuned. Accuracy,
+traffic, MACs and simulated seconds are functions of the seed. The measured time is that of the
+rounds and their tests, on the machine that the file names. Algorithms with personal layers have no
+model for everybody: their accuracy is that of each client's own model on test examples of its own
+classes, and does not compare with the others'.
+
+FILE is complete after every algorithm. One that it holds already, of the same seeds, rounds and
+commit, is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fedlp_jax as fl
+from benchmarks import command
+from benchmarks.machine import machine
+from fedlp_jax.config.build import build
+from fedlp_jax.reporting.compare import Comparison
+
+CONFIG = Path(__file__).parents[1] / "configs" / "family.yaml"
+_SUMS = ("upload_bytes", "download_bytes", "train_macs", "simulated_time", "seconds")
+TARGET = 0.8
+FAMILY: dict[str, dict[str, Any]] = {
+    "FedAvg": {"name": "fedavg"},
+    "FedLP-Homo(0.5)": {"name": "fedlp_homo", "keep": 0.5},
+    "FedLP-Q(0.5), 15 levels": {"name": "fedlp_q", "keep": 0.5, "levels": 15},
+    "FedProx": {"name": "fedprox", "mu": 0.01},
+    "FedAvgM": {"name": "fedavgm", "beta": 0.9, "server_learning_rate": 0.3},
+    "FedAdagrad": {"name": "fedadagrad", "server_learning_rate": 0.03},
+    "FedAdam": {"name": "fedadam", "server_learning_rate": 0.01},
+    "FedYogi": {"name": "fedyogi", "server_learning_rate": 0.01},
+    "SCAFFOLD": {"name": "scaffold"},
+    "FedNova": {"name": "fednova"},
+    "FedDyn": {"name": "feddyn", "alpha": 0.01},
+    "top-k(0.1) + QSGD": {
+        "name": "fedavg",
+        "upload": [
+            {"name": "top_k", "share": 0.1, "error_feedback": True},
+            {"name": "quantize", "levels": 15},
+        ],
+    },
+    "HeteroFL(1, 1/2, 1/4)": {"name": "heterofl", "widths": [1.0, 0.5, 0.25]},
+    "FedRolex(1, 1/2, 1/4)": {"name": "fedrolex", "widths": [1.0, 0.5, 0.25]},
+    "Federated Dropout(3/4)": {"name": "federated_dropout", "widths": 0.75},
+    "FjORD(0.4, 0.7, 1)": {"name": "fjord", "widths": [0.4, 0.7, 1.0]},
+    "FedPer": {"name": "fedper", "head": "fc3"},
+    "LG-FedAvg": {"name": "lg_fedavg", "head": "fc3"},
+}
+
+
+def main() -> None:
+    """Runs it."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=tuple(FAMILY), default=tuple(FAMILY))
+    options = parser.parse_args()
+    fl.setup()
+    seeds, rounds = (1, 2) if options.smoke else (options.seeds, options.rounds)
+    runs = _already(options.json, seeds, rounds)
+    for label in options.only:
+        if label not in runs:
+            runs[label] = [measure(label, seed, rounds, options.smoke) for seed in range(seeds)]
+        result = {"rounds": rounds, "seeds": seeds, "target": TARGET, "runs": runs}
+        command.write(options.json, result)
+        print(table({label: runs[label]}).to_markdown().splitlines()[-1], flush=True)
+    print(f"\n{table(runs).to_markdown()}")
+
+
+def measure(label: str, seed: int, rounds: int, smoke: bool) -> dict[str, list[float]]:
+    """One run: for each number a list over the rounds tested; sums count from one to the next."""
+    overrides: dict[str, Any] = {"algorithm": FAMILY[label], "seed": seed, "rounds": rounds}
+    if smoke:
+        overrides |= {"data.name": "synthetic", "partition.clients": 5, "cohort": 2}
+    run: dict[str, list[float]] = {}
+    since = dict.fromkeys(_SUMS, 0.0)
+    for row in fl.simulate(**build(fl.load_config(CONFIG, overrides))).history.rows:
+        since = {key: since[key] + row[key] for key in _SUMS}
+        accuracy = row.get("test_accuracy", row.get("test_accuracy_personal"))
+        if accuracy is not None:
+            numbers = {"round": row["round"], "test_accuracy": round(accuracy, 5)}
+            for key, value in (numbers | {k: round(v, 4) for k, v in since.items()}).items():
+                run.setdefault(key, []).append(value)
+            since = dict.fromkeys(_SUMS, 0.0)
+    return run
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> Comparison:
+    """The runs as a table of means and deviations."""
+    rows = {
+        label: [
+            [dict(zip(run, values, strict=True)) for values in zip(*run.values(), strict=True)]
+            for run in seeds
+        ]
+        for label, seeds in runs.items()
+    }
+    return fl.compare(rows, target=TARGET)
+
+
+def _already(file: str | None, seeds: int, rounds: int) -> dict[str, Any]:
+    """The runs that a file holds, if they are of this machine and commit."""
+    if not file or not Path(file).exists():
+        return {}
+    known: dict[str, Any] = json.loads(Path(file).read_text())
+    same = (known["seeds"], known["rounds"], known["commit"]) == (
+        seeds,
+        rounds,
+        machine()["commit"],
+    )
+    return known["runs"] if same else {}
+
+
+if __name__ == "__main__":
+    main()
