@@ -1,3 +1,5 @@
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,32 @@ def test_the_deepest_clients_take_part_as_often_as_they_did():
     assert np.array_equal(draws.cohort(0, 7, 100), draws.cohorts[6])
     with pytest.raises(fl.FedLPError, match="round 101 lies beyond the 100 rounds"):
         draws.cohort(0, 101, 100)
+
+
+@pytest.mark.parametrize("flag", [None, 1])
+def test_first_cohorts_are_those_of_one_generator_asked_in_turn(flag):
+    generator = np.random.RandomState(25)
+    pool = list(range(50_000))
+    for _ in range(100):
+        held = set(generator.choice(pool, 500, replace=False))
+        pool = list(set(pool) - held)
+    if flag is not None:
+        for _ in range(100):
+            generator.choice([1, 2, 3, 4, 5], 1, p=[0.6, 0.1, 0.1, 0.1, 0.1])
+    cohorts = [generator.choice(range(100), 10, replace=False) for _ in range(3)]
+    assert np.array_equal(reference_draws(LABELS, flag=flag, rounds=3).cohorts, cohorts)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3])
+def test_an_entry_is_sent_by_nobody_as_often_as_ten_trials_fail(keep):
+    drawn = reference_draws(FEW, keep=keep, rounds=200).uniforms
+    assert drawn.shape == (200, 46, 10)
+    generator = random.Random(25)
+    assert drawn[0, :2].ravel().tolist() == [generator.random() for _ in range(20)]
+    nobody = (drawn >= keep).all(axis=2)
+    expected = (1 - keep) ** 10  # .349 at .1, .028 at .3
+    error = np.sqrt(expected * (1 - expected) / nobody.size)
+    assert abs(nobody.mean() - expected) < 4 * error
 
 
 def test_iid_deals_every_example_once():
