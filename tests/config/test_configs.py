@@ -17,7 +17,7 @@ from fedlp_jax.types import Examples
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 PAPER = CONFIGS / "paper"
-SHAPES = {"cifar10": [32, 32, 3], "mnist": [28, 28, 1]}
+SHAPES = {"cifar10": [32, 32, 3], "mnist": [28, 28, 1], "fashion_mnist": [28, 28, 1]}
 SPLITS = {
     "iid": ("iid", {}),
     "d-niid": ("dirichlet", {"alpha": 1.0, "reference": True}),
