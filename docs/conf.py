@@ -55,7 +55,10 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Other Arguments", "params_style")]
 typehints_defaults = "comma"
 warnings.filterwarnings("ignore", module="sphinx_autodoc_typehints")  # it calls Sphinx's old API
-suppress_warnings = ["sphinx_autodoc_typehints.forward_reference"]  # flax evaluates a field's late
+suppress_warnings = [
+    "sphinx_autodoc_typehints.forward_reference",  # flax evaluates the types of fields late
+    "sphinx_autodoc_typehints.guarded_import",  # of an extra that is not installed
+]
 
 # Files outside of docs/ that are pages here.
 PAGES = {

@@ -31,7 +31,15 @@ PAGES = [CONTRIBUTING, ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob
 
 
 # Pages whose blocks run one after the other, in one directory and one interpreter.
-SCRIPTS = ["tutorial", "bring_your_own", "coming_from", "costs", "determinism", "python"]
+SCRIPTS = [
+    "tutorial",
+    "algorithms",
+    "bring_your_own",
+    "coming_from",
+    "costs",
+    "determinism",
+    "python",
+]
 ELSEWHERE = {"make", "source", "pip", "git"}  # commands that set up an environment
 
 
