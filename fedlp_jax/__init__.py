@@ -37,7 +37,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.aggregation.uploads import top_k as top_k
     from fedlp_jax.algorithms.base import Algorithm as Algorithm
     from fedlp_jax.algorithms.compose import compose as compose
+    from fedlp_jax.algorithms.fedasync import fedasync as fedasync
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
+    from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
@@ -134,6 +136,8 @@ _HOMES = {
     "algorithms.fedrolex": "fedrolex",
     "algorithms.federated_dropout": "federated_dropout",
     "algorithms.fjord": "fjord",
+    "algorithms.fedbuff": "fedbuff",
+    "algorithms.fedasync": "fedasync",
     "clients.devices": "Profile",
     "clients.failures": "Corruption Faults",
     "config.experiment": "run",

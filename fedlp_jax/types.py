@@ -71,6 +71,7 @@ class Cohort:
     level: Array  # i32[D * P], submodel level, 0 to G - 1
     rows: Array  # i32[D * P, M], rows of `Examples`, padded with 0
     segment: Array  # i32[D, G + 1]
+    staleness: Any = None  # i32[D * P], versions a client is behind, where a server does not wait
     conditions: PyTree = None  # a `fedlp_jax.clients.outcomes.Conditions`, where a run has faults
     # The size of every client of the population, if all are equal: the round then omits the masks
     # that uneven clients need.

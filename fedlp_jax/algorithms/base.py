@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlp_jax.accounting.ledger import Wire, layers_of_levels, wire_of
 from fedlp_jax.aggregation.privacy import Privacy
+from fedlp_jax.clients.asynchrony import Asynchrony
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import Plan
@@ -52,6 +53,7 @@ class Algorithm(NamedTuple):
     personal: bool = False  # no level can: each client is tested with what it keeps
     # variables of a whole model -> the part that the server holds
     of_server: Callable[[Variables], Variables] = lambda variables: variables
+    asynchrony: Asynchrony | None = None  # `round` reads `cohort.staleness`
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
     privacy: Privacy | None = None

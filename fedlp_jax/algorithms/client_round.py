@@ -16,6 +16,7 @@ from fedlp_jax.aggregation.pipeline import UpdatePipeline, joined
 from fedlp_jax.aggregation.reducer import UploadInfo
 from fedlp_jax.aggregation.server import ServerRule
 from fedlp_jax.aggregation.uploads import Upload, expected_bits, first_state, transmit
+from fedlp_jax.clients.asynchrony import Asynchrony, discounted
 from fedlp_jax.clients.local_training import (
     Bounds,
     Client,
@@ -28,6 +29,7 @@ from fedlp_jax.clients.local_training import (
 )
 from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
 from fedlp_jax.execution.client_state import ClientState
+from fedlp_jax.execution.map_clients import entry
 from fedlp_jax.execution.packing import Packed, pack, unpack
 from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
@@ -63,6 +65,7 @@ class Parts:
     local_training: LocalTraining
     server_rule: ServerRule | None
     upload: Upload | None
+    asynchrony: Asynchrony | None = None
 
     def wire(self, layers: LayerTable) -> Wire:
         """Bytes of what is exchanged: the model, and what the algorithm adds to it.
@@ -96,6 +99,7 @@ class Broadcast(NamedTuple):
     scale: Array | None  # f32[], factor on client updates
     bound: Array | None  # f32[], largest norm of an upload
     terms: Terms  # what the algorithm lets clients read
+    versions: Any = None  # older models as `Versions`, where the server does not wait
 
 
 class ClientInput(NamedTuple):
@@ -104,6 +108,7 @@ class ClientInput(NamedTuple):
     client: Client
     upload: UploadInfo
     outcome: ClientOutcome | None  # None = a run without faults
+    staleness: Any = None  # i32[], versions that the client is behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +165,11 @@ def train_client(
         level = level.place(broadcast.key, broadcast.round, inputs.client.id)
         program = dataclasses.replace(program, submodel=level)
 
+    current = broadcast.variables
+    if parts.asynchrony is not None:
+        version = (broadcast.round - 1 - inputs.staleness) % (parts.asynchrony.most + 1)
+        broadcast = broadcast._replace(variables=entry(broadcast.versions.ring, version))
+
     # Start from the server's variables and what the client kept, such as its head.
     start = level.extract(broadcast.variables)
     kept = unpack(packed, program.state_shapes)
@@ -174,6 +184,9 @@ def train_client(
     update = jax.tree.map(jnp.subtract, end, start)
     inputs, sent = _gated(program, inputs, update)
     payload, training = _finished(program, broadcast, inputs, start, update, metrics.steps, kept)
+    if parts.asynchrony is not None:
+        numbers, now = broadcast.versions.numbers, level.extract(current)
+        payload = discounted(parts.asynchrony, numbers, inputs.staleness, payload, start, now)
     counted = active
     if outcome is not None:
         attack = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.ATTACK)

@@ -19,7 +19,14 @@ from fedlp_jax.algorithms import presets
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.client_round import Parts
 from fedlp_jax.algorithms.round import client_states, initial_state, run_round
-from fedlp_jax.clients.local_training import LocalTraining, LocalWork, check_work, local_steps
+from fedlp_jax.clients.asynchrony import Asynchrony
+from fedlp_jax.clients.local_training import (
+    LocalTraining,
+    LocalWork,
+    check_work,
+    examples_seen,
+    local_steps,
+)
 from fedlp_jax.clients.optimizers import check_optimizer, warn_of_restarts
 from fedlp_jax.errors import FedLPError, check_choice, shown
 from fedlp_jax.pruning import masks
@@ -59,6 +66,7 @@ def compose(
     local_training: LocalTraining | None = None,
     server_rule: ServerRule | None = None,
     upload: Upload | Sequence[Upload] | None = None,
+    asynchrony: Asynchrony | None = None,
 ) -> Algorithm:
     """Builds an algorithm. Every named one is a short call of this.
 
@@ -96,6 +104,8 @@ def compose(
       local_training: what the algorithm changes of a client's training; None = nothing.
       server_rule: what it keeps on the server, and makes of the aggregate; None = nothing.
       upload: compression of updates: `fl.top_k`, `fl.quantize`, `fl.cast`, or several in order.
+      asynchrony: when clients arrive and what late updates count, from
+        `fedlp_jax.clients.asynchrony`; None = all begin together, and the server waits.
 
     Raises:
       FedLPError: a setting that is out of range or unknown.
@@ -124,6 +134,7 @@ def compose(
         local_training=local_training or LocalTraining(),
         server_rule=server_rule,
         upload=_chained(upload),
+        asynchrony=asynchrony,
     )
     return _algorithm(parts, privacy, train_loss)
 
@@ -141,6 +152,8 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
             "privacy needs updates of a known norm, which compression changes; omit upload or "
             "privacy."
         )
+    if parts.asynchrony is not None:
+        _check_asynchrony(parts, privacy)
     if parts.submodels.slices:
         _check_slices(parts, privacy)
     stateful = parts.submodels.persist or parts.local_training.init is not None
@@ -159,7 +172,9 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         shared_heads=parts.submodels.shared_heads,
         personal=parts.submodels.personal,
         of_server=parts.submodels.of_server,
-        faults=True,
+        asynchrony=parts.asynchrony
+        and parts.asynchrony._replace(examples=lambda sizes: examples_seen(sizes, parts.work)),
+        faults=parts.asynchrony is None,
         stacked=parts.pipeline.reducer.stacked,
         privacy=privacy,
         check=partial(_check_optimizers, parts),
@@ -171,6 +186,17 @@ def _submodels(submodels: Submodels | None, personal: str | None) -> Submodels:
     if personal is not None:
         return submodel.personal(personal, submodels)
     return submodels or submodel.whole()
+
+
+def _check_asynchrony(parts: Parts, privacy: Privacy | None) -> None:
+    """Refuses what needs a cohort that begins together."""
+    own = parts.local_training.finish is not None or parts.server_rule is not None
+    if own or privacy is not None:
+        what = "privacy" if privacy is not None else "this algorithm's own rule for the server"
+        raise FedLPError(
+            f"{what} needs clients that all begin with the server's newest model; use it without "
+            "asynchrony, or server_optimizer= with asynchrony."
+        )
 
 
 def _check_slices(parts: Parts, privacy: Privacy | None) -> None:

@@ -22,6 +22,7 @@ from fedlp_jax.algorithms.client_round import (
     payload_like,
     train_client,
 )
+from fedlp_jax.clients.asynchrony import first_versions
 from fedlp_jax.clients.local_training import (
     Client,
     is_finite,
@@ -37,7 +38,7 @@ from fedlp_jax.clients.outcomes import (
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.client_state import ClientState
-from fedlp_jax.execution.map_clients import Level, map_sum
+from fedlp_jax.execution.map_clients import Level, map_sum, with_entry
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
 from fedlp_jax.prng import initial_key
@@ -78,10 +79,15 @@ def initial_state(
         client_scale=jnp.asarray(parts.client_schedule if fixed else 1.0, jnp.float32),
         round=jnp.zeros((), jnp.int32),
         halted=jnp.zeros((), bool),
-        algorithm=()
-        if parts.server_rule is None
-        else parts.server_rule.init(variables["params"], clients),
+        algorithm=_first_terms(parts, variables, clients),
     )
+
+
+def _first_terms(parts: Parts, variables: Variables, clients: int) -> Any:
+    """What the algorithm keeps on the server."""
+    if parts.asynchrony is not None:
+        return first_versions(parts.asynchrony, variables)
+    return () if parts.server_rule is None else parts.server_rule.init(variables["params"], clients)
 
 
 def client_states(parts: Parts, variables: Variables, example: Batch) -> tuple[ClientState, ...]:
@@ -206,6 +212,7 @@ def _broadcast(
         scale=_client_scale(parts, state, number),
         bound=parts.pipeline.bound(state.aggregator),
         terms=NO_TERMS if rule is None else rule.broadcast(state.algorithm),
+        versions=state.algorithm if parts.asynchrony is not None else None,
     )
 
 
@@ -236,7 +243,7 @@ def _client_inputs(
         outcome = ClientOutcome(arrives, outcomes.corrupt, cohort.conditions.strength)
         if _lost_skip(cohort, plan):
             size = jnp.where(arrives, size, 0)
-    return ClientInput(Client(cohort.client, size, rows), uploads, outcome)
+    return ClientInput(Client(cohort.client, size, rows), uploads, outcome, cohort.staleness)
 
 
 def _step_server(
@@ -263,6 +270,9 @@ def _step_server(
         aggregate.gate,
         table,
     )
+    if parts.asynchrony is not None:
+        place = number % (parts.asynchrony.most + 1)
+        terms = terms._replace(ring=with_entry(terms.ring, place, variables))
     unchanged = old._replace(policy=policy, round=number)
     new = unchanged._replace(variables=variables, optimizer=optimizer, algorithm=terms)
     nobody = aggregate.cohort_weight <= 0

@@ -382,6 +382,8 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedrolex: (),
     algorithms.federated_dropout: (),
     algorithms.fjord: (),
+    algorithms.fedbuff: (),
+    algorithms.fedasync: (),
     compose: (),
 }
 _POLICY = ("policy",)

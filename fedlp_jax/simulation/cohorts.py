@@ -155,6 +155,16 @@ class Cohorts:
             )
         return ids
 
+    def staleness(self, round: int, client: np.ndarray) -> np.ndarray | None:
+        """The versions by which clients are behind; None where all have the newest."""
+        del round, client
+        return None
+
+    def row(self, round: int) -> dict[str, Any]:
+        """What is reported of a cohort."""
+        del round
+        return {}
+
     def _from_function(self, round: int) -> np.ndarray:
         rule: Any = self.rule
         ids = np.sort(np.asarray(rule(self._seed, round, self._clients)))

@@ -283,6 +283,7 @@ class Run:
         )
         if outcomes is not None:
             row |= outcome_metrics(outcomes)
+        row |= self.spec.cohorts.row(record.round)
         if self.spec.epsilon is not None:
             row["epsilon"] = self.spec.epsilon(record.round)
         if record.tested is not None:

@@ -26,6 +26,7 @@ from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.simulation import validation as checks
+from fedlp_jax.simulation.arrivals import Arrivals, modelled_seconds
 from fedlp_jax.simulation.cohorts import CohortRule, Cohorts
 from fedlp_jax.simulation.staging import on_host
 from fedlp_jax.types import Array, Batch, Variables
@@ -103,6 +104,9 @@ def specify(
     population, root = clients.clients, root_key(seed)
     cohorts = Cohorts(cohort, population, seed, first_round, max_cohort)
     checks.check_cohorts(algorithm, max_cohort)
+    asynchrony = algorithm.asynchrony
+    arrivals = asynchrony and Arrivals(asynchrony, cohorts, population, seed)
+    cohorts = arrivals or cohorts
     exposure = None
     if faults is not None:
         checks.check_faults(algorithm, faults, cohort)
@@ -124,6 +128,11 @@ def specify(
     # Client state takes the dtype of the given variables.
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
     predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
+    wire = exchanged(algorithm, layers, begun, levels)
+    if asynchrony is not None and arrivals is not None:
+        table = layers, wire, levels, assigned, clients.sizes, shapes, example, root
+        arrivals.begin(modelled_seconds(algorithm, asynchrony, *table))
+        predicted["version_bytes"] = float((asynchrony.most + 1) * size_bytes(shapes))
     epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
     return Spec(
         algorithm,
@@ -140,7 +149,7 @@ def specify(
         levels,
         kept,
         layers,
-        exchanged(algorithm, layers, begun, levels),
+        wire,
         predicted,
         epsilon,
     )

@@ -187,6 +187,9 @@ class Stage:
         return self._exposed(cohort, round), layout
 
     def _exposed(self, cohort: Cohort, round: int) -> Cohort:
+        staleness: Any = self._spec.cohorts.staleness(round, np.asarray(cohort.client))
+        if staleness is not None:
+            cohort = dataclasses.replace(cohort, staleness=staleness)
         exposure = self._spec.exposure
         if exposure is None:
             return cohort

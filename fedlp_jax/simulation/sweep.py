@@ -295,6 +295,8 @@ class _Member:
             self.reason = "the data lie on the host"
         elif spec.algorithm.personal:
             self.reason = "clients are tested with layers of their own"
+        elif spec.algorithm.asynchrony is not None:
+            self.reason = "clients arrive at times of their own"
         if self.reason or rounds < first:
             return
         like = next((m.run for m in others if m.run and m.run.spec.data is spec.data), None)

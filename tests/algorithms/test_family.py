@@ -25,6 +25,7 @@ POPULATION = fl.partition.dirichlet(
 )
 TASK = fl.classification(Steps(depth=1))
 LEAVES = [("head1", 0), ("head1", 1), ("hidden1", 0), ("hidden1", 1)]
+FLIGHT = 4  # clients in flight, where the server does not wait
 UNITS, DRAWN_UNITS = 8, 17  # of the hidden layer; the purpose of their draws
 LAYERS = ["head1", "hidden1"]  # the order of the masks
 
@@ -33,6 +34,7 @@ class FedAvg:
     """The rules of an algorithm for one array; the others change some of them."""
 
     rho = 0.0  # momentum of the clients' SGD
+    buffer = 0  # arrivals that an update takes, where the server does not wait
 
     def __init__(self):
         self.server = defaultdict(float)  # by array
@@ -184,6 +186,21 @@ class FederatedDropout(FedAvg):
         return np.sort(order[: int(np.ceil(0.375 * UNITS))]), 1.0
 
 
+class FedBuff(FedAvg):
+    buffer = 2
+
+    def aged(self, d, tau, behind):
+        """What an update counts that began `tau` versions ago, at the newest model + `behind`."""
+        return d / np.sqrt(1 + tau)
+
+
+class FedAsync(FedAvg):
+    buffer = 1
+
+    def aged(self, d, tau, behind):
+        return 0.75 / (2 * max(tau - 1, 0) + 1) * (d + behind)
+
+
 class Row(NamedTuple):
     make: Any
     oracle: Any
@@ -200,6 +217,7 @@ class Row(NamedTuple):
 ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
 # A huge tau makes the step eta d / (2 tau) or eta d / tau.
 WIDTHS = [1.0 if client in (1, 6) else 0.375 for client in range(CLIENTS)]
+SPEEDS = {"compute": 1e3, "download": 1e4, "upload": 1e4}
 FLAT = {"server_learning_rate": 2.0**16, "b1": 0.0, "tau": 2.0**15}
 ROWS = {
     "fedavg": Row(fl.fedavg, FedAvg, {}),
@@ -228,6 +246,21 @@ ROWS = {
     "federated_dropout": Row(
         fl.federated_dropout, FederatedDropout, {"widths": 0.375}, neutral={"widths": 1.0}
     ),
+    "fedbuff": Row(
+        fl.fedbuff, FedBuff, {"buffer": 2, "profile": fl.Profile(**SPEEDS)}, weigh="uniform"
+    ),
+    "fedasync": Row(
+        fl.fedasync,
+        FedAsync,
+        {
+            "profile": fl.Profile(**SPEEDS),
+            "discount": "hinge",
+            "alpha": 0.75,
+            "slope": 2.0,
+            "grace": 1.0,
+        },
+        weigh="uniform",
+    ),
 }
 OTHERS = [name for name in ROWS if name != "fedavg"]
 
@@ -248,6 +281,8 @@ def algorithm(name, **settings):
 def simulate(made, plan=(2, 2), rounds=ROUNDS, **more):
     """The first rounds, in float64."""
     run = {"cohort": lambda seed, round, clients: COHORTS[round], "seed": SEED}
+    if made.asynchrony is not None:
+        run["cohort"] = FLIGHT
     with jax.enable_x64(True):
         start = in_float64(TASK.init(jax.random.key(9), example()))
         result = fl.simulate(
@@ -307,6 +342,37 @@ def trained(rule, x, own, client, round, rate, private):
     return w, steps
 
 
+def arrivals(buffer, keep=KEEP):
+    """The clients of each update and the versions they are behind, where the server does not wait.
+
+    Found by going through all clients at each moment, without a queue.
+    """
+    numbers, macs = 4 * UNITS + UNITS + UNITS * 3 + 3, 4 * UNITS + UNITS * 3
+    seconds = [
+        4 * numbers / SPEEDS["download"]
+        + 3 * macs * EPOCHS * len(POPULATION.rows(client)) / SPEEDS["compute"]
+        + (4 * numbers * keep + 1) / SPEEDS["upload"]
+        for client in range(CLIENTS)
+    ]
+    now, drawn, flying, landed = 0.0, 0, {}, []
+    for version in range(ROUNDS):
+        taken = {}
+        while len(taken) < buffer:
+            if not landed:
+                while len(flying) < FLIGHT:
+                    draws = np.random.Generator(np.random.Philox(key=[SEED, 2**33 + drawn]))
+                    client = draws.integers(CLIENTS)
+                    while client in flying or client in taken:
+                        client = draws.integers(CLIENTS)
+                    flying[client], drawn = (now + seconds[client], version), drawn + 1
+                now = min(end for end, _ in flying.values())
+                landed = sorted(client for client, (end, _) in flying.items() if end == now)
+                begun = {client: flying.pop(client)[1] for client in landed}
+            client = landed.pop(0)
+            taken[client] = version - begun[client]
+        yield dict(sorted(taken.items()))
+
+
 def plain(name, start, keep=KEEP):
     """All rounds.
 
@@ -319,13 +385,16 @@ def plain(name, start, keep=KEEP):
     mine = {client: dict(first) for client in range(CLIENTS)}
     rule, kept, senders = row.oracle(), defaultdict(lambda: defaultdict(float)), []
     residual, uploaded, downloaded = defaultdict(float), [], []
-    for round in range(1, ROUNDS + 1):
+    cohorts = [dict.fromkeys(COHORTS[round], 0) for round in range(1, ROUNDS + 1)]
+    cohorts, models = list(arrivals(rule.buffer)) if rule.buffer else cohorts, []
+    for round, cohort in enumerate(cohorts, 1):
+        models.append(x.copy())
         sent, total_bytes, received = defaultdict(list), 0, 0
-        for client in COHORTS[round]:
-            own = kept[client]
+        for client, tau in cohort.items():
+            own, old = kept[client], models[-1 - tau]
             units, rate = rule.units(client, round)
             held = held_entries(units)
-            start = {leaf: x[leaf][held[leaf]] for leaf in x}
+            start = {leaf: old[leaf][held[leaf]] for leaf in x}
             received += 4 * row.down * sum(part.size for part in start.values())
             w, steps = trained(rule, start | mine[client], own, client, round, rate, row.private)
             mine[client] = {leaf: w[leaf] for leaf in first}
@@ -335,6 +404,9 @@ def plain(name, start, keep=KEEP):
             for index, (layer, u) in enumerate(zip(shared, np.asarray(draw), strict=True)):
                 sends, both = u < np.float32(keep), ((layer, 1), (layer, 0))
                 update = {leaf: w[leaf] - start[leaf] for leaf in both}
+                if rule.buffer:
+                    for leaf in both:
+                        update[leaf] = rule.aged(update[leaf], tau, old[leaf] - x[leaf])
                 vector = np.concatenate([update[leaf].ravel() for leaf in both])
                 draws = jax.random.fold_in(key(round, client, UPLOAD), index)
                 draws = np.asarray(jax.random.uniform(draws, (len(vector),), jnp.float32))
@@ -478,6 +550,8 @@ LEARNS = {
     "fedrolex": {"widths": [1.0, 0.5]},
     "fjord": {"widths": [1.0, 0.5]},
     "federated_dropout": {"widths": 0.75},
+    "fedbuff": {"buffer": 5, "profile": fl.Profile(1e6, 1e5, 1e5, spread=0.5)},
+    "fedasync": {"profile": fl.Profile(1e6, 1e5, 1e5, spread=0.5)},
 }
 
 

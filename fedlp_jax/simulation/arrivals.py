@@ -1,0 +1,178 @@
+"""Arrivals: who reaches an asynchronous server when, from modelled seconds and the seed alone."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedlp_jax.accounting.ledger import Wire
+from fedlp_jax.accounting.macs import forward_macs
+from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.clients.asynchrony import Asynchrony
+from fedlp_jax.clients.devices import PASSES
+from fedlp_jax.errors import FedLPError
+from fedlp_jax.pruning.layers import LayerTable, layer_table
+from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.simulation.cohorts import Cohorts
+from fedlp_jax.types import Array, Batch, Variables
+
+_PURPOSE = 2  # of draws; cohorts have 1
+
+
+class Update(NamedTuple):
+    """One update of the server."""
+
+    staleness: dict[int, int]  # client -> tau, of those whose arrivals it takes
+    seconds: float  # modelled, since the update before
+    discarded: int  # arrivals that were too old
+
+
+class Arrivals(Cohorts):
+    """The clients of each update of an asynchronous server.
+
+    M clients are always in flight, if there are idle ones. As many as arrive at one time are taken
+    by ascending id; then others begin, drawn from those that are idle, with the newest version.
+
+    Attributes:
+      size: B, the arrivals of one update.
+      in_flight: M.
+    """
+
+    def __init__(self, asynchrony: Asynchrony, cohorts: Cohorts, clients: int, seed: int):
+        """Checks the numbers; `begin` says how long clients take.
+
+        Raises:
+          FedLPError: a cohort function, or a buffer of more than the clients in flight.
+        """
+        if callable(cohorts.rule):
+            raise FedLPError(
+                "cohort is a function, but the clients of an asynchronous server are those who "
+                "arrive; give the number of clients in flight."
+            )
+        if asynchrony.buffer > cohorts.size:
+            raise FedLPError(
+                f"buffer={asynchrony.buffer} exceeds the {cohorts.size} clients in flight "
+                "(cohort); lower one or raise the other."
+            )
+        self.rule, self.size, self.in_flight = cohorts.rule, asynchrony.buffer, cohorts.size
+        self._clients, self._seed, self._most = clients, seed, asynchrony.most
+        self._seconds: list[float] = []
+        self._flying: list[tuple[float, int, int]] = []  # a heap of end, client, version
+        self._landed: list[tuple[int, int]] = []  # client, version; at the current time
+        self._busy: set[int] = set()
+        self._now, self._begun = 0.0, 0
+        self._updates: list[Update] = []
+
+    def begin(self, seconds: np.ndarray) -> None:
+        """Takes the modelled seconds of each client, `f64[K]`."""
+        self._seconds = seconds.tolist()
+
+    def members(self, round: int) -> np.ndarray:
+        """The clients whose arrivals make an update, `i64[B]` ascending; from 1."""
+        return np.sort(np.asarray(list(self._update(round).staleness), np.int64))
+
+    def staleness(self, round: int, client: np.ndarray) -> np.ndarray:
+        """The versions by which the clients in slots `i32[D * P]` are behind; 0 if empty."""
+        of = self._update(round).staleness
+        return np.asarray([of.get(int(k), 0) for k in client], np.int32)
+
+    def row(self, round: int) -> dict[str, Any]:
+        """`simulated_time`, mean and largest staleness, and the arrivals discarded."""
+        update = self._update(round)
+        ages = list(update.staleness.values())
+        return {
+            "simulated_time": update.seconds,
+            "staleness_mean": sum(ages) / len(ages),
+            "staleness_max": max(ages),
+            "discarded": update.discarded,
+        }
+
+    def _update(self, round: int) -> Update:
+        while len(self._updates) < round:
+            self._updates.append(self._next())
+        return self._updates[round - 1]
+
+    def _next(self) -> Update:
+        taken: dict[int, int] = {}
+        version, before, discarded = len(self._updates), self._now, 0
+        while len(taken) < self.size:
+            if not self._landed:
+                self._take_off(version)
+                self._land()
+            client, received = self._landed.pop(0)
+            if version - received > self._most:
+                self._busy.remove(client)
+                discarded += 1
+            else:
+                taken[client] = version - received
+        self._busy -= taken.keys()
+        return Update(taken, self._now - before, discarded)
+
+    def _take_off(self, version: int) -> None:
+        """Idle clients begin until M are in flight."""
+        while len(self._flying) < self.in_flight and len(self._busy) < self._clients:
+            key = [self._seed, (_PURPOSE << 32) | self._begun]
+            rng = np.random.Generator(np.random.Philox(key=key))
+            client = int(rng.integers(self._clients))
+            while client in self._busy:
+                client = int(rng.integers(self._clients))
+            end = self._now + self._seconds[client]
+            heapq.heappush(self._flying, (end, client, version))
+            self._busy.add(client)
+            self._begun += 1
+
+    def _land(self) -> None:
+        """Moves the clock to the next arrival, and takes all of that time."""
+        self._now = self._flying[0][0]
+        while self._flying and self._flying[0][0] == self._now:
+            _, client, version = heapq.heappop(self._flying)
+            self._landed.append((client, version))
+
+
+def modelled_seconds(
+    algorithm: Algorithm,
+    asynchrony: Asynchrony,
+    layers: LayerTable,
+    wire: Wire,
+    levels: tuple[Submodel, ...],
+    assigned: np.ndarray,
+    sizes: np.ndarray,
+    variables: Variables,
+    example: Batch,
+    root: Array,
+) -> np.ndarray:
+    """`f64[K]`: download, training and upload of each client; an upload has its expected size.
+
+    Args:
+      algorithm: what clients run.
+      asynchrony: with their devices.
+      layers: the layer table.
+      wire: what is exchanged of each layer.
+      levels: submodels.
+      assigned: `i32[K]`, the level of each client.
+      sizes: `i64[K]`, examples.
+      variables: the server's, or their shapes.
+      example: a batch of one row.
+      root: the run's root key.
+    """
+    shapes = [jax.eval_shape(level.extract, variables) for level in levels]
+    tables = [layer_table(shape, algorithm.layers, layers.names) for shape in shapes]
+    held = np.stack([table.covered for table in tables])[assigned].astype(np.float64)
+    sent = held * algorithm.upload_rates(layers, len(assigned))
+    forward = [
+        sum(
+            forward_macs(
+                level.task, jax.eval_shape(level.task.init, root, example), example
+            ).values()
+        )
+        for level in levels
+    ]
+    macs = PASSES * np.asarray(forward, np.float64)[assigned] * asynchrony.examples(sizes)
+    speed, own = asynchrony.profile.machines(root, len(assigned)), wire.at(assigned)
+    down = (held * own.download).sum(axis=1)
+    up = (sent * own.upload).sum(axis=1) + wire.header
+    parts = (down, speed.download), (macs, speed.compute), (up, speed.upload)
+    return sum(amount / np.asarray(rate, np.float64) for amount, rate in parts)

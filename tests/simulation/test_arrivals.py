@@ -1,0 +1,116 @@
+"""Arrivals at an asynchronous server: a deterministic queue on the host."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small import flat
+
+import fedlp_jax as fl
+from fedlp_jax.clients.asynchrony import asynchrony
+from fedlp_jax.simulation.arrivals import Arrivals
+from fedlp_jax.simulation.cohorts import Cohorts
+
+PROFILE = fl.Profile(1e6, 1e5, 1e5)
+
+
+def queue(seconds, buffer=1, flight=2, most=16, seed=0):
+    clients = len(seconds)
+    rule = asynchrony(PROFILE, buffer, most, "constant")
+    arrivals = Arrivals(rule, Cohorts(flight, clients, seed), clients, seed)
+    arrivals.begin(np.asarray(seconds, np.float64))
+    return arrivals
+
+
+def test_everybody_in_flight_arrives_together_where_all_are_alike():
+    arrivals = queue([2.0] * 5, buffer=5, flight=5)
+    for round in (1, 2, 3):
+        assert arrivals.members(round).tolist() == [0, 1, 2, 3, 4]
+        row = arrivals.row(round)
+        assert row == {
+            "simulated_time": 2.0,
+            "staleness_mean": 0.0,
+            "staleness_max": 0,
+            "discarded": 0,
+        }
+
+
+def test_a_slow_client_is_behind_by_what_the_fast_ones_did_meanwhile():
+    arrivals = queue([1.0, 3.5], flight=2)  # both are always in flight
+    found = [(arrivals.members(r).tolist(), arrivals.row(r)["staleness_max"]) for r in range(1, 6)]
+    assert found == [([0], 0), ([0], 0), ([0], 0), ([1], 3), ([0], 1)]
+    assert arrivals.staleness(4, np.asarray([1, -1])).tolist() == [3, 0]
+    assert [arrivals.row(r)["simulated_time"] for r in range(1, 6)] == [1, 1, 1, 0.5, 0.5]
+
+
+def test_what_is_too_old_is_discarded_and_its_client_begins_anew():
+    arrivals = queue([1.0, 3.5], most=2)
+    assert [arrivals.members(r).tolist() for r in range(1, 6)] == [[0]] * 5
+    assert [arrivals.row(r)["discarded"] for r in range(1, 6)] == [0, 0, 0, 1, 0]
+
+
+def test_arrivals_follow_from_the_seed_whatever_is_asked_first():
+    seconds = np.random.default_rng(0).uniform(1, 5, 30)
+    one, other = (queue(seconds, buffer=3, flight=8, seed=7) for _ in range(2))
+    last = other.members(20).tolist()
+    assert [one.members(r).tolist() for r in range(1, 21)][-1] == last
+    assert all(len(set(one.members(r).tolist())) == 3 for r in range(1, 21))
+    different = queue(seconds, buffer=3, flight=8, seed=8)
+    assert [one.members(r).tolist() for r in (1, 2)] != [
+        different.members(r).tolist() for r in (1, 2)
+    ]
+
+
+def test_a_buffer_of_more_than_fly_is_refused():
+    with pytest.raises(fl.FedLPError, match="buffer=3 exceeds the 2 clients in flight"):
+        queue([1.0] * 5, buffer=3, flight=2)
+    rule = asynchrony(PROFILE, 1, 1, "constant")
+    with pytest.raises(fl.FedLPError, match="cohort is a function"):
+        Arrivals(rule, Cohorts(lambda seed, round, clients: [0], 5, 0), 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"profile": None}, "without a profile nothing takes time"),
+        ({"buffer": 0}, "buffer"),
+        ({"max_staleness": -1}, "max_staleness"),
+        ({"exponent": -1.0}, "exponent"),
+        ({"discount": "sudden"}, "discount"),
+        ({"privacy": fl.Privacy(1.0, 1.0), "aggregator": "cohort_mean"}, "privacy needs clients"),
+    ],
+    ids=["profile", "buffer", "staleness", "exponent", "discount", "privacy"],
+)
+def test_settings_that_make_no_sense_are_refused(settings, sentence):
+    task = fl.classification(fl.models.Logistic())
+    settings = {"profile": PROFILE, "buffer": 2, "client_optimizer": optax.sgd(0.1)} | settings
+    with pytest.raises(fl.FedLPError, match=sentence):
+        fl.fedbuff(task, **settings)
+
+
+@pytest.mark.slow
+def test_neutral_settings_are_synchronous():
+    """Alike clients that all fill one buffer are FedAvg; FedAsync one by one is sequential."""
+    data = fl.load("synthetic", examples=120, shape=(4,), num_classes=3, seed=0)
+    clients = fl.partition.iid(data.train.labels, clients=6, seed=0)
+    task = fl.classification(fl.models.Logistic(num_classes=3))
+    common = {"client_optimizer": optax.sgd(0.1), "batch_size": 10}
+    run = {"rounds": 3, "seed": 1, "plan": fl.Plan(1, 1)}
+    plain = fl.fedavg(task, weighting="uniform", **common)
+    faults = fl.Faults(profile=PROFILE)
+    waits = fl.simulate(plain, data, clients, cohort=6, faults=faults, **run)
+    buffered = fl.fedbuff(task, buffer=6, profile=PROFILE, **common)
+    result = fl.simulate(buffered, data, clients, cohort=6, **run)
+    np.testing.assert_array_equal(flat(result.variables), flat(waits.variables))
+    times = [row["simulated_time"] for row in result.history.rows]
+    np.testing.assert_allclose(times, waits.history["simulated_time"], rtol=1e-6)
+
+    alone = fl.fedasync(task, alpha=1.0, profile=PROFILE, weighting="uniform", **common)
+    one_by_one = fl.simulate(alone, data, clients, cohort=1, **run)
+    order = queue([1.0] * 6, flight=1, seed=1)
+    sequential = fl.simulate(
+        plain, data, clients, cohort=lambda seed, round, clients: order.members(round), **run
+    )
+    np.testing.assert_array_equal(flat(one_by_one.variables), flat(sequential.variables))
+    assert one_by_one.readings["version_bytes"] == 17 * 4 * 15
+    assert jax.tree.leaves(one_by_one.state.algorithm.ring)[0].shape[0] == 17
