@@ -34,7 +34,8 @@ class Arrivals(Cohorts):
     """The clients of each update of an asynchronous server.
 
     M clients are always in flight, if there are idle ones. As many as arrive at one time are taken
-    by ascending id; then others begin, drawn from those that are idle, with the newest version.
+    by ascending id; then others begin, drawn from those that are idle, with the newest version. The
+    ledger books what an update takes, not what was discarded or is still in flight.
 
     Attributes:
       size: B, the arrivals of one update.
