@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedlp_jax.accounting.ledger import Wire
 from fedlp_jax.accounting.macs import forward_macs
-from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.clients.asynchrony import Asynchrony
 from fedlp_jax.clients.devices import PASSES
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.pruning.layers import LayerTable, layer_table
-from fedlp_jax.pruning.submodels import Submodel
+from fedlp_jax.pruning.layers import layer_table
 from fedlp_jax.simulation.cohorts import Cohorts
-from fedlp_jax.types import Array, Batch, Variables
+from fedlp_jax.types import Variables
+
+if TYPE_CHECKING:
+    from fedlp_jax.simulation.spec import Spec
 
 _PURPOSE = 2  # of draws; cohorts have 1
 
@@ -133,47 +133,26 @@ class Arrivals(Cohorts):
             self._landed.append((client, version))
 
 
-def modelled_seconds(
-    algorithm: Algorithm,
-    asynchrony: Asynchrony,
-    layers: LayerTable,
-    wire: Wire,
-    levels: tuple[Submodel, ...],
-    assigned: np.ndarray,
-    sizes: np.ndarray,
-    variables: Variables,
-    example: Batch,
-    root: Array,
-) -> np.ndarray:
+def modelled_seconds(spec: Spec, variables: Variables) -> np.ndarray:
     """`f64[K]`: download, training and upload of each client; an upload has its expected size.
 
     Args:
-      algorithm: what clients run.
-      asynchrony: with their devices.
-      layers: the layer table.
-      wire: what is exchanged of each layer.
-      levels: submodels.
-      assigned: `i32[K]`, the level of each client.
-      sizes: `i64[K]`, examples.
+      spec: of an algorithm with asynchrony.
       variables: the server's, or their shapes.
-      example: a batch of one row.
-      root: the run's root key.
     """
-    shapes = [jax.eval_shape(level.extract, variables) for level in levels]
-    tables = [layer_table(shape, algorithm.layers, layers.names) for shape in shapes]
+    algorithm, assigned = spec.algorithm, spec.assigned
+    rule: Any = algorithm.asynchrony
+    held_shapes = [jax.eval_shape(level.extract, variables) for level in spec.levels]
+    tables = [layer_table(x, algorithm.layers, spec.layers.names) for x in held_shapes]
     held = np.stack([table.covered for table in tables])[assigned].astype(np.float64)
-    sent = held * algorithm.upload_rates(layers, len(assigned))
-    forward = [
-        sum(
-            forward_macs(
-                level.task, jax.eval_shape(level.task.init, root, example), example
-            ).values()
-        )
-        for level in levels
-    ]
-    macs = PASSES * np.asarray(forward, np.float64)[assigned] * asynchrony.examples(sizes)
-    speed, own = asynchrony.profile.machines(root, len(assigned)), wire.at(assigned)
-    down = (held * own.download).sum(axis=1)
-    up = (sent * own.upload).sum(axis=1) + wire.header
+    sent = held * algorithm.upload_rates(spec.layers, len(assigned))
+    forward = []
+    for level in spec.levels:
+        shapes = jax.eval_shape(level.task.init, spec.root, spec.example)
+        forward.append(sum(forward_macs(level.task, shapes, spec.example).values()))
+    macs = PASSES * np.asarray(forward, np.float64)[assigned] * rule.examples(spec.clients.sizes)
+    wire, speed = spec.wire.at(assigned), rule.profile.machines(spec.root, len(assigned))
+    down = (held * wire.download).sum(axis=1)
+    up = (sent * wire.upload).sum(axis=1) + wire.header
     parts = (down, speed.download), (macs, speed.compute), (up, speed.upload)
     return sum(amount / np.asarray(rate, np.float64) for amount, rate in parts)

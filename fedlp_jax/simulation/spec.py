@@ -102,11 +102,7 @@ def specify(
     note_other_kernels()
     checks.check_partition(clients, data)
     population, root = clients.clients, root_key(seed)
-    cohorts = Cohorts(cohort, population, seed, first_round, max_cohort)
-    checks.check_cohorts(algorithm, max_cohort)
-    asynchrony = algorithm.asynchrony
-    arrivals = asynchrony and Arrivals(asynchrony, cohorts, population, seed)
-    cohorts = arrivals or cohorts
+    cohorts = _cohorts(algorithm, cohort, population, seed, first_round, max_cohort)
     exposure = None
     if faults is not None:
         checks.check_faults(algorithm, faults, cohort)
@@ -128,13 +124,8 @@ def specify(
     # Client state takes the dtype of the given variables.
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
     predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
-    wire = exchanged(algorithm, layers, begun, levels)
-    if asynchrony is not None and arrivals is not None:
-        table = layers, wire, levels, assigned, clients.sizes, shapes, example, root
-        arrivals.begin(modelled_seconds(algorithm, asynchrony, *table))
-        predicted["version_bytes"] = float((asynchrony.most + 1) * size_bytes(shapes))
     epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
-    return Spec(
+    spec = Spec(
         algorithm,
         data,
         clients,
@@ -149,10 +140,34 @@ def specify(
         levels,
         kept,
         layers,
-        wire,
+        exchanged(algorithm, layers, begun, levels),
         predicted,
         epsilon,
     )
+    return _with_arrivals(spec, shapes)
+
+
+def _cohorts(
+    algorithm: Algorithm,
+    cohort: CohortRule,
+    clients: int,
+    seed: int,
+    first_round: int,
+    max_cohort: int | None,
+) -> Cohorts:
+    """Who takes part: the cohorts of the rule, or those who arrive."""
+    cohorts = Cohorts(cohort, clients, seed, first_round, max_cohort)
+    checks.check_cohorts(algorithm, max_cohort)
+    if algorithm.asynchrony is None:
+        return cohorts
+    return Arrivals(algorithm.asynchrony, cohorts, clients, seed)
+
+
+def _with_arrivals(spec: Spec, variables: Variables) -> Spec:
+    """The same once it is known how long clients take, where the server does not wait."""
+    if isinstance(spec.cohorts, Arrivals):
+        spec.cohorts.begin(modelled_seconds(spec, variables))
+    return spec
 
 
 def _assigned(
@@ -184,6 +199,8 @@ def _predicted(
     predicted: dict[str, float] = {}
     if algorithm.stacked:
         predicted["stacked_bytes"] = checks.check_stack(shapes, layers, cohorts.size, plan)
+    if algorithm.asynchrony is not None:
+        predicted["version_bytes"] = (algorithm.asynchrony.most + 1) * size_bytes(shapes)
     if client_state:
         train = 0 if plan.data == HOST else data.train.nbytes
         beside = size_bytes(shapes) + train + data.test.nbytes
