@@ -7,6 +7,7 @@ belong to the page, which has a light and a dark scheme.
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
 _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "x", "star")
-_PATTERNS = ("", "/", "x", ".", "\\", "+", "-")
+_PATTERNS = ("", "/", "x", ".", "\\", "+")  # six, so that they repeat with another colour
+_NAME = 18  # characters of a layer's name on an axis; more would leave a phone no room
 _COLUMNS = 400  # of a heat map at most; of more rounds, some share a column
 
 
@@ -137,7 +139,7 @@ def kept(clients: Sequence[Mapping[str, np.ndarray]]) -> Figure:
         )
     )  # fmt: skip
     figure.update_xaxes(title="round" if width == 1 else f"round ({width} in a column)")
-    figure.update_yaxes(title="layer", autorange="reversed", type="category")
+    _name_layers(figure, layers)
     return figure
 
 
@@ -151,7 +153,8 @@ def layer_costs(costs: Mapping[str, Mapping[str, float]], of: dict[str, Mark]) -
     import plotly.graph_objects as go
 
     layers = list(dict.fromkeys(layer for by_layer in costs.values() for layer in by_layer))
-    figure = _figure(height=110 + len(layers) * (14 + 12 * len(costs)))
+    bar = 12 if len(costs) <= 4 else 6  # pixels
+    figure = _figure(height=110 + len(layers) * (14 + bar * len(costs)))
     for label, by_layer in costs.items():
         mark = of[label]
         figure.add_trace(
@@ -171,8 +174,30 @@ def layer_costs(costs: Mapping[str, Mapping[str, float]], of: dict[str, Mark]) -
             )
         )  # fmt: skip
     figure.update_xaxes(title="uploaded over the run [MB]", rangemode="tozero")
-    figure.update_yaxes(title="layer", autorange="reversed", type="category")
+    _name_layers(figure, layers)
     return figure
+
+
+def _name_layers(figure: Figure, layers: Sequence[str]) -> None:
+    """Puts layers on the vertical axis, the first on top."""
+    figure.update_yaxes(
+        autorange="reversed",
+        type="category",
+        tickvals=list(range(len(layers))),
+        ticktext=[html.escape(name) for name in short_names(layers)],
+    )
+
+
+def short_names(layers: Sequence[str]) -> list[str]:
+    """Names for an axis. Long ones lose the modules that all of these share, and their end."""
+    long = [name for name in layers if len(name) > _NAME]
+    shared = os.path.commonpath(long) if len(long) > 1 else ""
+    short = []
+    for name in layers:
+        if len(name) > _NAME and shared:
+            name = "…" + name[len(shared) :]
+        short.append(name if len(name) <= _NAME else name[: _NAME - 1] + "…")
+    return short
 
 
 def label_mix(client: np.ndarray, counts: np.ndarray) -> Figure:
@@ -201,7 +226,8 @@ def label_mix(client: np.ndarray, counts: np.ndarray) -> Figure:
         barmode="stack", bargap=0.1, showlegend=few,
         legend={"title": {"text": "class"}, "traceorder": "reversed", "itemwidth": 30},
     )  # fmt: skip
-    figure.update_xaxes(title="client", type="category", nticks=10)
+    title = "client" if few else f"client (dark: class 0, light: class {classes - 1})"
+    figure.update_xaxes(title=title, type="category", nticks=10)
     figure.update_yaxes(title="examples")
     return figure
 

@@ -20,6 +20,7 @@ from fedlp_jax.reporting.plots import AXES, axes_of
 from fedlp_jax.reporting.run_directory import CLIENTS, CONFIG, PARTITION, SUMMARY, read_metrics
 
 _METRICS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+_WIDE = 3  # heat maps that take the whole width; more share it
 _COLUMNS = 4  # experiments that are columns of the table; more are lines
 
 
@@ -199,8 +200,10 @@ def _layers(found: Mapping[str, Sequence[_Evidence]], of: dict[str, Mark]) -> li
         ]
         same = {tuple(run["layers"].tolist()) for run in clients}
         if len(same) == 1 and next(iter(same)):
-            maps.append(_Chart(label, charts.kept(clients), wide=True))
+            maps.append(_Chart(label, charts.kept(clients)))
     if maps:
+        wide = len(maps) <= _WIDE
+        maps = [chart._replace(wide=wide) for chart in maps]
         text = "Of the clients that arrived in a round, the share that sent the layer."
         sections.append(_section("Layers kept by round", _charts(maps, "kept"), text))
     costs = {
@@ -353,7 +356,6 @@ _HATCHES = {
     "x": "M0 12l12 -12l12 12M0 0l12 12l12 -12M6 12l12 -12M6 0l12 12",
     ".": "M3 3h2M11 3h2M19 3h2M7 9h2M15 9h2",
     "+": "M0 6h24M4 0v12M12 0v12M20 0v12",
-    "-": "M0 3h24M0 9h24",
 }
 
 # The policy keeps the page from loading anything, whatever the library would like to.

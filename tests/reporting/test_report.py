@@ -86,7 +86,8 @@ def test_a_run_that_has_not_ended_says_so(tmp_path):
 
 def test_marks_differ_in_more_than_colour():
     marks = charts.marks(list(map(str, range(35)))).values()
-    assert len(set(marks)) == 35
+    assert len(set(marks)) == len({(m.colour, m.dash) for m in marks}) == 35
+    assert len({(m.colour, m.pattern) for m in marks}) == 35
     first = list(marks)[:5]
     assert len({m.dash for m in first}) == len({m.marker for m in first}) == 5
     assert all(mark.colour != "#000000" for mark in marks)
@@ -105,6 +106,14 @@ def test_shares_of_senders_are_of_the_clients_that_arrived():
     longer = clients | {"round": np.array([1, 2, 401, 802])}
     (heat,) = charts.kept([longer]).data
     assert heat.z.shape == (2, 268) and heat.x[0] == 2  # three rounds a column
+
+
+def test_long_names_keep_what_tells_them_apart():
+    blocks = [f"encoder/stack/block_{i}/attention/kernel" for i in range(3)]
+    assert charts.short_names([*blocks, "head"]) == [
+        *(f"…/block_{i}/attenti…" for i in range(3)), "head",
+    ]  # fmt: skip
+    assert charts.short_names(["a" * 18, "b" * 19]) == ["a" * 18, "b" * 17 + "…"]
 
 
 def test_sizes_are_counted_once(tmp_path):
