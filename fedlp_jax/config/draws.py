@@ -28,6 +28,11 @@ def draw(config: Config, data: Dataset) -> ReferenceDraws:
             f"{_WORD} has no partition '{partition.name}'; choose iid, dirichlet or mixed, or "
             "draws='own'."
         )
+    if partition.seed is not None:
+        raise FedLPError(
+            f"{_WORD} deals the examples by the run's seed, {config.seed}; remove partition.seed="
+            f"{partition.seed}, or use draws='own'."
+        )
     settings = algorithm.arguments()
     flag, keep = settings.get("depths"), settings.get("keep")
     if algorithm.name == "fedlp_hetero":

@@ -86,7 +86,7 @@ def read_runs(study: Study) -> dict[Cell, list[CellRun]]:
 
     Raises:
       FedLPError: a cell was run with another configuration, such as another scale, for more rounds
-        than the study's, or by another version; or its files cannot be read.
+        than the study's; or its files cannot be read.
     """
     runs: dict[Cell, list[CellRun]] = {}
     for path in sorted((study.out / "cells").glob("*")):
@@ -103,9 +103,16 @@ def read_cells(study: Study) -> dict[Cell, CellRun]:
 
 
 def unfinished(study: Study, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that have not ended; raises as `read_cells` does."""
-    runs = read_cells(study)
-    return [cell for cell in cells if cell not in runs or runs[cell].status == "unfinished"]
+    """The cells that are still to run.
+
+    Raises:
+      FedLPError: as `read_runs`; or another version of this package has run a cell of the study.
+    """
+    runs = read_runs(study)
+    for several in runs.values():
+        for run in several:
+            _refuse_other_version(run.path)
+    return [cell for cell in cells if cell not in runs or runs[cell][0].status == "unfinished"]
 
 
 def run_cells(
@@ -219,7 +226,7 @@ def _refuse_other_cell(config: Config, path: Path) -> None:
     """Compares a cell with the run in a directory, which may have fewer rounds or another plan.
 
     Raises:
-      FedLPError: with each field that differs, and both values; or with both versions.
+      FedLPError: with each field that differs, and both values.
     """
     file = path / CONFIG
     # A run that was killed in its first moments leaves none, or an empty one.
@@ -232,7 +239,16 @@ def _refuse_other_cell(config: Config, path: Path) -> None:
     may_differ = [one for one in _MAY_DIFFER if one != "rounds" or theirs.rounds <= config.rounds]
     old, new = (identity(one, may_differ) for one in (theirs, config))
     refuse_other(old, new, f"{path} holds another run")
-    made = _VERSION.search(file.read_text("utf-8"))
+
+
+def _refuse_other_version(path: Path) -> None:
+    """Refuses to add to a study whose cells another version of this package has run.
+
+    Raises:
+      FedLPError: with both versions.
+    """
+    file = path / CONFIG
+    made = _VERSION.search(file.read_text("utf-8")) if file.exists() else None
     if made and made[1] != versions()["fedlp_jax"]:
         raise FedLPError(
             f"{path} was run by fedlp_jax {made[1]}, and this is {versions()['fedlp_jax']}; move "

@@ -35,7 +35,7 @@ def draw_figures(study: Study) -> list[str]:
     """
     runs: dict[tuple[str, str, str], list[CellRun]] = {}
     for cell, run in read_cells(study).items():
-        if run.status != "diverged" and run.summary:
+        if run.status != "diverged" and run.summary and run.rows:
             runs.setdefault((cell.draws, cell.split, cell.row), []).append(run)
     made = []
     for draws in DRAWS:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import RenderableType
 
-from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_runs, run_cells
+from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_runs, run_cells, unfinished
 from fedlp_jax.paper.costs import DIGIT_SLIP, RowCost
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import (
@@ -86,7 +86,7 @@ def run_study(
     Raises:
       FedLPError: as `run_cells`; nothing has been written then.
     """
-    make_table(study)  # refuses the directory of another study
+    unfinished(study, cells)  # refuses the directory of another study
     try:
         for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
             write_table(make_table(study), study.out)

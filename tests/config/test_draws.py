@@ -74,6 +74,10 @@ def test_a_run_sends_the_layers_of_the_listed_masks():
     [
         ({"partition": {"name": "shards", "clients": 20}}, "has no partition 'shards'; choose iid"),
         (
+            {"partition": {"name": "iid", "clients": 20, "seed": 7}},
+            "by the run's seed, 25; remove partition.seed=7",
+        ),
+        (
             {"algorithm": {**HETERO["algorithm"], "depths": [0.5, 0.5]}},
             "a flag 1 to 5 or 'un",
         ),
