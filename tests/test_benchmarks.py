@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from benchmarks import (
     hetero,
     language,
     memory,
+    paper,
     parts,
     robustness,
     roofline,
@@ -496,3 +498,14 @@ def test_a_cell_that_fails_is_a_sentence(run):
 def test_the_cells_that_other_commands_measure(run):
     assert cells.masked_mean("MLP", 4)["ours_of_copy"] > 0
     assert cells.bandwidth(smoke=True)["bytes_per_second"] > 0
+
+
+def test_paper_finds_the_uploads_of_committed_cells_in_their_draws(run):
+    cells = Path(__file__).parents[1] / "benchmarks/results/paper"
+    result = run(paper, "--results", str(cells))
+    assert [row["directory"] for row in result["exchange"]] == [
+        "fedavg-d-niid-own-seed25",
+        "fedavg-iid-own-seed25@h200",
+    ]
+    (row,) = result["targets"]
+    assert (row["60%"]["round"], row["rounds"]) == (5, 200)
