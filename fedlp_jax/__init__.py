@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedasync import fedasync as fedasync
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
+    from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
@@ -50,10 +51,13 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedopt import fedadam as fedadam
     from fedlp_jax.algorithms.fedopt import fedavgm as fedavgm
     from fedlp_jax.algorithms.fedopt import fedyogi as fedyogi
+    from fedlp_jax.algorithms.fedpart import fedpart as fedpart
     from fedlp_jax.algorithms.fedper import fedper as fedper
     from fedlp_jax.algorithms.fedprox import fedprox as fedprox
+    from fedlp_jax.algorithms.fedrep import fedrep as fedrep
     from fedlp_jax.algorithms.fedrolex import fedrolex as fedrolex
     from fedlp_jax.algorithms.fjord import fjord as fjord
+    from fedlp_jax.algorithms.freeze import freeze as freeze
     from fedlp_jax.algorithms.heterofl import heterofl as heterofl
     from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
     from fedlp_jax.algorithms.scaffold import scaffold as scaffold
@@ -124,6 +128,10 @@ _HOMES = {
     "algorithms.base": "Algorithm",
     "algorithms.compose": "compose",
     "algorithms.fedavg": "fedavg",
+    "algorithms.fedbabu": "fedbabu",
+    "algorithms.fedpart": "fedpart",
+    "algorithms.fedrep": "fedrep",
+    "algorithms.freeze": "freeze",
     "algorithms.fedlp": "fedlp_hetero fedlp_homo fedlp_q",
     "algorithms.fedper": "fedper",
     "algorithms.fedprox": "fedprox",

@@ -10,8 +10,9 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from fedlp_jax.nn import conv
+from fedlp_jax.nn import conv, gated
 from fedlp_jax.prng import root_key
+from fedlp_jax.pruning.layers import LayerTable, path_names
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Variables
 
@@ -81,6 +82,46 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
     return (counts[0] - counts[1]) // max(example.labels.shape[0], 1)
 
 
+def backward_blocks(
+    task: Task, variables: Variables, example: Batch, layers: LayerTable
+) -> list[tuple[frozenset[int], int]]:
+    """Cuts the MACs of one example's backward pass by the layers that need them.
+
+    A block runs if one of its layers is trained; one without layers always runs, such as the
+    gradient of a private head. See `fedlp_jax.nn.gated`.
+
+    Args:
+      task: of the model or submodel.
+      variables: its variables, or their shapes.
+      example: a batch.
+      layers: of what is shared with the server.
+
+    Returns:
+      `(layers, MACs)` of each block. The MACs add up to `backward_macs`.
+    """
+    shapes = jax.eval_shape(lambda v: v, variables)
+    layer_of = flatten_dict(layers.index["params"])
+
+    def gradient(variables: Variables) -> Any:
+        def loss(params: Variables) -> Any:
+            return task.loss({**variables, "params": params}, example, root_key(0))[0]
+
+        return jax.value_and_grad(loss)(variables["params"])
+
+    with conv.using("direct"):  # count products as written
+        forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes).jaxpr
+        both = jax.make_jaxpr(gradient)(shapes).jaxpr
+    leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
+    groups = [None, *(layer_of.get(path_names(path)) for path, _ in leaves)]
+    rows, found = max(example.labels.shape[0], 1), []
+    for block in gated.blocks(both, groups):
+        macs = sum(n * _macs(e) for e, _, n in _within(block.equations, ""))
+        if block.groups is None:
+            macs -= sum(n * _macs(e) for e, _, n in _equations(forward, ""))
+        found.append((block.groups or frozenset(), macs // rows))
+    return found
+
+
 def relative_work(tasks: Sequence[Task], key: Array, example: Batch) -> list[float]:
     """Modelled work of a local step of each submodel level, to schedule clients by.
 
@@ -103,7 +144,11 @@ def _equations(jaxpr: Any, scope: str, times: int = 1) -> Iterator[tuple[Any, st
     The body of a `while` counts once, because its trip count is unknown. Every branch of a `cond`
     counts.
     """
-    for equation in jaxpr.eqns:
+    yield from _within(jaxpr.eqns, scope, times)
+
+
+def _within(equations: Sequence[Any], scope: str, times: int = 1) -> Iterator[tuple[Any, str, int]]:
+    for equation in equations:
         inner_scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         bodies = list(jaxprs_in_params(equation.params))
         if not bodies:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.accounting.ledger import Wire, wire_of
 from fedlp_jax.aggregation.pipeline import UpdatePipeline, joined
@@ -20,6 +21,7 @@ from fedlp_jax.clients.asynchrony import Asynchrony, discounted
 from fedlp_jax.clients.local_training import (
     Bounds,
     Client,
+    GateRule,
     LocalTraining,
     LocalWork,
     Step,
@@ -31,6 +33,7 @@ from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_la
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.map_clients import entry
 from fedlp_jax.execution.packing import Packed, pack, unpack
+from fedlp_jax.nn.gated import Gate
 from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import MaskPolicy
@@ -109,6 +112,7 @@ class ClientInput(NamedTuple):
     upload: UploadInfo
     outcome: ClientOutcome | None  # None = a run without faults
     staleness: Any = None  # i32[], versions that the client is behind
+    train: Array | None = None  # f32[L], 1 = trained; None = all layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +260,7 @@ def _trained(
         alone=program.alone,
         all_train=not program.lost_skip,
         gradient_rule=_gradient_rule(program, broadcast, kept),
+        gate_rule=_gate_rule(program, inputs),
         largest=program.largest,
     )
     return train(
@@ -296,6 +301,34 @@ def _gated(
         return inputs, ()
     mask = jnp.where(sends(update, program.layers), inputs.upload.mask, 0.0)
     return inputs._replace(upload=inputs.upload._replace(mask=mask)), mask
+
+
+def _gate_rule(program: ClientProgram, inputs: ClientInput) -> GateRule | None:
+    """Which parameters ONE client's steps train; None = all of them, always."""
+    rule, mask = program.parts.local_training.trains, inputs.train
+    if rule is None and mask is None:
+        return None
+    layer_of = flatten_dict(program.layers.index["params"])
+
+    def gates(params: PyTree, number: Array, steps: Array) -> PyTree:
+        allowed = (lambda path: True) if rule is None else rule(number, steps)
+        of_layer = [] if mask is None else [mask[i] > 0 for i in range(mask.shape[0])]
+        # One object for all parameters with the same two gates, which it keeps alive.
+        both: dict[Any, tuple[Gate, Gate, Gate]] = {}
+
+        def gate(path: tuple[str, ...]) -> Gate:
+            first: Gate = of_layer[layer_of[path]] if of_layer and path in layer_of else True
+            second = allowed("/".join(path))
+            if isinstance(first, bool) or isinstance(second, bool):
+                return second if first is True else first if second is True else False
+            key = id(first), id(second)
+            if key not in both:
+                both[key] = first, second, first & second
+            return both[key][-1]
+
+        return unflatten_dict({path: gate(path) for path in flatten_dict(params)})
+
+    return gates
 
 
 def _finished(

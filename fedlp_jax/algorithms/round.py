@@ -121,7 +121,9 @@ def run_round(
     if cohort.conditions is not None:
         held = layers_of_levels(table, tables) if parts.submodels.slices else table
         wire = parts.wire(held)
-        outcomes = draw_outcomes(key, number, cohort, masks, wire, levels, parts.work, example)
+        outcomes = draw_outcomes(
+            key, number, cohort, masks, wire, levels, tables, parts.work, example
+        )
     a = cohort.size.astype(jnp.float32)
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
     broadcast = _broadcast(parts, state, number, examples, key)
@@ -133,7 +135,7 @@ def run_round(
             if not level.idle  # it comes after the others
         ],
         broadcast,
-        _client_inputs(cohort, uploads, outcomes, plan, examples),
+        _client_inputs(cohort, uploads, outcomes, plan, examples)._replace(train=masks.train),
         cohort.segment,
         plan,
         sharded=_sharded(plan),

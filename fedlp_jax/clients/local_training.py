@@ -18,6 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.errors import FedLPError, check_number
+from fedlp_jax.nn import gated
+from fedlp_jax.nn.gated import Gate
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import (
@@ -73,10 +75,15 @@ class LocalTraining(NamedTuple):
     gradient: Callable[[Step, Terms, PyTree], PyTree] | None = None
     # (trained, terms, state) -> (update to send, what is sent with it, state)
     finish: Callable[[Trained, Terms, PyTree], tuple[Variables, Terms, PyTree]] | None = None
+    # (number of the step, steps of the round) -> path of a parameter -> whether the step trains it;
+    # parameters that share a gate should get the same object
+    trains: Callable[[Array, Array], Callable[[str], Gate]] | None = None
 
 
 # (gradient, params, number of the step i32[]) -> gradient
 GradientRule = Callable[[PyTree, PyTree, Array], PyTree]
+# (params, number of the step, steps of the round) -> a `Gate` for each parameter
+GateRule = Callable[[PyTree, Array, Array], PyTree]
 
 
 class Client(NamedTuple):
@@ -157,6 +164,7 @@ def local_update(
     all_train: bool,
     gradient_rule: GradientRule | None = None,
     largest: int | None = None,
+    gate_rule: GateRule | None = None,
 ) -> Callable[..., tuple[Variables, ClientMetrics]]:
     """Builds the local training of one client.
 
@@ -176,6 +184,7 @@ def local_update(
         the optimizer; None = the gradient of the loss.
       largest: no client has more examples. All trip counts are then constants, and a client
         ignores the steps past its last.
+      gate_rule: which parameters a step trains; None = all.
 
     Returns:
       `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
@@ -212,7 +221,8 @@ def local_update(
             batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
             rule = None if gradient_rule is None else _at(gradient_rule, number)
             key = jax.random.fold_in(key_train, number)
-            new = _sgd_step(task, optimizer, carry, batch, key, scale, rule)
+            gates = None if gate_rule is None else gate_rule(carry[0]["params"], number, steps)
+            new = _sgd_step(task, optimizer, carry, batch, key, scale, rule, gates, alone)
             if not select:
                 return new
             due = (in_epoch < per_epoch) & (number < steps)
@@ -321,6 +331,8 @@ def _sgd_step(
     key: Array,
     scale: Array | None,
     gradient_rule: Callable[[PyTree, PyTree], PyTree] | None,
+    gates: PyTree,
+    alone: bool,
 ) -> Any:
     variables, state, metrics = carry
     params = variables["params"]
@@ -328,24 +340,42 @@ def _sgd_step(
     def loss_of(params: Any) -> Any:
         return task.loss({**variables, "params": params}, batch, key)
 
-    (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    if gates is not None and alone and jax.default_backend() == "cpu":
+        (loss, aux), gradient = gated.value_and_grad(loss_of, params, gates)
+    else:
+        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    if gates is not None:  # zeros, for optimizers that look at all gradients at once
+        gradient = gated.chosen(gates, gradient, jax.tree.map(jnp.zeros_like, gradient))
     if gradient_rule is not None:
         gradient = gradient_rule(gradient, params)
     # optax's adam, adamw and schedules fail under the user's strict promotion.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer_step(
+        updates, new_state = optimizer_step(
             "client", optimizer, gradient, state, params, value=loss, grad=gradient
         )
         if scale is not None:
             updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
-        params = optax.apply_updates(params, updates)
+        new_params = optax.apply_updates(params, updates)
+        if gates is not None:
+            new_params = gated.chosen(gates, new_params, params)
+            new_state = _with_frozen(optimizer, gates, new_state, state)
     f32 = jnp.float32
     metrics = metrics._replace(
         means=jax.tree.map(lambda m, x: m + x.astype(f32), metrics.means, aux.metrics),
         batch_loss_sum=metrics.batch_loss_sum + loss.astype(f32),
         steps=metrics.steps + 1,
     )
-    return {**aux.statistics, "params": params}, state, metrics
+    return {**aux.statistics, "params": new_params}, new_state, metrics
+
+
+def _with_frozen(
+    optimizer: optax.GradientTransformation, gates: PyTree, new: PyTree, old: PyTree
+) -> PyTree:
+    """An optimizer's new state, in which what belongs to a frozen parameter is the old."""
+    moves = optax.tree_map_params(
+        optimizer, lambda _, gate: gate, new, gates, transform_non_params=lambda _: True
+    )
+    return gated.chosen(moves, new, old)
 
 
 def _at(rule: GradientRule | None, number: Array) -> Callable[[PyTree, PyTree], PyTree] | None:

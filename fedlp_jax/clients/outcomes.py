@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.accounting.ledger import Wire
-from fedlp_jax.accounting.macs import forward_macs
+from fedlp_jax.accounting.macs import backward_blocks, forward_macs
 from fedlp_jax.clients.devices import PASSES, Machines
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
 from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Masks
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.tasks.task import Task
@@ -87,6 +88,7 @@ def draw_outcomes(
     masks: Masks,
     wire: Wire,
     levels: Sequence[Submodel],
+    layers: Sequence[LayerTable],
     work: LocalWork,
     example: Batch,
 ) -> Outcomes:
@@ -99,11 +101,16 @@ def draw_outcomes(
       masks: of this round; a layer that is not sent takes no time.
       wire: bytes of each layer.
       levels: of the scheme.
+      layers: the layer table of each level.
       work: how much a client trains.
       example: a batch of one row.
     """
     c: Conditions = cohort.conditions
     macs = _training_macs(cohort, levels, work, key, example)
+    if masks.train is not None and c.machines is not None:
+        shares = _backward_shares(masks.train, levels, layers, key, example)
+        own = jnp.take_along_axis(shares, cohort.level[None], axis=0)[0]
+        macs = macs * (1 + (PASSES - 1) * own) / PASSES
 
     def draws(purpose: Purpose, count: int) -> Array:
         def draw(client: Array) -> Array:
@@ -155,6 +162,27 @@ def _training_macs(
     ]
     seen = examples_seen(cohort.size, work).astype(jnp.float32)
     return PASSES * jnp.asarray(forward, jnp.float32)[cohort.level] * seen
+
+
+def _backward_shares(
+    train: Array,
+    levels: Sequence[Submodel],
+    layers: Sequence[LayerTable],
+    key: Array,
+    example: Batch,
+) -> Array:
+    """The share of the backward pass that frozen layers leave, at every level, `f32[G, C]`."""
+    shares = []
+    for level, table in zip(levels, layers, strict=True):
+        held = jax.eval_shape(level.task.init, key, example)
+        blocks = backward_blocks(level.task, held, example, table)
+        due = [
+            train[:, sorted(needed)].max(axis=1) if needed else jnp.ones_like(train[:, 0])
+            for needed, _ in blocks
+        ]
+        macs = np.asarray([macs for _, macs in blocks], np.float32)
+        shares.append((jnp.stack(due, axis=1) * macs[None] / max(macs.sum(), 1.0)).sum(axis=1))
+    return jnp.stack(shares)
 
 
 def _durations(

@@ -384,6 +384,10 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fjord: (),
     algorithms.fedbuff: (),
     algorithms.fedasync: (),
+    algorithms.fedrep: ("steps",),
+    algorithms.fedbabu: (),
+    algorithms.freeze: (),
+    algorithms.fedpart: (),
     compose: (),
 }
 _POLICY = ("policy",)

@@ -6,16 +6,24 @@ an argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, check_array, warn
+from fedlp_jax.errors import (
+    FedLPError,
+    check_array,
+    check_choice,
+    check_number,
+    shown,
+    warn,
+)
 from fedlp_jax.prng import Purpose, client_key
-from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.pruning.layers import LayerTable, path_names
 from fedlp_jax.types import Array, Cohort, PyTree
 
 Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
@@ -27,6 +35,7 @@ class Masks(NamedTuple):
     download: Array  # f32[C, L], 1 = received
     upload: Array  # f32[C, L], 1 = sent
     keep: Array  # f32[C, L], probability of sending what is held, for inverse-probability means
+    train: Array | None = None  # f32[C, L], 1 = trained, the others are frozen; None = all it holds
 
 
 def always(layers: LayerTable, clients: int) -> np.ndarray:
@@ -145,6 +154,143 @@ def only(*names: str) -> MaskPolicy:
                 f"{', '.join(layers.names)}."
             )
         return np.asarray([[name in names for name in layers.names]], np.float32)
+
+    return MaskPolicy(init, sample, expected)
+
+
+def freeze(policy: MaskPolicy) -> MaskPolicy:
+    """Clients train only the layers that they will send: the mask comes first, then the training.
+
+    A frozen layer takes no step and, on a CPU whose clients run one at a time, no backward pass.
+
+    Args:
+      policy: that draws the layers to send.
+    """
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        masks, state = policy.sample(key, state, cohort, round, coverage)
+        return masks._replace(train=masks.upload), state
+
+    return policy._replace(sample=sample)
+
+
+def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
+    """The layers that match stay as they begin: nobody trains them, and they do not travel.
+
+    Args:
+      pattern: a regular expression, searched in the path of each variable ("conv1/norm/scale").
+      policy: of the other layers.
+
+    Raises:
+      FedLPError: no regular expression; from `init`, one that matches no layer, all, or a part of
+        one.
+    """
+    try:
+        expression = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise FedLPError(
+            f"{shown(pattern)} is not a regular expression ({error}); give one that is found in "
+            "the paths of variables, such as 'fc2'."
+        ) from error
+
+    def moving(layers: LayerTable) -> np.ndarray:
+        matches: dict[int, set[bool]] = {}
+        for path, layer in jax.tree_util.tree_leaves_with_path(layers.index):
+            match = expression.search("/".join(path_names(path)[1:])) is not None
+            matches.setdefault(layer, set()).add(match)
+        parts = [layers.names[i] for i, both in matches.items() if len(both) > 1]
+        if parts:
+            raise FedLPError(
+                f"{pattern!r} matches a part of the layer {parts[0]} only; match all of its "
+                "variables or none, or cut it with `layers`."
+            )
+        moves = np.asarray([[True not in matches.get(i, {False}) for i in range(len(layers))]])
+        if moves.all() or not moves.any():
+            which = "none" if moves.all() else "all"
+            raise FedLPError(
+                f"{pattern!r} matches {which} of the layers {', '.join(layers.names)}; match some."
+            )
+        return moves.astype(np.float32)
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        return jnp.asarray(moving(layers)), policy.init(layers, clients)
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        moves, inner = state
+        masks, inner = policy.sample(key, inner, cohort, round, coverage * moves)
+        train = coverage * moves if masks.train is None else masks.train * moves
+        return masks._replace(train=train), (moves, inner)
+
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        return policy.expected(layers, clients) * moving(layers)
+
+    return MaskPolicy(init, sample, expected)
+
+
+def in_turn(
+    groups: Sequence[Sequence[str]] | None = None,
+    full_rounds: int = 5,
+    group_rounds: int = 2,
+    download: Literal["model", "group"] = "model",
+) -> MaskPolicy:
+    """One group of layers is trained and sent, the same by all: FedPart (arXiv:2410.11559).
+
+    A cycle is `full_rounds` rounds of the whole model, then `group_rounds` rounds of each group.
+
+    Args:
+      groups: names of the layers of each group, shallow to deep; None = each layer alone, in the
+        order of the layer table.
+      full_rounds: rounds of the whole model at the start of a cycle, from 0.
+      group_rounds: rounds of each group, from 1.
+      download: what a client receives. "group" counts on clients that have the rest from the rounds
+        before, as they do where all take part in all rounds.
+
+    Raises:
+      FedLPError: a number out of range; from `init`, an unknown layer, or one in no group.
+    """
+    full_rounds = check_number("full_rounds", full_rounds, ge=0, integer=True)
+    group_rounds = check_number("group_rounds", group_rounds, ge=1, integer=True)
+    check_choice("download", download, ("model", "group"))
+
+    def membership(layers: LayerTable) -> np.ndarray:
+        named = [[name] for name in layers.names] if groups is None else groups
+        table = np.asarray(
+            [[name in group for name in layers.names] for group in named], np.float32
+        ).reshape(-1, len(layers))
+        unknown = sorted({name for group in named for name in group} - set(layers.names))
+        missing = [n for n, count in zip(layers.names, table.sum(axis=0), strict=True) if not count]
+        if unknown or missing:
+            what = f"name {', '.join(unknown)}" if unknown else f"leave out {', '.join(missing)}"
+            raise FedLPError(
+                f"the groups {what}; put each of the layers {', '.join(layers.names)} into one."
+            )
+        return table
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        del clients
+        numbers = jnp.asarray([full_rounds, group_rounds], jnp.int32)
+        return jnp.asarray(membership(layers)), numbers
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        del key, cohort
+        table, (whole, each) = state
+        place = (round - 1) % (whole + each * table.shape[0])
+        turn = jnp.where(place < whole, 1.0, table[jnp.maximum(place - whole, 0) // each])
+        due = coverage * turn[None]
+        received = coverage if download == "model" else due
+        return Masks(received, due, jnp.ones_like(due), train=due), state
+
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        del clients
+        table = membership(layers)
+        rounds = full_rounds + group_rounds * table.sum(axis=0, keepdims=True)
+        return (rounds / (full_rounds + group_rounds * len(table))).astype(np.float32)
 
     return MaskPolicy(init, sample, expected)
 

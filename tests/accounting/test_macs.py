@@ -9,8 +9,14 @@ import pytest
 from small import Steps, dataset
 
 import fedlp_jax as fl
-from fedlp_jax.accounting.macs import backward_macs, forward_macs, relative_work
+from fedlp_jax.accounting.macs import (
+    backward_blocks,
+    backward_macs,
+    forward_macs,
+    relative_work,
+)
 from fedlp_jax.nn import conv
+from fedlp_jax.pruning.layers import layer_table
 from fedlp_jax.types import Batch, Normalize
 
 
@@ -42,6 +48,26 @@ def test_macs_by_hand():
     }
     four = Batch(*[jnp.repeat(x, 4, axis=0) for x in example[:2]], None, example.normalize)
     assert forward_macs(task, variables, four) == macs
+
+
+def test_the_backward_pass_is_cut_by_the_layers_that_need_it():
+    task, example = fl.classification(Steps(depth=2)), one_row((4,))
+    variables = jax.eval_shape(task.init, jax.random.key(0), example)
+    table = layer_table(variables)
+    assert table.names == ("head2", "hidden1", "hidden2")
+    head, first, second = (frozenset([i]) for i in range(3))
+    blocks = dict(backward_blocks(task, variables, example, table))
+    assert {needed: macs for needed, macs in blocks.items() if macs} == {
+        head: 8 * 3,
+        first | second: 8 * 3,  # through the head
+        second: 8 * 8,
+        first: 8 * 8 + 4 * 8,  # through the second layer; nothing flows below the first
+    }
+    assert sum(blocks.values()) == backward_macs(task, variables, example)
+    private = layer_table({"params": {"hidden1": variables["params"]["hidden1"]}})
+    blocks = dict(backward_blocks(task, variables, example, private))
+    assert blocks[frozenset()] == 8 * 3 + 8 * 3 + 8 * 8
+    assert blocks[frozenset([0])] == 8 * 8 + 4 * 8
 
 
 @pytest.mark.slow

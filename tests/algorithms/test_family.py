@@ -39,6 +39,12 @@ class FedAvg:
     def __init__(self):
         self.server = defaultdict(float)  # by array
 
+    def sends(self, layer, drawn, round):
+        return drawn
+
+    def trains(self, layer, sends, number, steps):
+        return True
+
     def gradient(self, leaf, g, w, x, own):
         return g
 
@@ -148,6 +154,31 @@ class FedLPQ(FedAvg):
         return norm * np.sign(vector) * level / self.levels, kept, bits
 
 
+class Freeze(FedAvg):
+    def trains(self, layer, sends, number, steps):
+        return sends[layer]
+
+
+class FedPart(Freeze):
+    def sends(self, layer, drawn, round):
+        return round == 1 or layer == LAYERS[round - 2]
+
+
+class FedBABU(FedAvg):
+    def sends(self, layer, drawn, round):
+        return drawn and layer != "head1"
+
+    def trains(self, layer, sends, number, steps):
+        return layer != "head1"
+
+
+class FedRep(FedAvg):
+    rho = 0.5
+
+    def trains(self, layer, sends, number, steps):
+        return (layer == "head1") == (number < steps // 2)
+
+
 class TopK(FedAvg):
     def compressed(self, vector, sent, kept, draws):
         vector, count = vector + kept, int(np.ceil(0.25 * len(vector)))
@@ -212,6 +243,8 @@ class Row(NamedTuple):
     down: int = 1
     numbers: int = 0  # that a client sends besides
     private: tuple = ()  # layers that stay with the client
+    still: tuple = ()  # layers of the server that do not travel
+    plan: tuple = (2, 2)  # devices and width; frozen layers are left out at width 1
 
 
 ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
@@ -219,6 +252,7 @@ ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
 WIDTHS = [1.0 if client in (1, 6) else 0.375 for client in range(CLIENTS)]
 SPEEDS = {"compute": 1e3, "download": 1e4, "upload": 1e4}
 FLAT = {"server_learning_rate": 2.0**16, "b1": 0.0, "tau": 2.0**15}
+SAME = {"batch_size": BATCH}  # as in all
 ROWS = {
     "fedavg": Row(fl.fedavg, FedAvg, {}),
     "fedprox": Row(fl.fedprox, FedProx, {"mu": 0.25}, {"mu": 0.5}, {"mu": 0.0}),
@@ -239,6 +273,23 @@ ROWS = {
     "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
     "fedper": Row(fl.fedper, FedAvg, {"head": "head1"}, private=("head1",)),
     "lg_fedavg": Row(fl.lg_fedavg, FedAvg, {"head": "head1"}, private=("hidden1",)),
+    "fedrep": Row(
+        fl.fedrep,
+        FedRep,
+        {"head": "head1", "head_epochs": 1, "epochs": 1},
+        private=("head1",),
+        plan=(2, 1),
+    ),
+    "fedbabu": Row(fl.fedbabu, FedBABU, {"head": "head1"}, still=("head1",), plan=(2, 1)),
+    "freeze": Row(fl.freeze, Freeze, {}, SAME, SAME, plan=(2, 1)),
+    "fedpart": Row(
+        fl.fedpart,
+        FedPart,
+        {"full_rounds": 1, "group_rounds": 1},
+        {"full_rounds": 2, "group_rounds": 3},
+        {"full_rounds": ROUNDS},
+        plan=(2, 1),
+    ),
     "personal": Row(fl.fedprox, FedProx, {"mu": 0.25, "personal": "head"}, private=("head1",)),
     "heterofl": Row(fl.heterofl, HeteroFL, {"widths": WIDTHS}, neutral={"widths": 1.0}),
     "fedrolex": Row(fl.fedrolex, FedRolex, {"widths": WIDTHS}, weigh="uniform"),
@@ -268,7 +319,7 @@ OTHERS = [name for name in ROWS if name != "fedavg"]
 def algorithm(name, **settings):
     row = ROWS[name]
     settings = {"keep": KEEP} | row.settings | settings
-    if name == "fedavg":
+    if name in ("fedavg", "fedpart"):
         settings = {k: v for k, v in settings.items() if k != "keep"}
     settings.setdefault("weighting", row.weigh)
     return row.make(
@@ -278,7 +329,7 @@ def algorithm(name, **settings):
     )
 
 
-def simulate(made, plan=(2, 2), rounds=ROUNDS, **more):
+def simulate(made, plan, rounds=ROUNDS, **more):
     """The first rounds, in float64."""
     run = {"cohort": lambda seed, round, clients: COHORTS[round], "seed": SEED}
     if made.asynchrony is not None:
@@ -318,12 +369,13 @@ def held_entries(units):
     return of_head | {("hidden1", 0): np.ix_(inputs, units), ("hidden1", 1): units}
 
 
-def trained(rule, x, own, client, round, rate, private):
+def trained(rule, x, own, client, round, rate, private, sends):
     """What ONE client makes of the model, and the steps it takes."""
     factor = {("hidden1", 0): 1 / rate, ("hidden1", 1): 1 / rate, ("head1", 0): 1, ("head1", 1): 1}
     w, steps = {leaf: a.copy() for leaf, a in x.items()}, 0
     speed = {leaf: np.zeros_like(a) for leaf, a in x.items()}
     rows = POPULATION.rows(client)
+    whole = EPOCHS * -(-len(rows) // BATCH)
     for epoch in range(EPOCHS):
         order = shuffled(rows, round, client, epoch)
         for first in range(0, len(order), BATCH):
@@ -331,12 +383,13 @@ def trained(rule, x, own, client, round, rate, private):
             pairs = {n: [w[n, i] * factor[n, i] for i in (0, 1)] for n in LAYERS}
             inputs = DATA.train.inputs[batch].astype(np.float64)
             grads, _ = gradient(pairs, 1, inputs, DATA.train.labels[batch])
-            for leaf in LEAVES:
+            moving = [x for x in LEAVES if rule.trains(x[0], sends, steps, whole)]
+            for leaf in moving:
                 g = factor[leaf] * grads[leaf[0]][leaf[1]]
                 if leaf[0] not in private:
                     g = rule.gradient(leaf, g, w[leaf], x[leaf], own[leaf])
                 speed[leaf] = rule.rho * speed[leaf] + g
-            for leaf in LEAVES:
+            for leaf in moving:
                 w[leaf] = w[leaf] - RATE * speed[leaf]
             steps += 1
     return w, steps
@@ -395,14 +448,19 @@ def plain(name, start, keep=KEEP):
             units, rate = rule.units(client, round)
             held = held_entries(units)
             start = {leaf: old[leaf][held[leaf]] for leaf in x}
-            received += 4 * row.down * sum(part.size for part in start.values())
-            w, steps = trained(rule, start | mine[client], own, client, round, rate, row.private)
-            mine[client] = {leaf: w[leaf] for leaf in first}
+            travels = [part.size for leaf, part in start.items() if leaf[0] not in row.still]
+            received += 4 * row.down * sum(travels)
             draw = jax.random.uniform(key(round, client, MASK), (len(shared),), jnp.float32)
+            drawn = dict(zip(shared, np.asarray(draw) < np.float32(keep), strict=True))
+            sending = {layer: rule.sends(layer, d, round) for layer, d in drawn.items()}
+            w, steps = trained(
+                rule, start | mine[client], own, client, round, rate, row.private, sending
+            )
+            mine[client] = {leaf: w[leaf] for leaf in first}
             a = len(POPULATION.rows(client)) if row.weigh == "examples" else 1.0
             total_bits = 0
-            for index, (layer, u) in enumerate(zip(shared, np.asarray(draw), strict=True)):
-                sends, both = u < np.float32(keep), ((layer, 1), (layer, 0))
+            for index, layer in enumerate(shared):
+                sends, both = sending[layer], ((layer, 1), (layer, 0))
                 update = {leaf: w[leaf] - start[leaf] for leaf in both}
                 if rule.buffer:
                     for leaf in both:
@@ -442,7 +500,7 @@ def made(request, runs={}):  # noqa: B006, shared by the tests of this file
     name = request.param
     if name not in runs:
         one = algorithm(name)
-        runs[name] = one, *simulate(one)
+        runs[name] = one, *simulate(one, ROWS[name].plan)
     return name, *runs[name]
 
 
@@ -483,10 +541,10 @@ def test_the_ledger_books_what_the_definition_sends(made):
 
 @each
 def test_a_run_resumes_to_the_bit(made, tmp_path):
-    _, one, _, whole = made
-    checkpoint = fl.Checkpoint(tmp_path, every=2, minutes=None)
-    simulate(one, rounds=2, checkpoint=checkpoint)
-    _, resumed = simulate(one, checkpoint=checkpoint, resume=checkpoint.latest())
+    name, one, _, whole = made
+    plan, checkpoint = ROWS[name].plan, fl.Checkpoint(tmp_path, every=2, minutes=None)
+    simulate(one, plan, rounds=2, checkpoint=checkpoint)
+    _, resumed = simulate(one, plan, checkpoint=checkpoint, resume=checkpoint.latest())
     np.testing.assert_array_equal(flat(resumed.state), flat(whole.state))
 
 
@@ -496,8 +554,8 @@ def test_a_run_resumes_to_the_bit(made, tmp_path):
     indirect=True,
 )
 def test_a_plan_changes_no_more_than_the_order_of_sums(made):
-    _, one, _, expected = made
-    _, other = simulate(one, plan=(1, 1))
+    name, one, _, expected = made
+    _, other = simulate(one, (1, 3 - ROWS[name].plan[1]))
     np.testing.assert_allclose(flat(other.state), flat(expected.state), rtol=1e-9, atol=1e-12)
 
 
@@ -514,8 +572,8 @@ def test_other_numbers_are_the_same_program(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.neutral])
 def test_its_neutral_setting_is_fedavg(name):
-    _, expected = simulate(algorithm("fedavg"))
-    _, result = simulate(algorithm(name, keep=1.0, **ROWS[name].neutral))
+    _, expected = simulate(algorithm("fedavg"), ROWS[name].plan)
+    _, result = simulate(algorithm(name, keep=1.0, **ROWS[name].neutral), ROWS[name].plan)
     close(result, arrays(expected.state.variables), rtol=1e-6)
 
 
@@ -526,8 +584,8 @@ def test_without_anything_to_correct_it_is_fedavg(name):
     uniform = {"weighting": "uniform", "epochs": None, "steps": 3}
     momentum = optax.sgd(RATE, momentum=ROWS[name].oracle.rho or None)
     plain = fl.fedlp_homo(TASK, keep=KEEP, client_optimizer=momentum, batch_size=BATCH, **uniform)
-    _, expected = simulate(plain, rounds=1)
-    _, result = simulate(algorithm(name, **uniform), rounds=1)
+    _, expected = simulate(plain, (2, 2), rounds=1)
+    _, result = simulate(algorithm(name, **uniform), (2, 2), rounds=1)
     close(result, arrays(expected.state.variables))
 
 
@@ -545,6 +603,10 @@ LEARNS = {
     "feddyn": {"alpha": 0.1},
     "fedper": {"head": "fc2"},
     "lg_fedavg": {"head": "fc2"},
+    "fedrep": {"head": "fc2", "head_epochs": 5, "epochs": 2},
+    "fedbabu": {"head": "fc2"},
+    "freeze": {"keep": 0.7},
+    "fedpart": {"full_rounds": 5},
     "personal": {"mu": 0.01, "personal": "fc2/bias"},
     "heterofl": {"widths": [1.0, 0.5]},
     "fedrolex": {"widths": [1.0, 0.5]},
@@ -560,10 +622,11 @@ LEARNS = {
 def test_it_learns_the_digits(name):
     data = fl.load("digits")
     clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
-    deep = ROWS[name].private or "widths" in LEARNS[name]
+    deep = {"head", "personal", "full_rounds", "widths"} & {*LEARNS[name]}
     task = fl.classification(fl.models.MLP(hidden=(64,)) if deep else fl.models.Logistic())
     sgd = optax.sgd(0.1)
-    one = ROWS[name].make(task, client_optimizer=sgd, epochs=2, batch_size=10, **LEARNS[name])
+    common = {"client_optimizer": sgd, "epochs": 2, "batch_size": 10}
+    one = ROWS[name].make(task, **common | LEARNS[name])
     result = fl.simulate(one, data, clients, rounds=20, cohort=10, seed=0)
     accuracy = "test_accuracy_personal" if ROWS[name].private else "test_accuracy"
     assert result.history[accuracy][-1] > 0.8

@@ -347,3 +347,18 @@ def test_only_lost_clients_that_are_alone_skip_their_training(plan, faults, trip
     even = fl.partition.iid(DATA.train.labels, clients=CLIENTS)
     run(clients=even, faults=faults, plan=plan, rounds=1)
     assert set(all_trained) == {trips}
+
+
+def test_frozen_layers_cost_no_backward_pass():
+    """Of a training step, the forward pass is a third of the modelled work."""
+    faults = fl.Faults(profile=MACHINES)
+
+    def macs(algorithm):
+        return run(algorithm, rounds=1, faults=faults).history["train_macs"][0]
+
+    whole = macs(fl.fedlp_homo(TASK, keep=1.0, **LOCAL))
+    assert macs(fl.freeze(TASK, keep=1.0, **LOCAL)) == pytest.approx(whole, rel=1e-6)
+    with pytest.warns(RuntimeWarning, match="keep=0 for hidden"):
+        last = macs(fl.freeze(TASK, keep={f"hidden{i}": 0.0 for i in (1, 2, 3)}, **LOCAL))
+    backward = 2 * MACS - 4 * 8  # nothing flows below the first layer
+    assert last == pytest.approx(whole * (1 + 2 * 24 / backward) / 3, abs=0.5)  # whole

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedlp_jax import FedLPError
-from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.pruning.masks import bernoulli, full, only
+from fedlp_jax.pruning.layers import LayerTable, layer_table
+from fedlp_jax.pruning.masks import bernoulli, fixed, freeze, full, in_turn, only
 from fedlp_jax.types import Cohort
 
 LAYERS = LayerTable(
@@ -145,3 +145,67 @@ def test_as_many_clients_as_layers_must_be_told_apart():
     with pytest.raises(FedLPError, match="K equals L"):
         bernoulli([0.1, 0.2, 0.3, 0.4]).init(LAYERS, 4)
     assert bernoulli([[0.1], [0.2], [0.3], [0.4]]).init(LAYERS, 4).shape == (4, 1)
+
+
+def test_frozen_layers_are_those_that_are_not_sent():
+    ids = np.arange(50)
+    masks, plain = draw(freeze(bernoulli(0.5)), ids), draw(bernoulli(0.5), ids)
+    np.testing.assert_array_equal(masks.upload, plain.upload)
+    np.testing.assert_array_equal(masks.train, plain.upload)
+    np.testing.assert_array_equal(masks.download, plain.download)
+    assert plain.train is None
+
+
+NET = layer_table(
+    {"params": {n: {"kernel": jnp.ones(2), "bias": jnp.ones(1)} for n in ("conv", "fc1", "fc2")}}
+)
+
+
+def of_net(policy, round=1, slots=5):
+    state = policy.init(NET, 9)
+    ids = cohort(range(slots))
+    return policy.sample(KEY, state, ids, jnp.int32(round), jnp.ones((slots, 3)))[0]
+
+
+def test_a_fixed_layer_neither_moves_nor_travels():
+    policy = fixed("fc2", bernoulli({"fc1": 0.5}))
+    masks = of_net(policy)
+    moves = np.broadcast_to([1, 1, 0], (5, 3))
+    np.testing.assert_array_equal(masks.train, moves)
+    np.testing.assert_array_equal(masks.download, moves)
+    np.testing.assert_array_equal(masks.upload[:, ::2], moves[:, ::2])
+    np.testing.assert_array_equal(policy.expected(NET, 9), [[1, 0.5, 0]])
+    frozen = of_net(fixed("fc2", freeze(bernoulli(0.5))))
+    np.testing.assert_array_equal(frozen.train, frozen.upload)
+
+
+def test_groups_take_turns():
+    policy = in_turn([["conv"], ["fc1", "fc2"]], full_rounds=2, group_rounds=2)
+    turns = [np.asarray(of_net(policy, round).train[3]).tolist() for round in range(1, 9)]
+    everything, first, second = [1, 1, 1], [1, 0, 0], [0, 1, 1]
+    assert turns == [*[everything] * 2, *[first] * 2, *[second] * 2, *[everything] * 2]
+    masks = of_net(policy, round=3)
+    np.testing.assert_array_equal(masks.upload, masks.train)
+    np.testing.assert_array_equal(masks.download, np.ones((5, 3)))
+    group = of_net(in_turn(full_rounds=0, group_rounds=1, download="group"), round=2)
+    np.testing.assert_array_equal(group.download, np.broadcast_to([0, 1, 0], (5, 3)))
+    np.testing.assert_allclose(policy.expected(NET, 9), [[4 / 6] * 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fixed("head", full()), "'head' matches none of the layers conv, fc1, fc2"),
+        (lambda: fixed(".", full()), "matches all of the layers"),
+        (lambda: fixed("fc2/bias", full()), "a part of the layer fc2 only"),
+        (lambda: fixed("(", full()), "is not a regular expression"),
+        (lambda: in_turn([["conv"], ["fc1"]]), "leave out fc2; put each of the layers conv"),
+        (lambda: in_turn([["conv", "fc1", "fc2", "x"]]), "name x"),
+        (lambda: in_turn(full_rounds=-1), "full_rounds"),
+        (lambda: in_turn(group_rounds=0), "group_rounds"),
+        (lambda: in_turn(download="nothing"), "download"),
+    ],
+)
+def test_what_is_trained_is_checked(make, message):
+    with pytest.raises(FedLPError, match=message):
+        make().init(NET, 9)
