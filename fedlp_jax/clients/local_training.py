@@ -209,8 +209,7 @@ def local_update(
         key_train = client_key(key, round, client.id, Purpose.TRAIN)
         bounds = bounds if fixed is None else fixed
         assert bounds is not None
-        per_epoch = steps_per_epoch(client.size, work)
-        steps = local_steps(client.size, work)
+        per_epoch, steps = steps_per_epoch(client.size, work), local_steps(client.size, work)
 
         def order_of(epoch: Array) -> Array:
             key = jax.random.fold_in(key_shuffle, epoch)
@@ -237,8 +236,7 @@ def local_update(
         else:
             ends_early = fixed is None or work.steps is not None
             carry = _count_epochs(step, order_of, bounds, ends_early, carry)
-        variables, _, metrics = carry
-        return variables, metrics
+        return carry[0], carry[2]
 
     return train
 
