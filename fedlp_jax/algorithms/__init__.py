@@ -10,8 +10,8 @@ from fedlp_jax.algorithms.base import Algorithm as Algorithm
 from fedlp_jax.algorithms.compose import compose as compose
 from fedlp_jax.algorithms.fedasync import fedasync as fedasync
 from fedlp_jax.algorithms.fedavg import fedavg as fedavg
-from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
 from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
+from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
 from fedlp_jax.algorithms.feddyn import feddyn as feddyn
 from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
 from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
