@@ -223,6 +223,8 @@ def test_a_finished_run_is_not_overwritten(directory):
         ("run", "nowhere", "--resume"),
         ("info", "bad.yaml"),
         ("tune", "bad.yaml"),
+        ("sweep", "good.yaml", "--grid", "algorithm.kep=1", "--out", "sweep"),
+        ("sweep", "good.yaml", "--grid", "cohort=50", "--out", "sweep"),
         ("reproduce", "paper", "--rows", "homo-2", "--out", "paper"),
     ],
 )

@@ -233,9 +233,9 @@ def run_points(
     """
     if at_once is not None:
         at_once = check_number("at_once", at_once, ge=1, integer=True, optional=True)
-    members = _members(points)
+    members = _members(points, at_once)
     with listening_to_ctrl_c(stop) as (ask, pressed):
-        groups = _groups(members, at_once)
+        groups = _groups(members)
         alone = [member for member in members if not any(member in group for group in groups)]
         for member in alone:
             member.forget()
@@ -260,9 +260,8 @@ class _Member:
 
     Attributes:
       point: what is run.
-      run: with the plan of a lane; None for a run that no lane can take, or once it is finished.
-      reason: why no lane can take the run; empty where one can, or where it has no rounds.
-      macs: of one example's forward pass.
+      run: with the plan of a lane; None for a run that no lane takes, or once it is finished.
+      reason: why no lane can take the run; empty where one can.
       result: once it is finished.
     """
 
@@ -290,14 +289,13 @@ class _Member:
         )
         plan = dataclasses.replace(plan, devices=1)
         spec = specify(**settings, seed=seed, first_round=first, plan=plan)
-        self.macs = models.macs(spec)
         if spec.plan.data == HOST:
             self.reason = "the data lie on the host"
         elif spec.algorithm.personal:
             self.reason = "clients are tested with layers of their own"
         elif spec.algorithm.asynchrony is not None:
             self.reason = "clients arrive at times of their own"
-        if self.reason or rounds < first:
+        if self.reason or rounds < first or self._watch.stops or not models.gain(spec):
             return
         like = next((m.run for m in others if m.run and m.run.spec.data is spec.data), None)
         run = self.run = Run(
@@ -421,7 +419,8 @@ class _Member:
 class _Models:
     """What the seeds of an algorithm share: how its first model is drawn, and its MACs."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int | None) -> None:
+        self._at_once = at_once
         self._draws: dict[int, Any] = {}
         self._macs: dict[int, int] = {}
 
@@ -436,8 +435,14 @@ class _Models:
             )
         return dataclasses.replace(spec, variables=self._draws[id(algorithm)](spec.root))
 
-    def macs(self, spec: Spec) -> int:
-        """Of one example's forward pass through the largest submodel."""
+    def gain(self, spec: Spec) -> bool:
+        """Whether runs of this kind are to be side by side: by the user's choice, or its speed."""
+        if self._at_once is not None or jax.default_backend() != "cpu":
+            return self._at_once != 1
+        return len(spec.levels) == 1 and self._forward_macs(spec) <= _CPU_MACS
+
+    def _forward_macs(self, spec: Spec) -> int:
+        """Of one example."""
         if id(spec.algorithm) not in self._macs:
             task = spec.levels[-1].task
             shapes = checks.initial_shapes(task, spec.root, spec.example)
@@ -445,9 +450,9 @@ class _Models:
         return self._macs[id(spec.algorithm)]
 
 
-def _members(points: Sequence[Point]) -> list[_Member]:
+def _members(points: Sequence[Point], at_once: int | None) -> list[_Member]:
     """The points, checked."""
-    models, members = _Models(), list[_Member]()
+    models, members = _Models(at_once), list[_Member]()
     for point in points:
         members.append(_Member(point, models, members))
     reasons = dict.fromkeys(member.reason for member in members if member.reason)
@@ -456,13 +461,9 @@ def _members(points: Sequence[Point]) -> list[_Member]:
     return members
 
 
-def _groups(members: Sequence[_Member], at_once: int | None) -> list[list[_Member]]:
+def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
     """The members that run side by side, in groups of one structure."""
     able = [member for member in members if member.run is not None]
-    if at_once is None and jax.default_backend() == "cpu":
-        able = [m for m in able if m.macs <= _CPU_MACS and len(m.lane.spec.levels) == 1]
-    elif at_once == 1:
-        able = []
     _widen(able)
     known: dict[Hashable, Hashable] = {}
     groups: dict[Hashable, list[_Member]] = {}

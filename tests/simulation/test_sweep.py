@@ -52,7 +52,7 @@ def assert_same_run(run, other, rtol=1e-5):
         assert mine.keys() == yours.keys()
         for key, value in yours.items():
             if key != "seconds":
-                rough = key.endswith("_loss")
+                rough = key.endswith("_loss") and value is not None
                 assert mine[key] == (pytest.approx(value, rel=rtol) if rough else value), key
     for column in ("client", "round", "kept", "outcome", "examples"):
         np.testing.assert_array_equal(run.clients[column], other.clients[column])
@@ -104,7 +104,7 @@ def test_three_rounds_in_float64_are_those_of_the_run_alone():
         },
         {"algorithm": homo(aggregator="median")},
         {"algorithm": homo(server_optimizer=optax.adam(0.01))},
-        {"algorithm": homo(), "faults": fl.Faults(dropout=0.3, over_selection=1.5)},
+        {"algorithm": homo(), "faults": fl.Faults(dropout=0.3)},
         {"algorithm": homo(), "plan": fl.Plan(rounds_at_once=3), "rounds": 5},
         {"algorithm": homo(), "plan": fl.Plan(width=2, devices=2)},
         {"algorithm": homo(), "cohort": lambda seed, round, clients: range(round), "max_cohort": 4},
@@ -149,7 +149,7 @@ def test_at_most_so_many_at_once(programs):
 
 @pytest.mark.slow
 def test_as_many_runs_side_by_side_as_fit_the_memory(programs, monkeypatch):
-    needs = iter([4000, 1900])  # of four runs, and then of two
+    needs = iter([3900, 1900])  # of four runs, and then of two
     monkeypatch.setattr(lanes, "needed_bytes", lambda program: next(needs))
     monkeypatch.setattr(lanes, "_held_bytes", lambda shapes, plan: 100)
     monkeypatch.setattr(lanes, "free_bytes", lambda plan: 2000)

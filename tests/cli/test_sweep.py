@@ -1,0 +1,29 @@
+import typer.testing
+import yaml
+from small import DIGITS
+
+from fedlp_jax import cli
+from fedlp_jax.execution import plan as plans
+from fedlp_jax.simulation import sweep
+
+
+def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setattr(sweep, "_CPU_MACS", 0)  # the program of one run compiles sooner
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(DIGITS | {"rounds": 2}))
+    words = ["sweep", str(file), "--grid", "cohort=2,3", "--rounds=1", "--out", str(tmp_path / "o")]
+    runner = typer.testing.CliRunner()
+    result = runner.invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert "| cohort=3 | 1 | 1 |" in result.stdout
+    assert "2 runs in" in result.stdout
+    assert "compiling for 2 runs of 2 rounds in all" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "o/runs").iterdir()) == [
+        "cohort=2-seed0",
+        "cohort=3-seed0",
+    ]
+    again = runner.invoke(cli.app, words)
+    assert again.exit_code == cli.BAD_INPUT and "already holds a sweep" in again.stderr
+    assert runner.invoke(cli.app, [*words, "--resume"]).exit_code == 0
+    assert "algorithm.keep=0.1,0.5,1" in runner.invoke(cli.app, ["sweep", "--help"]).stdout
