@@ -116,7 +116,7 @@ def run(
     """Train as a configuration says and write a run directory."""
     _join(coordinator, num_processes, process_id, distributed, connect_seconds)
     from fedlp_jax.cli.tables import result_table
-    from fedlp_jax.config.experiment import execute
+    from fedlp_jax.config.experiment import Extras, execute
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.resume import finished_rounds, resumed_run
     from fedlp_jax.execution import processes
@@ -138,7 +138,8 @@ def run(
         if processes.is_first():
             typer.echo(f"{out} is finished: its {done} rounds are done.")
         return
-    settings: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "profile": profile}
+    settings: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+    settings["extras"] = Extras(profile=profile)
     with stop_signals() as stop:
         outcome = execute(loaded, out, **settings, progress=True, stop=stop)
         if processes.is_first():

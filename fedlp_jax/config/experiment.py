@@ -34,7 +34,7 @@ from fedlp_jax.reporting.run_directory import (
     RunDirectory,
 )
 from fedlp_jax.reporting.sinks import Sink
-from fedlp_jax.simulation.loop import simulate
+from fedlp_jax.simulation.loop import Callback, simulate
 from fedlp_jax.simulation.profiling import Trace, rounds_of
 from fedlp_jax.simulation.result import DivergedError, Result
 
@@ -47,6 +47,14 @@ class Outcome(NamedTuple):
     summary: dict[str, Any]  # as in summary.json
 
 
+class Extras(NamedTuple):
+    """What a run has besides its configuration, see `run`."""
+
+    profile: str | None = None
+    callbacks: Sequence[Callback] = ()
+    sinks: Sequence[Sink] = ()
+
+
 def run(
     config: Config | str | Path | Mapping[str, Any],
     out: str | Path | None = None,
@@ -55,6 +63,8 @@ def run(
     resume: bool = False,
     progress: bool | None = None,
     profile: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    sinks: Sequence[Sink] = (),
 ) -> Result:
     """Runs a configuration and writes its run directory.
 
@@ -65,6 +75,8 @@ def run(
       resume: continue the run in `out` from its last checkpoint, or from the start without one.
       progress: show rounds as they end; None = on a terminal only.
       profile: a round or two, such as "5-8", that JAX's profiler records into `profile/`.
+      callbacks: as for `fl.simulate`.
+      sinks: as for `fl.simulate`, beside those of the configuration.
 
     Returns:
       What `simulate` returns.
@@ -74,8 +86,9 @@ def run(
       DivergedError: no client of a round had a finite update; the rounds before it are written, and
         the model after them.
     """
+    extras = Extras(profile, callbacks, sinks)
     return execute(
-        config, out, overwrite=overwrite, resume=resume, progress=progress, profile=profile
+        config, out, overwrite=overwrite, resume=resume, progress=progress, extras=extras
     ).result
 
 
@@ -86,7 +99,7 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool | None = None,
-    profile: str | None = None,
+    extras: Extras | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """As `run`; also returns the directory and the summary.
@@ -112,7 +125,7 @@ def execute(
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = with_plan(config, dataclasses.replace(start.plan, **plan))
-            arguments = build(config) | _extras(config, path, profile)
+            arguments = build(config) | _beside(config, path, extras or Extras())
         record = Record(config, directory, list(start.rows) if start is not None else [])
         try:
             result = simulate(
@@ -150,11 +163,16 @@ def _shown(name: str, progress: bool | None) -> str | bool:
     return name if (sys.stderr.isatty() if progress is None else progress) else False
 
 
-def _extras(config: Config, path: Path, profile: str | None) -> dict[str, Any]:
-    """The arguments of `simulate` that write into the run directory."""
-    trace = None if profile is None else Trace(path / PROFILE, *rounds_of(profile))
+def _beside(config: Config, path: Path, extras: Extras) -> dict[str, Any]:
+    """The arguments of `simulate` that no part of the algorithm needs."""
+    trace = None if extras.profile is None else Trace(path / PROFILE, *rounds_of(extras.profile))
     best = None if config.keep_best is None else config.keep_best.build(path=path / BEST)
-    return {"sinks": _sinks(config, path), "profile": trace, "keep_best": best}
+    return {
+        "sinks": [*_sinks(config, path), *extras.sinks],
+        "callbacks": extras.callbacks,
+        "profile": trace,
+        "keep_best": best,
+    }
 
 
 def _sinks(config: Config, directory: Path) -> list[Sink]:

@@ -11,6 +11,7 @@ from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import load_config, parse_config
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import read_metrics
+from fedlp_jax.reporting.sinks import Sink
 
 SMALL = {
     "name": "small",
@@ -275,3 +276,14 @@ def test_an_interrupted_run_keeps_the_rounds_before(tmp_path, monkeypatch, round
     assert error.value.__notes__ == [f"{tmp_path / 'out'} holds the first {rounds} rounds."]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
     assert len(read_metrics(tmp_path / "out")) == rounds
+
+
+def test_a_run_of_a_file_has_callbacks_and_sinks_too(tmp_path):
+    told, rows = [], []
+    fl.run(
+        small(),
+        tmp_path / "out",
+        callbacks=[lambda round, row, state: told.append((round, int(state.round)))],
+        sinks=[Sink("rows", rows.append)],
+    )
+    assert told == [(1, 1), (2, 2)] and [row["round"] for row in rows] == [1, 2]
