@@ -18,6 +18,7 @@ import fedlp_jax as fl
 from benchmarks import (
     accelerator,
     aggregate,
+    asynchrony,
     cells,
     compile,
     convolutions,
@@ -37,6 +38,7 @@ from benchmarks import (
     step,
     sweep,
     tuning,
+    widths,
 )
 from benchmarks.workloads import WORKLOADS, made_up, smoke
 
@@ -123,6 +125,20 @@ def test_roofline(run):
         row["modelled_flop"]["written"] / seconds / peak
     )
     assert row["floor_ms"]["products"] > 0 and row["floor_ms"]["memory"] > 0
+
+
+def test_widths(run):
+    whole, *narrow = run(widths)["widths"]
+    assert whole["share"] == {"macs": 1, "bytes": 1, "measured_time": 1}
+    assert all(row["share"]["macs"] < 1 and row["share"]["bytes"] < 1 for row in narrow)
+    assert all(is_spread(row["measured_seconds"]) for row in [whole, *narrow])
+
+
+def test_asynchrony(run):
+    rows = run(asynchrony)["algorithms"]
+    assert rows["fedavg"]["staleness_mean"] == [0.0] < rows["fedasync"]["staleness_mean"]
+    # Whoever waits takes longer for as many arrivals.
+    assert rows["fedbuff"]["simulated_seconds"] < rows["fedavg"]["simulated_seconds"]
 
 
 def test_hetero(run):
