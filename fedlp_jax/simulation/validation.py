@@ -175,6 +175,11 @@ def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
     """
     if not isinstance(faults, Faults):
         raise FedLPError(f"faults is a {type(faults).__name__}; give fl.Faults(dropout=0.1, ...).")
+    if algorithm.asynchrony is not None:
+        raise FedLPError(
+            "faults end a round that a server waits for, but this one does not wait; give the "
+            "clients' devices as profile= of the algorithm, and omit faults."
+        )
     if not algorithm.faults:
         raise FedLPError(
             "this algorithm's round ignores cohort.conditions, so faults would do nothing; "

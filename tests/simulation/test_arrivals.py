@@ -10,6 +10,7 @@ import fedlp_jax as fl
 from fedlp_jax.clients.asynchrony import asynchrony
 from fedlp_jax.simulation.arrivals import Arrivals
 from fedlp_jax.simulation.cohorts import Cohorts
+from fedlp_jax.simulation.validation import check_faults
 
 PROFILE = fl.Profile(1e6, 1e5, 1e5)
 
@@ -86,6 +87,13 @@ def test_settings_that_make_no_sense_are_refused(settings, sentence):
     settings = {"profile": PROFILE, "buffer": 2, "client_optimizer": optax.sgd(0.1)} | settings
     with pytest.raises(fl.FedLPError, match=sentence):
         fl.fedbuff(task, **settings)
+
+
+def test_faults_are_refused():
+    task = fl.classification(fl.models.Logistic())
+    one = fl.fedbuff(task, buffer=2, profile=PROFILE, client_optimizer=optax.sgd(0.1))
+    with pytest.raises(fl.FedLPError, match="this one does not wait"):
+        check_faults(one, fl.Faults(dropout=0.1), 4)
 
 
 @pytest.mark.slow
