@@ -38,6 +38,9 @@ _COLUMNS = {  # of `fl.compare`, and their titles here
     "training [GMAC]": "GMAC, all rounds",
     "measured time [s]": "measured s, all rounds",
 }
+_DEVICES = {"compute": 1e9, "download": 1e6, "upload": 2e5, "spread": 0.5}  # as in CONFIG
+# Algorithms that have their devices themselves, and how many server steps make one round.
+_STEPS = {"FedBuff(5)": 2, "FedAsync": 10}
 FAMILY: dict[str, dict[str, Any]] = {
     "FedAvg": {"name": "fedavg"},
     "FedLP-Homo(0.5)": {"name": "fedlp_homo", "keep": 0.5},
@@ -61,7 +64,13 @@ FAMILY: dict[str, dict[str, Any]] = {
     "FedRolex(1, 1/2, 1/4)": {"name": "fedrolex", "widths": [1.0, 0.5, 0.25]},
     "Federated Dropout(3/4)": {"name": "federated_dropout", "widths": 0.75},
     "FjORD(0.4, 0.7, 1)": {"name": "fjord", "widths": [0.4, 0.7, 1.0]},
+    "FedLP-Homo(0.5), mask first": {"name": "freeze", "keep": 0.5},
+    "FedPart": {"name": "fedpart"},
+    "FedBuff(5)": {"name": "fedbuff", "buffer": 5, "profile": _DEVICES},
+    "FedAsync": {"name": "fedasync", "alpha": 0.6, "profile": _DEVICES},
     "FedPer": {"name": "fedper", "head": "fc3"},
+    "FedRep": {"name": "fedrep", "head": "fc3", "head_epochs": 1},
+    "FedBABU": {"name": "fedbabu", "head": "fc3"},
     "LG-FedAvg": {"name": "lg_fedavg", "head": "fc3"},
 }
 
@@ -81,25 +90,29 @@ def main() -> None:
             runs[label] = [measure(label, seed, rounds, options.smoke) for seed in range(seeds)]
         result = {"rounds": rounds, "seeds": seeds, "target": TARGET, "runs": runs}
         command.write(options.json, result)
-        print(table({label: runs[label]}).splitlines()[-1], flush=True)
+        final = ", ".join(f"{run['test_accuracy'][-1]:.4f}" for run in runs[label])
+        print(f"{label}: {final}", flush=True)
     print(f"\n{table(runs)}")
 
 
 def measure(label: str, seed: int, rounds: int, smoke: bool) -> dict[str, list[float]]:
     """One run: for each number a list over the rounds tested; sums count from one to the next."""
-    overrides: dict[str, Any] = {"algorithm": FAMILY[label], "seed": seed, "rounds": rounds}
+    steps = _STEPS.get(label, 1)
+    overrides: dict[str, Any] = {"algorithm": FAMILY[label], "seed": seed, "rounds": steps * rounds}
+    if label in _STEPS:
+        overrides |= {"faults": None, "eval_every": 4 * steps}
     if smoke:
-        overrides |= {"data.name": "synthetic", "partition.clients": 5, "cohort": 2}
+        overrides |= {"data.name": "synthetic", "partition.clients": 12, "cohort": 6}
     run: dict[str, list[float]] = {}
     since = dict.fromkeys(_SUMS, 0.0)
     for row in fl.simulate(**build(fl.load_config(CONFIG, overrides))).history.rows:
-        since = {key: since[key] + row[key] for key in _SUMS}
+        since = {key: since[key] + row[key] for key in _SUMS if key in row}
         accuracy = row.get("test_accuracy", row.get("test_accuracy_personal"))
         if accuracy is not None:
             numbers = {"round": row["round"], "test_accuracy": round(accuracy, 5)}
             for key, value in (numbers | {k: round(v, 4) for k, v in since.items()}).items():
                 run.setdefault(key, []).append(value)
-            since = dict.fromkeys(_SUMS, 0.0)
+            since = dict.fromkeys(since, 0.0)
     return run
 
 
@@ -113,9 +126,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         for label, seeds in runs.items()
     }
     comparison = fl.compare(rows, target=TARGET)
-    chosen = [comparison.header.index(title) for title in _COLUMNS]
-    rule = ["---", *["---:"] * (len(chosen) - 1)]
-    lines = [[line[i] for i in chosen] for line in comparison.lines()]
+    rule = ["---", *["---:"] * (len(_COLUMNS) - 1)]
+    named = [dict(zip(comparison.header, line, strict=True)) for line in comparison.lines()]
+    lines = [[line.get(title, "–") for title in _COLUMNS] for line in named]
     return "\n".join(f"| {' | '.join(line)} |" for line in ([*_COLUMNS.values()], rule, *lines))
 
 

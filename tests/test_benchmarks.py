@@ -215,7 +215,7 @@ def test_family(run):
     assert result["rounds"] == 2 and list(result["runs"]) == ["FedAvg", "FedLP-Homo(0.5)"]
     fedavg, homo = (seeds[0] for seeds in result["runs"].values())
     assert fedavg["round"] == homo["round"] == [2]
-    masks = 2 * 2  # a byte a client and round
+    masks = 2 * 6  # a byte for each client of each round
     assert fedavg["upload_bytes"] == [fedavg["download_bytes"][0] + masks]
     assert homo["upload_bytes"] < fedavg["upload_bytes"]
     assert homo["train_macs"] == fedavg["train_macs"]
