@@ -310,6 +310,7 @@ ROWS = {
             "slope": 2.0,
             "grace": 1.0,
         },
+        {"alpha": 0.5, "slope": 3.0, "grace": 2.0},
         weigh="uniform",
     ),
 }
