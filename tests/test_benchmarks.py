@@ -25,6 +25,7 @@ from benchmarks import (
     curves,
     dense,
     family,
+    frozen,
     hetero,
     language,
     memory,
@@ -139,6 +140,15 @@ def test_asynchrony(run):
     assert rows["fedavg"]["staleness_mean"] == [0.0] < rows["fedasync"]["staleness_mean"]
     # Whoever waits takes longer for as many arrivals.
     assert rows["fedbuff"]["simulated_seconds"] < rows["fedavg"]["simulated_seconds"]
+
+
+def test_frozen(run):
+    rows = run(frozen)["trained"]
+    assert [*rows][-1] == "keep 0.3"
+    macs = [row["modelled_macs_to_fedavg"] for row in rows.values()]
+    assert macs[:4] == sorted(macs[:4], reverse=True)  # fewer and fewer layers are trained
+    assert macs[0] == 1 and all(1 / 3 < share < 1 for share in macs[1:])
+    assert all(is_spread(row["measured_seconds"]) for row in rows.values())
 
 
 def test_hetero(run):

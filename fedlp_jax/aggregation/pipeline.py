@@ -113,6 +113,20 @@ class UpdatePipeline:
             payload = private.clipped(update, upload.mask, bound, layers) | beside
         return self.reducer.prepare(payload, upload, counted, layers)
 
+    def select(
+        self,
+        contributions: Any,
+        uploads: UploadInfo,
+        counted: Array,
+        cohort: Cohort,
+        state: PyTree,
+        layers: LayerTable,
+    ) -> Array:
+        """`f32[D * P, L]`, what the server asks for after the training; arguments of `reduce`."""
+        assert self.reducer.select is not None
+        inner = state.inner if self.clips else state
+        return self.reducer.select(contributions, uploads, counted, cohort.client, inner, layers)
+
     def reduce(
         self,
         contributions: Any,

@@ -52,3 +52,7 @@ class Reducer(NamedTuple):
     # after all, such as those that moved far. The others are neither booked nor averaged. None = it
     # sends what was drawn. A deadline of `Faults` is still modelled with all layers drawn.
     sends: Callable[[Variables, LayerTable], Array] | None = None
+    # (contributions [C, ...], uploads [C, ...], counted bool[C], client i32[C], state, layers)
+    #   -> f32[C, L]: the layers that the server asks for once each client has reported a number for
+    # every layer; only where stacked. None = what was drawn.
+    select: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable], Array] | None = None

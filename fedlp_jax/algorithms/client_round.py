@@ -82,7 +82,9 @@ class Parts:
         if self.upload is not None:
             sizes = np.array([expected_bits(self.upload, int(n)) / 8 for n in layers.params.flat])
             sizes = sizes.reshape(layers.params.shape)
-        return wire_of(layers, len(sent.trees), len(read.trees), len(sent.numbers), sizes)
+        feedback = len(layers) if self.pipeline.reducer.select is not None else 0
+        numbers = len(sent.numbers) + feedback
+        return wire_of(layers, len(sent.trees), len(read.trees), numbers, sizes)
 
     def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
         """What a client reads besides the model, and sends with its update."""

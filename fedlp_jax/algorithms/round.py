@@ -142,17 +142,17 @@ def run_round(
         client_state=clients,
     )
 
-    if parts.pipeline.reducer.sends is not None:
-        masks, uploads = masks._replace(upload=sent), uploads._replace(mask=sent)
-
     # Reduce the cohort, and step the server.
     pipeline = parts.pipeline
     contributions = stacked if pipeline.reducer.stacked else summed
     of_payload = layers_of_payload(table, payload)
-    aggregate = pipeline.reduce(
-        contributions, uploads, metrics.finite, cohort, state.aggregator, of_payload, plan
-    )
-    aggregate = pipeline.privatize(aggregate, uploads, cohort, state.aggregator, key, number, table)
+    finite, numbers = metrics.finite, state.aggregator
+    if pipeline.reducer.select is not None:
+        sent = pipeline.select(contributions, uploads, finite, cohort, numbers, of_payload)
+    if not isinstance(sent, tuple):  # fewer layers than were drawn
+        masks, uploads = masks._replace(upload=sent), uploads._replace(mask=sent)
+    aggregate = pipeline.reduce(contributions, uploads, finite, cohort, numbers, of_payload, plan)
+    aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
     state = _step_server(parts, state, number, policy, aggregate, reported, outcomes, table)
     reported = reported._replace(halted=state.halted)

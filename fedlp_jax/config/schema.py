@@ -386,6 +386,7 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedasync: (),
     algorithms.fedrep: ("steps",),
     algorithms.fedbabu: (),
+    algorithms.fedldf: ("aggregator", "upload"),
     algorithms.freeze: (),
     algorithms.fedpart: (),
     compose: (),

@@ -1,0 +1,66 @@
+"""The clients that moved a layer most send it: layer divergence feedback (arXiv:2404.08324)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlp_jax.aggregation.reducer import Reducer, UploadInfo
+from fedlp_jax.aggregation.robust import by_layer
+from fedlp_jax.errors import check_number
+from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.types import Array, PyTree, Variables, wide
+
+
+def largest(clients: int) -> Reducer:
+    """The weighted mean, for each layer, of the updates with the largest norms.
+
+    `x'_l = x_l + sum_{k in T_l} a_k (x_{k,l} - x_l) / sum_{k in T_l} a_k`, T_l the n clients with
+    the largest `|x_{k,l} - x_l|` over the layer's parameters; of equal ones, those of lower id.
+    Every client reports its norms first, one number for each layer. Needs the memory of C models.
+
+    Args:
+      clients: n, from 1; as many as take part, or more, is the mean over all.
+
+    Raises:
+      FedLPError: a number below 1.
+    """
+    clients = check_number("clients of a layer", clients, ge=1, integer=True)
+
+    def mean(rows: Array, votes: Array, number: PyTree) -> Array:
+        del number
+        votes = votes.astype(rows.dtype)
+        total = votes.sum()
+        return (votes[:, None] * rows).sum(axis=0) / jnp.where(total > 0, total, 1.0)
+
+    def select(
+        stacked: Variables,
+        uploads: UploadInfo,
+        counted: Array,
+        client: Array,
+        state: PyTree,
+        layers: LayerTable,
+    ) -> Array:
+        able = (uploads.mask > 0) & counted[:, None] & (client >= 0)[:, None]
+        norms = jnp.where(able, _squared_norms(stacked["params"], layers), -jnp.inf)
+        ids = jnp.broadcast_to(client[:, None], norms.shape)
+        place = jnp.argsort(jnp.lexsort((ids, -norms), axis=0), axis=0).astype(jnp.int32)
+        return (able & (place < state)).astype(jnp.float32)
+
+    reducer = by_layer(mean, np.int32(clients))
+    return reducer._replace(select=select)
+
+
+def _squared_norms(stacked: PyTree, layers: LayerTable) -> Array:
+    """`f[C, L]`, of the parameters of each layer of each update."""
+    leaves, index = jax.tree.leaves(stacked), jax.tree.leaves(layers.index["params"])
+    sums = [jnp.square(x.astype(wide(x.dtype))).reshape(len(x), -1).sum(axis=1) for x in leaves]
+    none = jnp.zeros_like(sums[0])
+    return jnp.stack(
+        [
+            sum((s for s, of in zip(sums, index, strict=True) if of == layer), none)
+            for layer in range(len(layers))
+        ],
+        axis=1,
+    )
