@@ -1,8 +1,10 @@
+import sys
+
 import typer.testing
 import yaml
 from small import DIGITS
 
-from fedlp_jax import cli
+from fedlp_jax import FedLPError, cli
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.simulation import sweep
 
@@ -27,3 +29,19 @@ def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
     assert again.exit_code == cli.BAD_INPUT and "already holds a sweep" in again.stderr
     assert runner.invoke(cli.app, [*words, "--resume"]).exit_code == 0
     assert "algorithm.keep=0.1,0.5,1" in runner.invoke(cli.app, ["sweep", "--help"]).stdout
+
+
+def test_modules_are_found_beside_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds to it
+
+    def setup(cpu_devices):
+        raise FedLPError("The configurations have been read.")  # enough for this test
+
+    monkeypatch.setattr(plans, "setup", setup)
+    (tmp_path / "net_of_a_sweep.py").write_text("from fedlp_jax.nn.models import Logistic as Net\n")
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(DIGITS | {"rounds": 2, "model": {"name": "net_of_a_sweep:Net"}}))
+    words = ["sweep", str(file), "--grid", "cohort=2,3", "--out", str(tmp_path / "o")]
+    result = typer.testing.CliRunner().invoke(cli.app, words)
+    assert result.exit_code == cli.BAD_INPUT
+    assert "have been read" in result.stderr
