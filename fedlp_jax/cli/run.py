@@ -150,19 +150,29 @@ def load(path: str, overrides: Mapping[str, Any], every_device: bool = False) ->
     """Reads the configuration, then sets up jax, before its first use."""
     from fedlp_jax.config.loading import load_config, located
     from fedlp_jax.config.own import search
-    from fedlp_jax.errors import FedLPError
-    from fedlp_jax.execution.plan import setup
 
     search(located(path).parent)
     config = load_config(path, overrides)
+    prepare(path, None if every_device else config.plan.devices)
+    return config
+
+
+def prepare(path: str, devices: int | None) -> None:
+    """Sets up jax for the configuration that was read from `path`; None = every CPU device.
+
+    Raises:
+      FedLPError: a module that the configuration names has used jax.
+    """
+    from fedlp_jax.errors import FedLPError
+    from fedlp_jax.execution.plan import setup
+
     try:
-        setup(cpu_devices=None if every_device else config.plan.devices)
+        setup(cpu_devices=devices)
     except FedLPError as error:
         raise FedLPError(
             f"a module that {path} names uses jax while it is imported, before its devices are "
             "set; move that into a function."
         ) from error
-    return config
 
 
 def _join(

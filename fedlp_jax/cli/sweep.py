@@ -44,16 +44,16 @@ def sweep(
     ] = False,
 ) -> None:
     """Run a grid of settings with several seeds, many runs in one program; write a table."""
-    from fedlp_jax.cli.run import stop_signals
+    from fedlp_jax.cli.run import prepare, stop_signals
     from fedlp_jax.config.loading import located, split_words
     from fedlp_jax.config.own import search
     from fedlp_jax.config.sweep import TABLE, execute_sweep, parse_grid, sweep_points
-    from fedlp_jax.execution.plan import setup
 
     path, overrides = split_words([config, *context.args])
     search(located(path).parent)
     points = sweep_points(path, overrides, parse_grid(grid or ()), seeds)
-    setup(cpu_devices=points[0][1].plan.devices)
+    devices = [one.plan.devices for _, one in points]
+    prepare(path, None if None in devices else max(devices))
     rounds = sum(one.rounds for _, one in points)
     with stop_signals() as stop, _Progress(len(points), rounds) as shown:
         outcome = execute_sweep(points, out, resume=resume, log=shown.update, stop=stop)

@@ -40,7 +40,7 @@ def build(config: Config, known: dict[str, Any] | None = None) -> dict[str, Any]
         config.model,
         config.task,
         config.algorithm,
-        config.seed if draws else None,
+        (config.partition, config.cohort, config.rounds, config.seed) if draws else None,
     )
     return {
         "algorithm": _once(known, of_algorithm, lambda: _algorithm(config, data, draws)),

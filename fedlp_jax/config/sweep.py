@@ -26,7 +26,12 @@ from fedlp_jax.simulation.result import DivergedError, Result
 from fedlp_jax.simulation.sweep import Point, run_points
 
 RUNS, TABLE = "runs", "table.md"
-_OWN = {"seed": "--seeds", "name": "--name", "sweep": "--grid and --seeds"}  # fields of the sweep
+_OWN = {  # sections and fields of the sweep, and their way out
+    "seed": "it is given with --seeds",
+    "name": "each point is named by its values",
+    "sweep": "it is given with --grid and --seeds",
+}
+_WITHOUT = ("sinks", "keep_best")
 
 # (label, seed, row of a round)
 Log = Callable[[str, int, Mapping[str, Any]], None]
@@ -73,7 +78,8 @@ def sweep_points(
       seeds: how many; None = as the file says.
 
     Raises:
-      FedLPError: a field that is unknown or belongs to the sweep, a bad value, a value twice.
+      FedLPError: a field that is unknown or belongs to the sweep, a bad value, a value twice, a
+        name beside a grid, sinks or a best model.
     """
     base = load_config(path, overrides)
     section = base.sweep
@@ -81,9 +87,8 @@ def sweep_points(
     count = (1 if section is None else section.seeds) if seeds is None else seeds
     for field, values in fields.items():
         _check_field(field, values)
-    for name in ("sinks", "keep_best"):
-        if getattr(base, name):
-            raise FedLPError(f"a sweep has no {name}; omit the section, or use fedlp run.")
+    if fields and "name" in overrides:
+        raise FedLPError("the points of a grid are named by their values; omit --name.")
     points: list[tuple[str, Config]] = []
     for values in itertools.product(*fields.values()):
         point = dict(zip(fields, values, strict=True))
@@ -92,19 +97,27 @@ def sweep_points(
             raise FedLPError(f"two points of the grid are called {label}; a value comes twice.")
         for seed in range(base.seed, base.seed + count):
             config = load_config(path, {**overrides, **point, "seed": seed, "name": label})
+            _check_sections(config)
             points.append((label, config.model_copy(update={"sweep": None})))
     return points
 
 
 def _check_field(field: str, values: Sequence[Any]) -> None:
-    if field in _OWN:
-        raise FedLPError(f"the grid cannot have {field}; it is given with {_OWN[field]}.")
+    section = field.split(".")[0]
+    if section in _OWN:
+        raise FedLPError(f"the grid cannot have {field}; {_OWN[section]}.")
     if not values:
         raise FedLPError(f"the grid has no values of {field}; give some, or omit the field.")
     words = [shown(value) for value in values]
     twice = [word for word in words if words.count(word) > 1]
     if twice:
         raise FedLPError(f"the grid has {field}={twice[0]} twice; give each value once.")
+
+
+def _check_sections(config: Config) -> None:
+    for name in _WITHOUT:
+        if getattr(config, name):
+            raise FedLPError(f"a sweep has no {name}; omit the section, or use fedlp run.")
 
 
 def _label(point: Mapping[str, Any]) -> str:
@@ -163,7 +176,7 @@ def execute_sweep(
         except BaseException as error:
             for run in runs:
                 run.fail(error)
-            if (out / RUNS).is_dir():
+            if len(runs) < len(paths) or any(run.begun for run in runs):
                 error.add_note("Resume with the same command and --resume.")
             raise
     table = _table(points, paths)
@@ -197,6 +210,11 @@ class _PointRun:
 
     def __exit__(self, *exception: object) -> None:
         self._directory.close()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been written."""
+        return self._directory.begun
 
     def point(self, log: Log | None) -> Point:
         """What `run_points` runs."""

@@ -95,8 +95,8 @@ class LanesPlan(Plan):
         return NamedSharding(self.mesh, Spec(*(AXIS,) * axis, RUNS))
 
 
-def resolve(plan: Plan | None, cohort: int) -> Plan:
-    """Fills the open fields of a plan, but for `data`, for a cohort of C clients on this machine.
+def checked(plan: Plan | None) -> Plan:
+    """A plan that this machine can follow, its numbers Python's; its open fields stay open.
 
     Raises:
       FedLPError: more devices than there are, a number below 1, an unknown place of the data, or
@@ -119,6 +119,17 @@ def resolve(plan: Plan | None, cohort: int) -> Plan:
             f"processes cannot share them equally; make it a multiple of {number}, or leave it "
             "open."
         )
+    return plan
+
+
+def resolve(plan: Plan | None, cohort: int) -> Plan:
+    """Fills the open fields of a plan, but for `data`, for a cohort of C clients on this machine.
+
+    Raises:
+      FedLPError: as `checked`, or a cohort with fewer clients than there are processes.
+    """
+    plan = checked(plan)
+    have, number = len(processes.devices()), processes.count()
     devices = min(plan.devices or have, cohort) // number * number
     if not devices:
         raise FedLPError(

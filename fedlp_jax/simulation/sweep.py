@@ -18,7 +18,7 @@ from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, check_number, collecting, shown, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
-from fedlp_jax.execution.plan import HOST, LanesPlan, Plan
+from fedlp_jax.execution.plan import HOST, LanesPlan, Plan, checked
 from fedlp_jax.reporting.compare import Comparison, compare
 from fedlp_jax.reporting.frames import frame
 from fedlp_jax.simulation import checkpoint as checkpoints
@@ -281,7 +281,7 @@ class _Member:
         settings, resume = dict(self.point.settings), self.point.resume
         done = () if resume is None else resume.rows
         self._watch = Watch(settings.pop("early_stop"), done)
-        plan = settings.pop("plan") or Plan()
+        plan = checked(settings.pop("plan"))
         self._devices = plan.devices
         first = 1 if resume is None else resume.round + 1
         rounds, seed, eval_every, _ = checks.check_numbers(
@@ -324,7 +324,7 @@ class _Member:
     @property
     def groups(self) -> int:
         """The devices among which its group is divided."""
-        return self._devices or len(processes.devices())
+        return len(processes.devices()) if self._devices is None else self._devices
 
     def start(self) -> None:
         """Restores a resumed run; called before its state joins those of others."""

@@ -35,7 +35,7 @@ def test_modules_are_found_beside_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds to it
 
     def setup(cpu_devices):
-        raise FedLPError("The configurations have been read.")  # enough for this test
+        raise FedLPError("jax is already in use.")  # enough for this test
 
     monkeypatch.setattr(plans, "setup", setup)
     (tmp_path / "net_of_a_sweep.py").write_text("from fedlp_jax.nn.models import Logistic as Net\n")
@@ -44,4 +44,21 @@ def test_modules_are_found_beside_the_configuration(tmp_path, monkeypatch):
     words = ["sweep", str(file), "--grid", "cohort=2,3", "--out", str(tmp_path / "o")]
     result = typer.testing.CliRunner().invoke(cli.app, words)
     assert result.exit_code == cli.BAD_INPUT
-    assert "have been read" in result.stderr
+    assert "names uses jax while it is imported" in result.stderr
+
+
+def test_there_are_devices_for_every_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds to it
+    asked = []
+
+    def setup(cpu_devices):
+        asked.append(cpu_devices)
+        raise FedLPError("Nothing is run.")
+
+    monkeypatch.setattr(plans, "setup", setup)
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(DIGITS | {"rounds": 2}))
+    for devices in ("1,2", "2,1", "1,null"):
+        words = ["sweep", str(file), "--grid", f"plan.devices={devices}", "--out", str(tmp_path)]
+        assert typer.testing.CliRunner().invoke(cli.app, words).exit_code == cli.BAD_INPUT
+    assert asked == [2, 2, None]

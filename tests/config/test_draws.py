@@ -58,6 +58,25 @@ def test_depths_are_those_of_the_seed(flag):
     assert np.array_equal(levels + 1, drawn(arguments, flag=flag).depths)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 26},
+        {"cohort": 6},
+        {"rounds": 1001},
+        {"partition": {"name": "dirichlet", "clients": 20, "alpha": 1}},
+    ],
+)
+def test_configurations_share_an_algorithm_only_if_its_draws_are_the_same(change):
+    known = {}
+    first, other, again = (
+        build(parse_config({**HOMO, **settings}), known)["algorithm"]
+        for settings in ({}, change, {"eval_every": 1})
+    )
+    assert first is again
+    assert first is not other
+
+
 @pytest.mark.slow
 def test_a_run_sends_the_layers_of_the_listed_masks():
     config = parse_config(HOMO)

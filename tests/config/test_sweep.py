@@ -61,6 +61,10 @@ def test_a_section_says_the_same_and_the_command_line_wins(file):
         (["algorithm.kep=0.1"], "'kep' is not a field of 'fedlp_homo'; did you mean 'keep'"),
         (["model.name=mpl"], "did you mean 'mlp'"),
         (["seed=1,2"], "the grid cannot have seed; it is given with --seeds"),
+        (["sweep.seeds=1,2"], "the grid cannot have sweep.seeds; it is given with --grid and"),
+        (["name=a,b"], "the grid cannot have name; each point is named by its values"),
+        (["keep_best.metric=test_loss"], "a sweep has no keep_best; omit the section"),
+        (["sinks=[],[{name: tensorboard}]"], "a sweep has no sinks; omit the section"),
         (["partition.clients=[1"], "not valid YAML"),
     ],
 )
@@ -70,13 +74,20 @@ def test_a_bad_grid_is_one_sentence(file, words, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_a_name_is_for_a_sweep_without_a_grid(file):
+    assert sweep_points(file, {"name": "mine"}, {}, 2)[1][0] == "mine"
+    with pytest.raises(fl.FedLPError, match="named by their values; omit --name"):
+        sweep_points(file, {"name": "mine"}, {"algorithm.keep": (0.5, 1)})
+
+
 def test_a_value_out_of_range_writes_nothing(file):
     points = sweep_points(file, {}, {"algorithm.keep": (0.5, 1.5)})
     with pytest.raises(fl.FedLPError, match=r"keep=1\.5 must be a number in \[0, 1\]"):
         execute_sweep(points, file.parent / "out")
     points = sweep_points(file, {}, {"cohort": (2, 21)})
-    with pytest.raises(fl.FedLPError, match="cohort=21 exceeds the 20 clients"):
+    with pytest.raises(fl.FedLPError, match="cohort=21 exceeds the 20 clients") as error:
         execute_sweep(points, file.parent / "out")
+    assert not hasattr(error.value, "__notes__")  # there is nothing to resume
     assert not (file.parent / "out").exists()
 
 

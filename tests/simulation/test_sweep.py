@@ -230,6 +230,8 @@ def test_the_frame_and_the_table_say_which_run(monkeypatch):
         ({"seeds": [-1]}, r"seed=-1 must be a whole number of at least 0\."),
         ({"at_once": 0}, "at_once=0 must be a whole number of at least 1"),
         ({"cohort": 13}, "cohort=13 exceeds the 12 clients"),
+        ({"plan": fl.Plan(devices=100)}, "plan.devices=100 but jax sees"),
+        ({"plan": fl.Plan(devices=0)}, "plan.devices=0 must be a whole number of at least 1"),
     ],
 )
 def test_a_sweep_that_cannot_be(arguments, sentence):
