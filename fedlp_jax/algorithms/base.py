@@ -46,6 +46,7 @@ class Algorithm(NamedTuple):
     assign: Callable[[Array, int], np.ndarray]  # (root key, K) -> level of each client, i32[K]
     # (layers, K) -> probability that a client sends a layer it holds, f32[1 or K, 1 or L]
     upload_rates: Callable[[LayerTable, int], np.ndarray] = always
+    download_rates: Callable[[LayerTable, int], np.ndarray] = always  # that it receives one
     wire: Callable[[LayerTable], Wire] = wire_of  # what is exchanged; see `exchanged`
     # (variables or shapes, example) -> what clients of each level keep; None = nothing
     client_state: Callable[[Variables, Batch], tuple[ClientState, ...]] | None = None

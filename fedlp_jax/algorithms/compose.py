@@ -167,6 +167,7 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         levels=partial(parts.submodels.levels, parts.task),
         assign=partial(parts.submodels.assign, parts.task),
         upload_rates=parts.policy.expected,
+        download_rates=parts.policy.received,
         wire=parts.wire,
         client_state=partial(client_states, parts) if stateful else None,
         shared_heads=parts.submodels.shared_heads,

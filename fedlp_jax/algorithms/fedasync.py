@@ -10,6 +10,7 @@ from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.clients.asynchrony import Discount, asynchrony
 from fedlp_jax.clients.devices import Profile
+from fedlp_jax.errors import check_number
 from fedlp_jax.pruning import masks
 from fedlp_jax.tasks.task import Task
 
@@ -49,6 +50,7 @@ def fedasync(
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
       **settings: as in `compose` (epochs, batch_size, ...).
     """
+    alpha = check_number("alpha", alpha, gt=0, le=1)
     return compose(
         task,
         client_optimizer=client_optimizer,

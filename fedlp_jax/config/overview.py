@@ -56,7 +56,7 @@ class Overview(NamedTuple):
     """What `fedlp info CONFIG` shows besides the settings."""
 
     clients: Partition
-    cohort: int  # C
+    cohort: int  # C, clients whose updates make a round
     layers: LayerTable
     levels: tuple[Level, ...]  # the last is the whole model
     upload_bytes: float  # expected, of a round without failures
@@ -85,11 +85,14 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
     assigned = algorithm.assign(root, clients.clients)  # i32[K]
     levels = submodel_levels(algorithm, variables, example)
     number = np.bincount(assigned, minlength=len(levels))
-    keep = algorithm.upload_rates(table, clients.clients)
-    received = np.stack([level.table.covered for level in levels])[assigned]  # f32[K, L]
+    held = np.stack([level.table.covered for level in levels])[assigned]  # f32[K, L]
+    sent = held * algorithm.upload_rates(table, clients.clients)
+    received = held * algorithm.download_rates(table, clients.clients)
     wire = exchanged(algorithm, table, variables, algorithm.levels(variables, example))
     of_clients = wire.at(assigned)  # f64[K, L] where clients hold slices
     cohort = cohort_size(config.cohort, clients.clients)
+    if algorithm.asynchrony is not None:  # the cohort is in flight; a round takes a part of it
+        cohort = algorithm.asynchrony.buffer
     deepest = jax.eval_shape(algorithm.levels(variables, example)[-1].extract, variables)
     # Over-selection: the first C of the chosen clients count.
     chosen = cohort if arguments["faults"] is None else arguments["faults"].chosen(cohort)
@@ -98,8 +101,7 @@ def overview(config: Config, arguments: Mapping[str, Any]) -> Overview:
         cohort,
         table,
         tuple(level._replace(clients=int(n)) for level, n in zip(levels, number, strict=True)),
-        upload_bytes=cohort
-        * float((received * keep * of_clients.upload).sum(axis=1).mean() + wire.header),
+        upload_bytes=cohort * float((sent * of_clients.upload).sum(axis=1).mean() + wire.header),
         download_bytes=chosen * float((received * of_clients.download).sum(axis=1).mean()),
         fedavg=fedavg_traffic(
             *whole_model(algorithm, data, deepest, table), senders=cohort, receivers=chosen

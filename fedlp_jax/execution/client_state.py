@@ -168,7 +168,6 @@ def rows_at_once(slots: int, row_bytes: int) -> int:
 
     Args:
       slots: P, slots of a device.
-      place: `i32[K]`, of each client in the stack of its level.
       row_bytes: bytes of one slot.
     """
     return min(slots, max(1, _BLOCK_BYTES // max(row_bytes, 1)))

@@ -183,10 +183,9 @@ def setup(cpu_devices: int | None = None, gpu_kernels: str = "tuned") -> None:
 
 def gpu_kernels() -> str | None:
     """Which kernels a GPU may use, see `setup`; None = any, since `setup` was not called."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if _FIXED_FLAG in given:
-        return "fixed" if f"{_FIXED_FLAG}=false" not in given else "tuned"
-    return "tuned" if _TUNED_FLAG in given else None
+    given = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+    on = [name for name, flag in GPU_KERNELS.items() if given.get(flag) in ("", "true", "1")]
+    return on[-1] if on else None
 
 
 def note_other_kernels() -> None:
@@ -198,7 +197,8 @@ def note_other_kernels() -> None:
         note(
             [
                 "XLA chooses a GPU's kernels by timing them, so another process may compute other "
-                "bits. Call fl.setup() first."
+                f"bits. Call fl.setup() first, and turn off neither {_TUNED_FLAG} nor "
+                f"{_FIXED_FLAG} in XLA_FLAGS."
             ]
         )
     elif chosen == "tuned" and not jax.config.values["jax_compilation_cache_dir"]:

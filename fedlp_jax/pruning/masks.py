@@ -53,6 +53,8 @@ class MaskPolicy(NamedTuple):
     # (layers, K) -> expected share of rounds in which a client sends a layer it holds,
     # f32[1 or K, 1 or L]; on the host, for modelled traffic
     expected: Callable[[LayerTable, int], np.ndarray] = always
+    # the same for the layers that it receives
+    received: Callable[[LayerTable, int], np.ndarray] = always
 
 
 def full() -> MaskPolicy:
@@ -155,7 +157,7 @@ def only(*names: str) -> MaskPolicy:
             )
         return np.asarray([[name in names for name in layers.names]], np.float32)
 
-    return MaskPolicy(init, sample, expected)
+    return MaskPolicy(init, sample, expected, received=expected)
 
 
 def freeze(policy: MaskPolicy) -> MaskPolicy:
@@ -228,7 +230,10 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
     def expected(layers: LayerTable, clients: int) -> np.ndarray:
         return policy.expected(layers, clients) * moving(layers)
 
-    return MaskPolicy(init, sample, expected)
+    def received(layers: LayerTable, clients: int) -> np.ndarray:
+        return policy.received(layers, clients) * moving(layers)
+
+    return MaskPolicy(init, sample, expected, received)
 
 
 def in_turn(
@@ -255,6 +260,10 @@ def in_turn(
     full_rounds = check_number("full_rounds", full_rounds, ge=0, integer=True)
     group_rounds = check_number("group_rounds", group_rounds, ge=1, integer=True)
     check_choice("download", download, ("model", "group"))
+    if groups is not None and not all(_is_group(group) for group in groups):
+        raise FedLPError(
+            f"groups={shown(groups)} must be lists of layer names, such as [['fc1'], ['fc2']]."
+        )
 
     def membership(layers: LayerTable) -> np.ndarray:
         named = [[name] for name in layers.names] if groups is None else groups
@@ -292,7 +301,12 @@ def in_turn(
         rounds = full_rounds + group_rounds * table.sum(axis=0, keepdims=True)
         return (rounds / (full_rounds + group_rounds * len(table))).astype(np.float32)
 
-    return MaskPolicy(init, sample, expected)
+    return MaskPolicy(init, sample, expected, expected if download == "group" else always)
+
+
+def _is_group(group: Any) -> bool:
+    names = isinstance(group, Sequence) and not isinstance(group, str)
+    return names and all(isinstance(name, str) for name in group)
 
 
 def _check_schedule(schedule: Callable[[Array], Any], layers: LayerTable) -> None:

@@ -157,6 +157,11 @@ def _with_personal(
             f"{what}: clients keep layers from round to round, but heads='reset_to_init' keeps "
             "nothing; choose heads='persist' or 'shared'."
         )
+    if scheme.personal:
+        raise FedLPError(
+            f"{what}: clients already keep layers; name all of them in one regular expression, "
+            "such as 'fc1|fc2'."
+        )
     if scheme.slices:
         raise FedLPError(
             f"{what}: clients of different widths hold different parts of a layer, which cannot be "

@@ -146,13 +146,14 @@ def modelled_seconds(spec: Spec, variables: Variables) -> np.ndarray:
     tables = [layer_table(x, algorithm.layers, spec.layers.names) for x in held_shapes]
     held = np.stack([table.covered for table in tables])[assigned].astype(np.float64)
     sent = held * algorithm.upload_rates(spec.layers, len(assigned))
+    received = held * algorithm.download_rates(spec.layers, len(assigned))
     forward = []
     for level in spec.levels:
         shapes = jax.eval_shape(level.task.init, spec.root, spec.example)
         forward.append(sum(forward_macs(level.task, shapes, spec.example).values()))
     macs = PASSES * np.asarray(forward, np.float64)[assigned] * rule.examples(spec.clients.sizes)
     wire, speed = spec.wire.at(assigned), rule.profile.machines(spec.root, len(assigned))
-    down = (held * wire.download).sum(axis=1)
+    down = (received * wire.download).sum(axis=1)
     up = (sent * wire.upload).sum(axis=1) + wire.header
     parts = (down, speed.download), (macs, speed.compute), (up, speed.upload)
     return sum(amount / np.asarray(rate, np.float64) for amount, rate in parts)

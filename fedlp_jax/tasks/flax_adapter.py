@@ -215,7 +215,7 @@ def _linen(module: nn.Module) -> Network:
     if isinstance(depth, int) and not isinstance(depth, bool):
         found = found._replace(at_depth=lambda d: _linen(module.clone(depth=d)), depth=depth)
     rate = getattr(module, "width_rate", None)
-    if isinstance(rate, float):
+    if isinstance(rate, float | int) and not isinstance(rate, bool):
         found = found._replace(at_width=lambda r: _linen(module.clone(width_rate=r * rate)))
     return found
 

@@ -117,3 +117,27 @@ def test_the_tables_show_depths_only_where_there_are_some(capsys):
         text = capsys.readouterr().out
         assert ("Submodels" in text) == shown
         assert "Expected traffic per round" in text
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rounds"),
+    [
+        ({"name": "fedbabu", "head": "fc2"}, 1),
+        ({"name": "fedpart", "full_rounds": 1, "group_rounds": 1, "download": "group"}, 3),
+        (
+            {
+                "name": "fedbuff",
+                "buffer": 2,
+                "profile": {"compute": 1e6, "download": 1e5, "upload": 1e5},
+            },
+            1,
+        ),
+    ],
+)
+def test_expected_traffic_is_what_the_ledger_books(algorithm, rounds):
+    optimizer = SMALL["algorithm"]["client_optimizer"]
+    raw = SMALL | {"algorithm": algorithm | {"client_optimizer": optimizer}, "rounds": rounds}
+    _, arguments, view = of(raw)
+    booked = fl.simulate(**arguments).costs.total
+    assert view.upload_bytes * rounds == pytest.approx(booked["upload_bytes"])
+    assert view.download_bytes * rounds == pytest.approx(booked["download_bytes"])

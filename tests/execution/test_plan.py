@@ -85,6 +85,21 @@ def test_tuned_kernels_that_are_not_kept_are_noted(monkeypatch, kept, count):
     assert len(said) == count and plans.gpu_kernels() == "tuned"
 
 
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ("", None),
+        ("--xla_gpu_deterministic_ops=false", None),
+        ("--xla_gpu_exclude_nondeterministic_ops=false", None),
+        ("--xla_gpu_exclude_nondeterministic_ops", "tuned"),
+        ("--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_deterministic_ops=true", "fixed"),
+    ],
+)
+def test_kernels_are_those_that_the_flags_leave(monkeypatch, flags, kernels):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert plans.gpu_kernels() == kernels
+
+
 def test_unknown_kernels_are_refused():
     with pytest.raises(fl.FedLPError, match="gpu_kernels 'quick' is unknown.*tuned, fixed"):
         fl.setup(gpu_kernels="quick")

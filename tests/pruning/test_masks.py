@@ -201,6 +201,8 @@ def test_groups_take_turns():
         (lambda: fixed("(", full()), "is not a regular expression"),
         (lambda: in_turn([["conv"], ["fc1"]]), "leave out fc2; put each of the layers conv"),
         (lambda: in_turn([["conv", "fc1", "fc2", "x"]]), "name x"),
+        (lambda: in_turn(["fc1", "fc2"]), "must be lists of layer names"),
+        (lambda: in_turn([1, 2]), "must be lists of layer names"),
         (lambda: in_turn(full_rounds=-1), "full_rounds"),
         (lambda: in_turn(group_rounds=0), "group_rounds"),
         (lambda: in_turn(download="nothing"), "download"),

@@ -122,3 +122,9 @@ def test_neutral_settings_are_synchronous():
     np.testing.assert_array_equal(flat(one_by_one.variables), flat(sequential.variables))
     assert one_by_one.readings["version_bytes"] == 17 * 4 * 15
     assert jax.tree.leaves(one_by_one.state.algorithm.ring)[0].shape[0] == 17
+
+
+def test_the_mixing_rate_is_refused_by_its_name():
+    task = fl.classification(fl.models.Logistic())
+    with pytest.raises(fl.FedLPError, match="alpha=2 must be a number in"):
+        fl.fedasync(task, alpha=2, profile=PROFILE, client_optimizer=optax.sgd(0.1))
