@@ -15,7 +15,7 @@ import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from fedlp_jax.errors import FedLPError, check_choice, check_number, note, warn
+from fedlp_jax.errors import FedLPError, check_choice, check_number, note, shown, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import keep_programs
 
@@ -100,9 +100,13 @@ def checked(plan: Plan | None) -> Plan:
 
     Raises:
       FedLPError: more devices than there are, a number below 1, an unknown place of the data, or
-        devices that the processes cannot share equally.
+        devices that the processes cannot share equally; or no plan.
     """
-    plan = plan or Plan()
+    plan = Plan() if plan is None else plan
+    if not isinstance(plan, Plan):
+        raise FedLPError(
+            f"plan={shown(plan)} is of type {type(plan).__name__}; give fl.Plan(devices=1)."
+        )
     if plan.data is not None:
         check_choice("plan.data", plan.data, PLACES)
     for name in ("devices", "width", "rounds_at_once"):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from fedlp_jax.errors import FedLPError, nearest, shown
+from fedlp_jax.reporting.metrics import smaller_is_better
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, read_metrics
 
 Rows = Sequence[Mapping[str, Any]]
@@ -130,7 +131,7 @@ def compare(
         paths of run directories. Or paths alone: those whose configurations differ only in seed,
         name, plan and checkpoints count as seeds of one experiment.
       target: a value of the metric; adds what it took to reach it: rounds, upload and time.
-      metric: key of a row. Smaller is better for a loss, greater for everything else.
+      metric: key of a row. Smaller is better for losses and errors, greater for everything else.
 
     Returns:
       The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic, MACs (of
@@ -227,12 +228,16 @@ def _rows(run: Run) -> Rows:
 
 
 def _columns(metric: str, target: float | None, keys: set[str]) -> list[Column]:
-    lower, name = "loss" in metric, metric.replace("_", " ")
-    best = min if lower else max
+    lower, name = smaller_is_better(metric), metric.replace("_", " ")
+    choose = min if lower else max
+
+    def best(rows: Rows) -> float | None:
+        return choose((x for x in _values(rows, metric) if not math.isnan(x)), default=None)
+
     columns = [
         Column("rounds", "", 0, lambda rows: rows[-1]["round"] if rows else None),
         Column(f"final {name}", "", 4, lambda rows: next(reversed(_values(rows, metric)), None)),
-        Column(f"best {name}", "", 4, lambda rows: best(_values(rows, metric), default=None)),
+        Column(f"best {name}", "", 4, best),
     ]
     sums = [
         ("upload", "MB", "upload_bytes", 1e-6),

@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fedlp_jax.reporting.metrics import smaller_is_better
+
 _SECONDS_BETWEEN_LINES = 10.0
 _LINES = 10  # at least, per run, where there is no bar
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -120,7 +122,8 @@ class Progress:
         table = Table.grid(padding=(0, 2))
         for metric, curve in self._curves.items():
             rounds, values = zip(*curve, strict=True)
-            best = int(np.argmin(values) if "loss" in metric else np.argmax(values))
+            costs = np.asarray(values) * (1 if smaller_is_better(metric) else -1)
+            best = int(np.argmin(np.where(np.isnan(costs), np.inf, costs)))
             table.add_row(
                 metric.replace("_", " "),
                 sparkline(values, _SPARKS if self._console.width >= 70 else _SPARKS // 2),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -26,11 +26,25 @@ def save_variables(path: str | Path, variables: Variables) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    arrays: dict[str, Any] = {
-        name: np.asarray(array) for name, array in flatten_dict(variables, sep="/").items()
-    }
-    with replacing(Path(path)) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    save_with_note(path, variables, "")
+
+
+def save_with_note(path: str | Path, variables: Variables, note: str) -> None:
+    """As `save_variables`, with a note in the archive's comment, which readers of arrays ignore."""
+    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.comment = note.encode()
+        for name, array in flatten_dict(variables, sep="/").items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
+
+
+def note_of(path: str | Path) -> str | None:
+    """The note of `save_with_note`; None = there is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.decode(errors="replace")
+    except (OSError, zipfile.BadZipFile):
+        return None
 
 
 def load_variables(path: str | Path) -> Variables:

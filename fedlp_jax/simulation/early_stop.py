@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedlp_jax.errors import FedLPError, check_number, shown
+from fedlp_jax.errors import FedLPError, check_number, nearest, shown, warn
+from fedlp_jax.reporting.metrics import smaller_is_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class EarlyStop:
     The device runs ahead of the host, so a run may do one dispatch of rounds more.
 
     Attributes:
-      target: stop once the metric is at least this, or at most this for a loss.
+      target: stop once the metric is at least this, or at most this for a loss or an error.
       patience: stop after this many evaluations without a new best value.
       metric: key of a row, such as "test_accuracy" or "train_loss".
       min_delta: by how much a value must beat the best one to count as progress.
@@ -50,6 +51,7 @@ class Watch:
         """Watches for a rule; None never stops. `rows` are those of before, in a resumed run."""
         self.reason: str | None = None
         self._rule, self._best, self._since = rule, -float("inf"), 0
+        self._first = True
         for row in rows:
             self.update(row)
 
@@ -60,10 +62,12 @@ class Watch:
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Takes one more row; those without the metric do not count."""
-        rule = self._rule
+        rule, first, self._first = self._rule, self._first, False
+        if first and rule is not None and not rule.metric.startswith("test_"):
+            _warn_of_missing(rule.metric, row)
         if rule is None or self.stops or (value := row.get(rule.metric)) is None:
             return
-        sign = -1.0 if "loss" in rule.metric else 1.0
+        sign = -1.0 if smaller_is_better(rule.metric) else 1.0
         if sign * value > self._best + rule.min_delta:
             self._best, self._since = sign * value, 0
         else:
@@ -76,3 +80,13 @@ class Watch:
                 f"{rule.metric} has not beaten {sign * self._best:.6g} in {rule.patience} "
                 f"evaluations, {where}"
             )
+
+
+def _warn_of_missing(metric: str, row: Mapping[str, Any]) -> None:
+    """Warns of a metric that the first row lacks; those of evaluations are checked before a run."""
+    if metric not in row:
+        warn(
+            f"no row has early_stop.metric={shown(metric)}{nearest(metric, row) or '.'} Rows have "
+            f"{', '.join(row)}; the run does not stop early.",
+            stacklevel=4,
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, shown
+from fedlp_jax.errors import FedLPError, shown, warn
 from fedlp_jax.execution import processes
-from fedlp_jax.reporting.variables import load_variables, save_variables
+from fedlp_jax.reporting.metrics import smaller_is_better
+from fedlp_jax.reporting.variables import load_variables, note_of, save_with_note
 from fedlp_jax.types import Variables
 
 
@@ -24,7 +27,8 @@ class KeepBest:
     memory.
 
     Attributes:
-      metric: key of a row that is tested, such as "test_accuracy". Smaller is better for a loss.
+      metric: key of a row that is tested, such as "test_accuracy". Smaller is better for losses and
+        errors; NaN is never best.
       path: a `.npz` file for the best model, replaced at each improvement; None = none.
     """
 
@@ -48,6 +52,11 @@ class Best(NamedTuple):
     variables: Variables | None  # all that the server held, numpy; None = of before, and not saved
 
 
+def _note(best: Best) -> str:
+    """What the file says of its model, so that a resumed run does not take it for another."""
+    return json.dumps({"metric": best.metric, "round": best.round})
+
+
 class Keeper:
     """A `KeepBest` over the rows of one run.
 
@@ -62,8 +71,17 @@ class Keeper:
         for row in rows:
             if self._improves(row):
                 self.best = Best(rule.metric, row[rule.metric], row["round"], None)
-        if self.best is not None and rule.path is not None and Path(rule.path).is_file():
+        note = None if rule.path is None else note_of(rule.path)
+        if self.best is None or rule.path is None or note is None:
+            return
+        if note == _note(self.best):
             self.best = self.best._replace(variables=load_variables(rule.path))
+        else:
+            warn(
+                f"{rule.path} holds another model than that of round {self.best.round}, the best "
+                f"by {rule.metric} so far, which was not saved; the next better one replaces it.",
+                stacklevel=2,
+            )
 
     def update(self, row: Mapping[str, Any], variables: Variables) -> None:
         """Takes the model that a row was tested with."""
@@ -72,11 +90,11 @@ class Keeper:
         kept = jax.tree.map(np.asarray, variables)
         self.best = Best(self._rule.metric, row[self._rule.metric], row["round"], kept)
         if self._rule.path is not None and processes.is_first():
-            save_variables(self._rule.path, kept)
+            save_with_note(self._rule.path, kept, _note(self.best))
 
     def _improves(self, row: Mapping[str, Any]) -> bool:
         value = row.get(self._rule.metric)
-        if value is None:
+        if value is None or math.isnan(value):
             return False
-        sign = -1.0 if "loss" in self._rule.metric else 1.0
+        sign = -1.0 if smaller_is_better(self._rule.metric) else 1.0
         return self.best is None or sign * value > sign * self.best.value

@@ -196,6 +196,9 @@ def _observers(
     profile: Trace | None,
 ) -> tuple[Watch, Recorder]:
     """What follows the rows of a run: when it stops, its best model, and its profiler."""
+    checks.check_kinds(early_stop=early_stop, keep_best=keep_best, profile=profile)
+    checks.check_tested("early_stop", early_stop, run.spec)
+    checks.check_tested("keep_best", keep_best, run.spec)
     run.keeper = None if keep_best is None else Keeper(keep_best, done)
     trace = profile if processes.is_first() else None
     return Watch(early_stop, done), Recorder(trace, run.first_round, run.last_round)

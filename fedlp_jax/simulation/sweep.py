@@ -280,8 +280,9 @@ class _Member:
     def _prepare(self, models: _Models, others: Sequence[_Member]) -> None:
         settings, resume = dict(self.point.settings), self.point.resume
         done = () if resume is None else resume.rows
-        self._watch = Watch(settings.pop("early_stop"), done)
-        plan = checked(settings.pop("plan"))
+        early_stop, plan = settings.pop("early_stop"), checked(settings.pop("plan"))
+        checks.check_kinds(early_stop=early_stop)
+        self._watch = Watch(early_stop, done)
         self._devices = plan.devices
         first = 1 if resume is None else resume.round + 1
         rounds, seed, eval_every, _ = checks.check_numbers(
@@ -289,6 +290,7 @@ class _Member:
         )
         plan = dataclasses.replace(plan, devices=1)
         spec = specify(**settings, seed=seed, first_round=first, plan=plan)
+        checks.check_tested("early_stop", early_stop, spec)
         if spec.plan.data == HOST:
             self.reason = "the data lie on the host"
         elif spec.algorithm.personal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,20 @@ from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError, check_number, shown
+from fedlp_jax.errors import FedLPError, check_number, nearest, shown
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.simulation.checkpoint import describe
+from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, describe
+from fedlp_jax.simulation.early_stop import EarlyStop
+from fedlp_jax.simulation.keep_best import KeepBest
+from fedlp_jax.simulation.profiling import Trace
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, ServerState, Variables
+
+if TYPE_CHECKING:
+    from fedlp_jax.simulation.spec import Spec
 
 
 def initial_shapes(task: Task, root: Array, example: Batch) -> Variables:
@@ -55,11 +61,12 @@ def check_numbers(
 
 
 def check_start(rounds: int, first_round: int, checkpoint: Any, resume: Any) -> None:
-    """Refuses a first round that contradicts a checkpoint.
+    """Refuses what is no checkpoint, and a first round that contradicts one.
 
     Raises:
       FedLPError: with a way out.
     """
+    check_kinds(checkpoint=checkpoint, resume=resume)
     if first_round != 1 and (checkpoint is not None or resume is not None):
         raise FedLPError(
             f"a run from first_round={shown(first_round)} on has no earlier rounds to save or "
@@ -68,6 +75,50 @@ def check_start(rounds: int, first_round: int, checkpoint: Any, resume: Any) -> 
     if resume is not None and resume.round > check_number("rounds", rounds, ge=0, integer=True):
         raise FedLPError(
             f"the checkpoint has {resume.round} rounds, more than the {rounds} asked for."
+        )
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "checkpoint": (Checkpoint, 'fl.Checkpoint("folder")'),
+    "resume": (Snapshot, 'fl.Checkpoint("folder").latest()'),
+    "early_stop": (EarlyStop, "fl.EarlyStop(target=0.9)"),
+    "keep_best": (KeepBest, 'fl.KeepBest("test_accuracy")'),
+    "profile": (Trace, 'fl.Trace("folder", first=5, last=8)'),
+}
+
+
+def check_kinds(**arguments: Any) -> None:
+    """Refuses arguments of `simulate` that are of another class; None is for all.
+
+    Raises:
+      FedLPError: with an example of the right class.
+    """
+    for name, value in arguments.items():
+        kind, example = _KINDS[name]
+        if value is not None and not isinstance(value, kind):
+            raise FedLPError(
+                f"{name}={shown(value)} is of type {type(value).__name__}; give {example}."
+            )
+
+
+def check_tested(name: str, rule: EarlyStop | KeepBest | None, spec: Spec) -> None:
+    """Refuses a rule for a metric that evaluations do not measure.
+
+    Raises:
+      FedLPError: with those that they do.
+    """
+    if rule is None or not rule.metric.startswith("test_"):
+        return
+    algorithm, example = spec.algorithm, spec.example
+    variables = initial_shapes(algorithm.task, spec.root, example)
+    measured = jax.eval_shape(algorithm.task.evaluate, variables, example)
+    depths = [f"_{level.name}" for level in spec.levels] if algorithm.shared_heads else []
+    suffixes = ["_personal"] if algorithm.personal else ["", *depths]
+    keys = [f"test_{metric}{suffix}" for suffix in suffixes for metric in measured]
+    if rule.metric not in keys:
+        raise FedLPError(
+            f"{name}.metric={shown(rule.metric)} is not measured{nearest(rule.metric, keys) or '.'}"
+            f" Evaluations measure {', '.join(keys)}."
         )
 
 

@@ -48,6 +48,20 @@ def test_rules_look_at_rows_with_the_metric_alone(rule, values, stops):
         assert watched(loss, [None if v is None else -v for v in values], "train_loss") == stops
 
 
+def test_smaller_errors_are_better_and_nan_is_no_progress():
+    rule = fl.EarlyStop(target=0.4, patience=2, metric="test_absolute_error")
+    assert watched(rule, [0.6, 0.5, 0.4, 0.3], rule.metric) == 3
+    assert watched(rule, [0.6, 0.5, float("nan"), 0.5], rule.metric) == 4
+
+
+def test_a_metric_that_no_row_has_costs_a_warning():
+    watch = Watch(fl.EarlyStop(target=1, metric="train_los"))
+    with pytest.warns(UserWarning, match="no row has early_stop.metric='train_los'; did you mean"):
+        watch.update({"round": 1, "train_loss": 0.5})
+    watch.update({"round": 2, "train_loss": 0.4})  # says it once
+    assert not watch.stops
+
+
 def test_a_run_ends_and_says_why():
     rule = fl.EarlyStop(target=0.6)
     result = fl.simulate(

@@ -43,13 +43,65 @@ def test_the_first_of_equal_rounds_stays_and_rounds_without_a_test_do_not_count(
 def test_a_resumed_run_keeps_what_was_better_before(tmp_path):
     path = tmp_path / "best.npz"
     rows = [{"round": r, "test_accuracy": a} for r, a in [(1, 0.5), (2, 0.75), (3, 0.25)]]
-    fl.save_variables(path, {"params": {"a": np.float32([2])}})
+    Keeper(fl.KeepBest(path=path)).update(rows[1], {"params": {"a": np.float32([2])}})
     keeper = Keeper(fl.KeepBest(path=path), rows)
     keeper.update({"round": 4, "test_accuracy": 0.7}, {"params": {"a": np.float32([4])}})
     assert keeper.best.round == 2 and keeper.best.variables["params"]["a"] == [2]
     keeper.update({"round": 5, "test_accuracy": 0.8}, {"params": {"a": np.float32([5])}})
     assert keeper.best.round == 5 and fl.load_variables(path)["params"]["a"] == [5]
     assert Keeper(fl.KeepBest(), rows).best == ("test_accuracy", 0.75, 2, None)
+
+
+def test_a_resumed_run_does_not_take_another_model_for_the_best(tmp_path):
+    path = tmp_path / "best.npz"
+    rows = [{"round": 1, "test_accuracy": 0.7, "test_loss": 2.0}]
+    Keeper(fl.KeepBest(path=path)).update(rows[0], {"params": {"a": np.float32([1])}})
+    rows.append({"round": 2, "test_accuracy": 0.6, "test_loss": 1.0})
+    for metric, last, round in (("test_loss", 2, 2), ("test_loss", 1, 1)):
+        with pytest.warns(UserWarning, match=f"another model than that of round {round}, the best"):
+            keeper = Keeper(fl.KeepBest(metric, path), rows[:last])
+        assert keeper.best.round == round and keeper.best.variables is None
+    keeper.update({"round": 3, "test_loss": 0.5}, {"params": {"a": np.float32([3])}})
+    assert Keeper(
+        fl.KeepBest("test_loss", path), [*rows, {"round": 3, "test_loss": 0.5}]
+    ).best.variables["params"]["a"] == [3]
+
+
+def test_nan_is_never_best_and_smaller_errors_are():
+    values = [float("nan"), 0.5, float("nan"), 0.4, 0.6]
+    rows = [{"round": r, "test_absolute_error": v} for r, v in enumerate(values, start=1)]
+    assert Keeper(fl.KeepBest("test_absolute_error"), rows).best.round == 4
+    names, line = fl.compare({"one": rows}, metric="test_absolute_error").to_csv().splitlines()
+    table = dict(zip(names.split(","), line.split(","), strict=True))
+    assert table["best test absolute error"] == "0.4"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"keep_best": "test_accuracy"}, r"of type str; give fl\.KeepBest\("),
+        ({"early_stop": 0.9}, r"early_stop=0\.9 is of type float; give fl\.EarlyStop"),
+        ({"profile": "1-1"}, r"profile='1-1' is of type str; give fl\.Trace"),
+        ({"checkpoint": "folder"}, "is of type str; give fl.Checkpoint"),
+        ({"plan": 2}, "plan=2 is of type int; give fl.Plan"),
+        ({"keep_best": fl.KeepBest("test_acuracy")}, "not measured; did you mean 'test_accuracy'"),
+        (
+            {"early_stop": fl.EarlyStop(0.9, metric="test_f1")},
+            r"early_stop.metric='test_f1' is not measured.* measure test_accuracy, test_loss\.",
+        ),
+    ],
+)
+def test_what_no_run_can_follow_is_refused_before_anything_compiles(options, sentence):
+    with pytest.raises(fl.FedLPError, match=sentence):
+        simulate(compiled=lambda plan: pytest.fail("compiled"), **options)
+
+
+def test_the_metrics_of_a_rule_are_those_of_the_algorithm():
+    settings = {"client_optimizer": optax.sgd(0.1), "batch_size": 8}
+    task = fl.classification(Steps(depth=1))
+    personal = fl.fedper(task, head="head1", **settings)
+    with pytest.raises(fl.FedLPError, match="did you mean 'test_accuracy_personal'"):
+        fl.simulate(personal, DATA, CLIENTS, rounds=1, cohort=2, keep_best=fl.KeepBest())
 
 
 def test_a_file_asks_for_it_and_the_run_directory_has_it(tmp_path):
