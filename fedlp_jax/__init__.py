@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.aggregation.uploads import top_k as top_k
     from fedlp_jax.algorithms.base import Algorithm as Algorithm
     from fedlp_jax.algorithms.compose import compose as compose
+    from fedlp_jax.algorithms.depthfl import depthfl as depthfl
     from fedlp_jax.algorithms.fedasync import fedasync as fedasync
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fjord import fjord as fjord
     from fedlp_jax.algorithms.freeze import freeze as freeze
     from fedlp_jax.algorithms.heterofl import heterofl as heterofl
+    from fedlp_jax.algorithms.inclusivefl import inclusivefl as inclusivefl
     from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
     from fedlp_jax.algorithms.scaffold import scaffold as scaffold
     from fedlp_jax.clients.devices import Profile as Profile
@@ -142,6 +144,8 @@ _HOMES = {
     "algorithms.feddyn": "feddyn",
     "algorithms.lg_fedavg": "lg_fedavg",
     "algorithms.scaffold": "scaffold",
+    "algorithms.inclusivefl": "inclusivefl",
+    "algorithms.depthfl": "depthfl",
     "algorithms.heterofl": "heterofl",
     "algorithms.fedrolex": "fedrolex",
     "algorithms.federated_dropout": "federated_dropout",

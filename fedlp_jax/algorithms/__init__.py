@@ -8,6 +8,7 @@ submodels, a reducer) belong to their own rooms.
 
 from fedlp_jax.algorithms.base import Algorithm as Algorithm
 from fedlp_jax.algorithms.compose import compose as compose
+from fedlp_jax.algorithms.depthfl import depthfl as depthfl
 from fedlp_jax.algorithms.fedasync import fedasync as fedasync
 from fedlp_jax.algorithms.fedavg import fedavg as fedavg
 from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
@@ -31,5 +32,6 @@ from fedlp_jax.algorithms.fedrolex import fedrolex as fedrolex
 from fedlp_jax.algorithms.fjord import fjord as fjord
 from fedlp_jax.algorithms.freeze import freeze as freeze
 from fedlp_jax.algorithms.heterofl import heterofl as heterofl
+from fedlp_jax.algorithms.inclusivefl import inclusivefl as inclusivefl
 from fedlp_jax.algorithms.lg_fedavg import lg_fedavg as lg_fedavg
 from fedlp_jax.algorithms.scaffold import scaffold as scaffold

@@ -378,6 +378,8 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.feddyn: (),
     algorithms.fedper: (),
     algorithms.lg_fedavg: (),
+    algorithms.inclusivefl: (),
+    algorithms.depthfl: (),
     algorithms.heterofl: (),
     algorithms.fedrolex: (),
     algorithms.federated_dropout: (),

@@ -51,7 +51,7 @@ def supervised(
 
     warn = warner()
 
-    def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def step(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux, Array]:
         inputs = inputs_of(batch, _input_dtype(variables))
         if augment is not None:
             augment_key = jax.random.fold_in(key, 1)
@@ -65,7 +65,10 @@ def supervised(
         out, statistics = net.apply(variables, inputs, jax.random.fold_in(key, 0), batch.valid)
         measured = measure(_one_array(out), batch)
         total, weight = measured["loss"]
-        return total / jnp.maximum(weight, jnp.ones_like(weight)), Aux(statistics, measured)
+        return total / jnp.maximum(weight, jnp.ones_like(weight)), Aux(statistics, measured), out
+
+    def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
+        return step(variables, batch, key)[:2]
 
     def outputs(variables: Variables, batch: Batch) -> Array:
         inputs = inputs_of(batch, _input_dtype(variables))
@@ -85,7 +88,7 @@ def supervised(
         return task
 
     depths, widths = of(net.at_depth), of(net.at_width)
-    return Task(init, loss, evaluate, outputs, check, metrics, depths, net.depth, widths)
+    return Task(init, loss, evaluate, outputs, check, metrics, depths, net.depth, widths, step)
 
 
 def mean_over_rows(values: Array, valid: Array | None) -> Mean:

@@ -32,3 +32,5 @@ class Task(NamedTuple):
     at_depth: Callable[[int], Task] | None = None  # depth -> submodel, if the model has depths
     depth: int = 1  # number of depths; the deepest is the whole model
     at_width: Callable[[float], Task] | None = None  # rate -> narrower model, if it has widths
+    # as `loss`, and the outputs [B, ...] of that training step; None = it does not tell
+    loss_and_outputs: Callable[[Variables, Batch, Array], tuple[Array, Aux, Array]] | None = None

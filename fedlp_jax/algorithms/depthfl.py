@@ -1,0 +1,66 @@
+"""DepthFL: clients of different depths train all exits they hold (ICLR 2023).
+
+Kim et al., "Depthwise federated learning for heterogeneous clients". A client of depth d minimises
+
+    sum_{i <= d} [CE_i + consistency / (d - 1) sum_{j <= d, j != i} KL(p_j || p_i)]
+
+p_i the class probabilities of exit i, constants where they come first in KL. The exit heads lie on
+the server, and each layer is averaged over the clients that hold it.
+
+Left out are the ramp of the consistency over the first rounds, FedDyn's regulariser, and the test
+of all exits as one ensemble. Each exit runs the layers below it by itself: the MACs of a step of
+depth d are about those of the steps of depths 1 to d, though XLA may compute once what they share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import optax
+
+from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.algorithms.compose import compose
+from fedlp_jax.errors import check_number
+from fedlp_jax.pruning import masks
+from fedlp_jax.pruning.submodels import Depths, by_depth
+from fedlp_jax.tasks.exits import with_all_exits
+from fedlp_jax.tasks.task import Task
+
+
+def depthfl(
+    task: Task,
+    *,
+    depths: Depths,
+    consistency: float = 0.0,
+    client_optimizer: optax.GradientTransformation,
+    weighting: Literal["examples", "uniform"] = "uniform",
+    keep: masks.Keep = 1.0,
+    **settings: Any,
+) -> Algorithm:
+    """DepthFL: each client trains a prefix of the model and every exit in it.
+
+    The mean is that of `inclusivefl`. If all clients have the full depth and consistency is 0, this
+    is FedAvg of one network with all exits, whose losses are added; if all have depth 1, it is
+    `inclusivefl`.
+
+    Args:
+      task: what is learnt; its module has depths (`fedlp_jax.tasks.flax_adapter.network`).
+      depths: as in `fedlp_hetero`.
+      consistency: weight of the divergence between exits, from 0; above 0 for classification only.
+      client_optimizer: any optax transform.
+      weighting: a_k; by default all clients count alike, as in the authors' code.
+      keep: the probability with which a layer is sent, as in `fedlp_homo`.
+      **settings: as in `compose` (epochs, batch_size, layers, ...).
+
+    Raises:
+      FedLPError: a negative consistency, or one above 0 for a task that is no classification.
+    """
+    consistency = check_number("consistency", consistency, ge=0)
+    return compose(
+        with_all_exits(task, consistency),
+        client_optimizer=client_optimizer,
+        submodels=by_depth(depths, "shared"),
+        policy=masks.bernoulli(keep),
+        weighting=weighting,
+        **settings,
+    )
