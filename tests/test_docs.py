@@ -17,6 +17,7 @@ import yaml
 from test_readme import check_commands
 
 import fedlp_jax as fl
+from benchmarks import family
 from fedlp_jax import cli
 from fedlp_jax.config.loading import parse_config
 from fedlp_jax.execution import plan as plans
@@ -258,3 +259,9 @@ def test_what_one_brings_takes_at_most_thirty_lines():
     found = blocks("python", (ROOT / "docs" / "bring_your_own.md").read_text())
     assert len(found) == 5
     assert max(len(block.splitlines()) for block in found) <= 30
+
+
+def test_the_table_of_the_family_is_the_measured_one():
+    file = ROOT / "benchmarks" / "results" / "family.json"
+    text = family.table(json.loads(file.read_text())["runs"])
+    assert text in (ROOT / "docs" / "family.md").read_text()

@@ -232,7 +232,15 @@ def test_legs_from_a_first_round_are_the_whole_run():
     assert int(leg.state.round) == 4
 
 
-def test_ctrl_c_ends_a_run_after_the_round_in_flight_and_returns_it():
+@pytest.fixture
+def listening():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_run_after_the_round_in_flight_and_returns_it(listening):
     def press(round, row, state):
         if round == 2:
             signal.raise_signal(signal.SIGINT)
@@ -246,7 +254,7 @@ def test_ctrl_c_ends_a_run_after_the_round_in_flight_and_returns_it():
     assert np.array_equal(flat(result.variables), flat(two.variables))
 
 
-def test_ctrl_c_twice_ends_at_once():
+def test_ctrl_c_twice_ends_at_once(listening):
     def press(round, row, state):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
