@@ -72,11 +72,12 @@ def value_and_grad(
     closed, shapes = jax.make_jaxpr(both, return_shape=True)(params)
     leaves, gate_of = jax.tree.leaves(shapes[1]), jax.tree.leaves(gates)
     always = len(jax.tree.leaves(shapes[0]))
-    opened = {id(gate): gate for gate in gate_of if not isinstance(gate, bool)}
+    opened = list({id(gate): gate for gate in gate_of if not isinstance(gate, bool)}.values())
+    number = {id(gate): n for n, gate in enumerate(opened)}  # alike in every process
     wanted = [i for i, gate in enumerate(gate_of) if gate is not False]
     jaxpr = closed.jaxpr
     outputs = [*jaxpr.outvars[:always], *(jaxpr.outvars[always + i] for i in wanted)]
-    groups = [None] * always + [None if gate_of[i] is True else id(gate_of[i]) for i in wanted]
+    groups = [None] * always + [number.get(id(gate_of[i])) for i in wanted]
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= dict(zip(jaxpr.invars, jax.tree.leaves(params), strict=True))
     pruned = jaxpr.replace(outvars=outputs)
@@ -90,7 +91,7 @@ def value_and_grad(
     return value, jax.tree.unflatten(jax.tree.structure(shapes[1]), gradient)
 
 
-def _run(block: Block, jaxpr: Jaxpr, values: dict[Any, Any], opened: dict[int, Array]) -> None:
+def _run(block: Block, jaxpr: Jaxpr, values: dict[Any, Any], opened: list[Array]) -> None:
     """Runs a block, if it is due, and adds what others read of it to `values`."""
     made = {v for equation in block.equations for v in equation.outvars}
     inside = set(map(id, block.equations))
@@ -117,7 +118,7 @@ def _run(block: Block, jaxpr: Jaxpr, values: dict[Any, Any], opened: dict[int, A
     if block.groups is None:
         results = run(*given)
     else:
-        due = jnp.stack([opened[group] for group in block.groups]).any()
+        due = jnp.stack([opened[group] for group in sorted(block.groups)]).any()
 
         def skip(*_: Any) -> list[Array]:
             return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in outputs]

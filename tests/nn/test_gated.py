@@ -100,3 +100,22 @@ def test_choosing():
     gates = {"a": True, "b": False, "c": jnp.asarray(False)}
     got = gated.chosen(gates, new, dict.fromkeys("abc", old))
     np.testing.assert_array_equal(flat(got), [1, 1, 0, 0, 0, 0])
+
+
+def test_the_program_is_the_same_whatever_the_addresses_of_its_gates():
+    params = {f"layer{i}": jnp.ones((2, 2)) for i in range(8)}
+
+    def chain(params):
+        x = jnp.ones((3, 2))
+        for kernel in params.values():
+            x = jnp.tanh(x @ kernel)
+        return x.sum(), ()
+
+    def text(_):
+        def some(params, mask):
+            gates = [mask[i] for i in range(8)]
+            return gated.value_and_grad(chain, params, dict(zip(params, gates, strict=True)))
+
+        return jax.jit(some).lower(params, jnp.ones(8, bool)).as_text()
+
+    assert len(set(map(text, range(4)))) == 1
