@@ -288,7 +288,8 @@ class _Member:
         rounds, seed, eval_every, _ = checks.check_numbers(
             settings.pop("rounds"), settings.pop("seed"), settings.pop("eval_every")
         )
-        plan = dataclasses.replace(plan, devices=1)
+        if processes.count() == 1:
+            plan = dataclasses.replace(plan, devices=1)
         spec = specify(**settings, seed=seed, first_round=first, plan=plan)
         checks.check_tested("early_stop", early_stop, spec)
         if spec.plan.data == HOST:
