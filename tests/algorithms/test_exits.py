@@ -124,6 +124,7 @@ def simulate(algorithm, exits=(1, 2, 3)):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_rounds_and_bytes_equal_a_plain_loop(name):
     make, settings = MAKERS[name]

@@ -67,6 +67,7 @@ def test_the_clients_that_moved_a_layer_most_send_it(start, moves):
     assert result.costs.total["upload_bytes"] == 2 * 4 * result.layers.params.sum() + reports
 
 
+@pytest.mark.slow
 def test_all_clients_are_fedavg_and_plans_do_not_matter(start):
     everybody = run(fl.fedldf(TASK, senders=4, **COMMON), start, CHOSEN)
     average = run(fl.fedavg(TASK, **COMMON), start, CHOSEN)

@@ -139,6 +139,7 @@ def test_the_model_is_that_of_those_who_arrived():
     np.testing.assert_allclose(flat(exposed.variables), flat(variables), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [fl.Plan(2, 1), fl.Plan(1, 3), fl.Plan(2, 3)])
 def test_a_plan_changes_no_outcome(everything, plan):
     other = run(faults=EVERYTHING, plan=plan)
@@ -161,6 +162,7 @@ def test_faults_that_do_not_happen_change_no_bit():
     assert "simulated_time" not in run(faults=fl.Faults(), rounds=1).history.rows[0]
 
 
+@pytest.mark.slow
 def test_fewer_layers_arrive_sooner():
     faults = fl.Faults(profile=dataclasses.replace(MACHINES, upload=20.0))
     half = run(faults=faults)

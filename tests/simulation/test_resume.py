@@ -95,7 +95,10 @@ def assert_same_run(one, other):
         assert one.readings[name] == other.readings[name]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("hetero")) for n in ALGORITHMS],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     algorithm = ALGORITHMS[name]()
     whole = run(algorithm, eval_every=2)

@@ -185,6 +185,7 @@ def test_evaluation_is_exact_for_any_split_size_and_plan():
         assert result.history["test_loss"][-1] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_shared_heads_are_tested_at_every_depth():
     algorithm = fl.fedlp_hetero(TASK, depths="uniform", heads="shared", **COMMON)
     result = run(algorithm)
@@ -263,6 +264,7 @@ def test_ctrl_c_twice_ends_at_once(listening):
         run(fl.fedavg(TASK, **COMMON), rounds=9, callbacks=[press])
 
 
+@pytest.mark.slow
 def test_cohorts_of_changing_size_are_those_of_runs_of_that_size():
     sizes, asked = {1: [2, 5, 7], 2: [1], 3: [0, 3, 4, 6]}, []
 

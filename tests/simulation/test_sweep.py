@@ -62,6 +62,7 @@ def assert_same_run(run, other, rtol=1e-5):
     )
 
 
+@pytest.mark.slow
 def test_seeds_keeps_and_rates_are_lanes_of_one_program(programs):
     algorithms = {"few": homo(0.2), "slow": homo(0.8, rate=0.01)}
     done = fl.sweep(algorithms, DATA, EVEN, seeds=[0, 7, 8], **SHARED)
@@ -201,6 +202,7 @@ def test_ctrl_c_ends_all_runs_after_the_round_in_flight():
         np.testing.assert_allclose(flat(run.variables), flat(other.variables), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_frame_and_the_table_say_which_run(monkeypatch):
     rows = []
     done = fl.sweep(
