@@ -142,6 +142,7 @@ def test_rounds_and_bytes_equal_a_plain_loop(name):
     assert tested[2] == result.history["test_accuracy"][-1]
 
 
+@pytest.mark.slow
 def test_the_full_depth_alone_is_fedavg_for_inclusivefl():
     result = simulate(fl.inclusivefl(TASK, depths=[3] * CLIENTS, **LOCAL))
     got = result.state.variables["params"]
@@ -152,6 +153,7 @@ def test_the_full_depth_alone_is_fedavg_for_inclusivefl():
         np.testing.assert_array_equal(flat(got[exit]), flat(first()["params"][exit]))
 
 
+@pytest.mark.slow
 def test_depth_one_alone_is_the_same_for_both():
     one = simulate(fl.inclusivefl(TASK, depths=[1] * CLIENTS, **LOCAL))
     other = simulate(fl.depthfl(TASK, depths=[1] * CLIENTS, consistency=0.5, **LOCAL))
