@@ -3,7 +3,7 @@
     python -m benchmarks.theory [--json FILE] [--plot FILE] [--smoke]
 
 Client k has the loss `1/2 sum_i h_i (x_i - b_{k,i})^2`, with its optimum `b_k` as its one example,
-so `fedlp_jax.theory.quadratic_error` gives the error of every round. Layers do not interact and
+so `fl.theory.quadratic_error` gives the error of every round. Layers do not interact and
 have independent masks: many layers of one keep rate are that many repetitions, and all keep rates
 share one run. An episode is that run from the start; the next one resets the model but not the
 round number, so no draw is used twice. Errors are averaged over layers. Standard errors are over

@@ -7,7 +7,6 @@ The rooms in the order in which data flows through them; a room imports only fro
     tasks         what is learnt: a network, its loss, its metrics
     pruning       what of the network a client holds, trains and sends: layers, submodels, masks
     accounting    modelled parameters, bytes and MACs; never a clock
-    theory        exact quantities and bounds, on the host
     execution     many lanes on many devices; knows nothing of federated learning
     clients       one client: its training, its device, its failures
     aggregation   what clients send -> the server's next variables
@@ -15,7 +14,7 @@ The rooms in the order in which data flows through them; a room imports only fro
     reporting     what a run leaves for people: run directory, progress, plots
     simulation    rounds in a loop: program, run, evaluation, checkpoint
     config        a file -> the arguments of simulate()
-    paper         the result table of FedLP, again
+    paper         the result table of FedLP, again, and the theory of its masks
     cli           the commands
 
 Every public name is imported when it is first used, so `fedlp --help` starts without jax.
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time the table below serves these names
     from fedlp_jax import accounting as costs
-    from fedlp_jax import theory as theory
     from fedlp_jax import types as types
     from fedlp_jax.aggregation import means as aggregate
     from fedlp_jax.aggregation import robust as robust
@@ -80,6 +78,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.execution.processes import connect as connect
     from fedlp_jax.nn import conv as conv
     from fedlp_jax.nn import models as models
+    from fedlp_jax.paper import theory as theory
     from fedlp_jax.pruning import layers as layers
     from fedlp_jax.pruning import masks as masks
     from fedlp_jax.pruning import submodels as submodel
@@ -122,7 +121,7 @@ _MODULES = {
     "robust": "aggregation.robust",
     "submodel": "pruning.submodels",
     "widths": "pruning.widths",
-    "theory": "theory",
+    "theory": "paper.theory",
     "types": "types",
 }
 _HOMES = {

@@ -11,7 +11,6 @@ import pytest
 import typer.testing
 import yaml
 
-import fedlp_jax
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
 from fedlp_jax.config.loading import split_words
@@ -64,11 +63,18 @@ def command(*words):
     )
 
 
-def test_the_command_runs_as_a_module():
-    source = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    words = [sys.executable, "-m", "fedlp_jax.cli", "--version"]
-    done = subprocess.run(words, env=source, capture_output=True, text=True, check=True)
-    assert done.stdout == f"fedlp-jax {fedlp_jax.__version__}\n"
+def test_the_package_runs_as_the_command():
+    script = ["-c", "from fedlp_jax.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    for words, code in (["--help"], 0), (["simulate"], 2):
+        command, module = (
+            subprocess.run(
+                [sys.executable, *start, *words], env=environment, capture_output=True, text=True
+            )
+            for start in (script, ["-m", "fedlp_jax"])
+        )
+        assert module.returncode == code
+        assert (module.stdout, module.stderr) == (command.stdout, command.stderr)
 
 
 # the words of a command line

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.theory.senders import sampling_variance, updated
-from fedlp_jax.theory.weights import EffectiveWeights
+from fedlp_jax.paper.theory.senders import sampling_variance, updated
+from fedlp_jax.paper.theory.weights import EffectiveWeights
 
 
 def gradient_bound(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fedlp_jax.errors import FedLPError
-from fedlp_jax.theory.senders import check_sample, inverse_senders, probabilities, updated
+from fedlp_jax.paper.theory.senders import check_sample, inverse_senders, probabilities, updated
 
 # Step of the trapezoidal rule in log s; docs/theory.md bounds its error far below rounding.
 _STEP = 0.125

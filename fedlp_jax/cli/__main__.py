@@ -1,5 +1,0 @@
-"""`python -m fedlp_jax.cli`: the command `fedlp` without its script."""
-
-from fedlp_jax.cli import main
-
-main()
