@@ -22,6 +22,15 @@ DIGITS = {
     "cohort": 2,
     "plan": {"devices": 1},
 }
+HOMO = DIGITS | {
+    "algorithm": {
+        "name": "fedlp_homo",
+        "keep": 0.5,
+        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
+    },
+    "rounds": 2,
+    "cohort": 4,
+}
 
 
 class Steps(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import typer.testing
 import yaml
+from small import HOMO
 
 from fedlp_jax import DivergedError, FedLPError, cli
 from fedlp_jax.config import experiment
@@ -21,26 +22,12 @@ from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.run_directory import read_metrics
 from fedlp_jax.simulation import tuning
 
-SMALL = {
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedlp_homo",
-        "keep": 0.5,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 2,
-    "cohort": 4,
-    "plan": {"devices": 1},
-}
-
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
-    Path("small.yaml").write_text(yaml.safe_dump(SMALL))
+    Path("small.yaml").write_text(yaml.safe_dump(HOMO))
 
 
 def fedlp(*words):
@@ -305,7 +292,7 @@ def test_info_shows_what_a_config_amounts_to():
 
 @pytest.mark.slow
 def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted():
-    Path("small.yaml").write_text(yaml.safe_dump(SMALL | {"plan": {}, "rounds": 1_000_000}))
+    Path("small.yaml").write_text(yaml.safe_dump(HOMO | {"plan": {}, "rounds": 1_000_000}))
     process = command("run", "small.yaml", "--out", "out")
     deadline = time.monotonic() + 300
     while not Path("out/metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -323,7 +310,7 @@ def test_the_real_command_uses_all_cores_and_keeps_the_rounds_when_interrupted()
     assert "fedlp: Resume with: fedlp run out --resume" in errors
     assert len(read_metrics("out")) >= 1
     assert json.loads(Path("out/summary.json").read_text())["status"] == "interrupted"
-    cores = min(len(os.sched_getaffinity(0)), SMALL["cohort"])
+    cores = min(len(os.sched_getaffinity(0)), HOMO["cohort"])
     assert yaml.safe_load(Path("out/config.yaml").read_text())["plan"]["devices"] == cores
 
 
@@ -334,7 +321,7 @@ def test_tune_writes_the_plan_it_chose_and_keeps_the_comments(monkeypatch):
         return tuning.Tuning(trial.plan, [trial], [Plan(1, 8)])
 
     monkeypatch.setattr(tuning, "tune", measure)
-    text = "# mine\n" + yaml.safe_dump(SMALL | {"plan": {"devices": 1, "width": 1}})
+    text = "# mine\n" + yaml.safe_dump(HOMO | {"plan": {"devices": 1, "width": 1}})
     Path("small.yaml").write_text(text)
     said = fedlp("tune", "small.yaml", "--dry-run")
     assert said.exit_code == 0, said.output

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import HOMO
 
 import fedlp_jax as fl
 from fedlp_jax.aggregation.robust import RULES
@@ -16,19 +17,7 @@ from fedlp_jax.data.dataset import IDENTITY
 from fedlp_jax.simulation.run import Simulation
 from fedlp_jax.types import Examples
 
-RAW = {
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedlp_homo",
-        "keep": 0.5,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 2,
-    "cohort": 4,
-    "plan": {"devices": 1, "width": 1},
-}
+RAW = HOMO | {"plan": {"devices": 1, "width": 1}}
 
 
 def build_raw(seed=0, faults=None, partition=(), **algorithm):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from small import HOMO
 
 import fedlp_jax as fl
 from fedlp_jax.config import experiment
@@ -13,21 +14,9 @@ from fedlp_jax.errors import FedLPError
 from fedlp_jax.reporting.run_directory import read_metrics
 from fedlp_jax.reporting.sinks import Sink
 
-SMALL = {
+SMALL = HOMO | {
     "name": "small",
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
-    "model": {"name": "logistic"},
-    "algorithm": {
-        "name": "fedlp_homo",
-        "keep": 0.5,
-        "batch_size": 16,
-        "layers": "by_tensor",
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
-    "rounds": 2,
-    "cohort": 4,
-    "plan": {"devices": 1},
+    "algorithm": HOMO["algorithm"] | {"batch_size": 16, "layers": "by_tensor"},
 }
 
 

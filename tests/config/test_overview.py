@@ -4,6 +4,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from small import HOMO
 
 import fedlp_jax as fl
 from fedlp_jax.accounting.ledger import Ledger
@@ -17,18 +18,10 @@ from fedlp_jax.reporting.tables import show
 from fedlp_jax.simulation.result import History, Result
 from fedlp_jax.types import Examples
 
-SMALL = {
-    "data": {"name": "digits"},
-    "partition": {"name": "iid", "clients": 20},
+SMALL = HOMO | {
     "model": {"name": "mlp", "hidden": [16]},
-    "algorithm": {
-        "name": "fedlp_homo",
-        "keep": 1.0,
-        "client_optimizer": {"name": "sgd", "learning_rate": 0.1},
-    },
+    "algorithm": HOMO["algorithm"] | {"keep": 1.0},
     "rounds": 1,
-    "cohort": 4,
-    "plan": {"devices": 1},
 }
 HETERO = SMALL | {
     "data": {"name": "synthetic", "options": {"examples": 400, "shape": [32, 32, 3]}},
