@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, shown
 from fedlp_jax.types import PyTree, Variables
 
 LayerRule = str | Mapping[str, str]
@@ -90,6 +90,21 @@ def layer_table(
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Components of a leaf's path as strings: ("params", "conv1", "kernel")."""
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def path_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression to be searched in the paths of variables.
+
+    Raises:
+      FedLPError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise FedLPError(
+            f"{shown(pattern)} is not a regular expression ({error}); give one that is found in "
+            "the paths of variables, such as 'fc2'."
+        ) from error
 
 
 def _rule_function(rule: LayerRule) -> Any:

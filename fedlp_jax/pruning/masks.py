@@ -6,7 +6,6 @@ an argument of the compiled round: FedAvg is FedLP-Homo at keep = 1, and both ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from fedlp_jax.errors import (
     warn,
 )
 from fedlp_jax.prng import Purpose, client_key
-from fedlp_jax.pruning.layers import LayerTable, path_names
+from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern
 from fedlp_jax.types import Array, Cohort, PyTree
 
 Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
@@ -189,13 +188,7 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
       FedLPError: no regular expression; from `init`, one that matches no layer, all, or a part of
         one.
     """
-    try:
-        expression = re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise FedLPError(
-            f"{shown(pattern)} is not a regular expression ({error}); give one that is found in "
-            "the paths of variables, such as 'fc2'."
-        ) from error
+    expression = path_pattern(pattern)
 
     def moving(layers: LayerTable) -> np.ndarray:
         matches: dict[int, set[bool]] = {}

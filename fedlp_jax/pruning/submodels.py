@@ -8,7 +8,6 @@ names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedlp_jax.errors import FedLPError, check_choice, shown
+from fedlp_jax.errors import FedLPError, check_choice
 from fedlp_jax.prng import (
     BEFORE_FIRST_ROUND,
     Purpose,
@@ -26,6 +25,7 @@ from fedlp_jax.prng import (
     initial_key,
     root_key,
 )
+from fedlp_jax.pruning.layers import path_pattern
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, PyTree, Variables
 
@@ -244,13 +244,7 @@ def _keeping(level: Submodel, own: dict[tuple[str, ...], Any], whole: Variables)
 
 def _matcher(pattern: str) -> Callable[[tuple[str, ...]], bool]:
     """Whether a path, its collection included, matches."""
-    try:
-        expression = re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise FedLPError(
-            f"{shown(pattern)} is not a regular expression ({error}); give one that is found in "
-            "the paths of variables, such as 'fc2'."
-        ) from error
+    expression = path_pattern(pattern)
     return lambda path: bool(expression.search("/".join(path[1:])))
 
 
