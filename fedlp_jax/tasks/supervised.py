@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.errors import FedLPError, warner
-from fedlp_jax.tasks.flax_adapter import Network
+from fedlp_jax.tasks.network import Network
 from fedlp_jax.tasks.padding import mixes_rows
 from fedlp_jax.tasks.task import Aux, Task
 from fedlp_jax.types import Array, Batch, Mean, Metrics, Normalize, Variables, wide

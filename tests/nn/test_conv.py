@@ -15,7 +15,8 @@ from jax import lax
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.nn.conv import conv_general_dilated, recording, using
 from fedlp_jax.nn.conv.winograd import toom
-from fedlp_jax.nn.flax import inject, interceptor
+from fedlp_jax.nn.linen_layers import interceptor
+from fedlp_jax.nn.nnx_layers import inject
 
 RNG = np.random.default_rng(0)
 
