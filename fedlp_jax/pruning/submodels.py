@@ -428,8 +428,9 @@ def draw_levels(probability: np.ndarray, root: Array, clients: int) -> np.ndarra
 def _at_depth(task: Task, depth: int) -> Task:
     if task.at_depth is None:
         raise FedLPError(
-            "this model has no depths; give its module an integer field `depth`, or use a scheme "
-            "in which every client holds the whole model."
+            "this model has no depths; give its module an integer field `depth`, as "
+            "fl.models.MLP, FedLPCNN, ResNet and Transformer have, or use a scheme in which every "
+            "client holds the whole model."
         )
     return task.at_depth(depth)
 

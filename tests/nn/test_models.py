@@ -89,6 +89,19 @@ def test_depths_share_layers_by_name_and_heads_are_private(depth):
     assert private == (set() if depth == 5 else {f"exit{depth}_fc1", f"exit{depth}_fc2"})
 
 
+@pytest.mark.parametrize(
+    ("whole", "shape"),
+    [(MLP(hidden=(9, 8, 7)), (5,)), (ResNet(), (8, 8, 3))],
+    ids=["mlp", "resnet"],
+)
+def test_depths_are_prefixes_with_an_exit_of_their_own(whole, shape):
+    assert whole.depth == 3
+    assert whole.clone(depth=3) == whole
+    one, two, three = (set(shapes(whole.clone(depth=d), shape)["params"]) for d in (1, 2, 3))
+    assert (one - three, two - three) == ({"exit1_fc"}, {"exit2_fc"})
+    assert one - {"exit1_fc"} < two - {"exit2_fc"} < three
+
+
 def test_layers_are_the_first_names_below_the_collections():
     variables = shapes(FedLPCNN(), CIFAR)
     convolutions = [f"conv{i}" for i in range(1, 7)]
@@ -162,6 +175,8 @@ def test_clients_side_by_side_are_each_as_if_alone(name):
         (lambda: MLP(init="he"), "init 'he' is unknown. Known: flax, pytorch"),
         (lambda: FedLPCNN(depth=6), "depth=6 must be an integer from 1 to 5"),
         (lambda: FedLPCNN(depth=2.0), "depth=2.0 must be"),
+        (lambda: MLP(hidden=(9, 8), depth=3), r"depth=3 must be a whole number in \[1, 2\]"),
+        (lambda: ResNet(depth=0), r"depth=0 must be a whole number in \[1, 3\]"),
         (lambda: shapes(FedLPCNN(), MNIST), r"multiples of 8, not \[2, 28, 28, 1\]"),
         (lambda: shapes(FedLPCNN(depth=1), (784,)), r"images .* not \[2, 784\]"),
         (lambda: shapes(MNISTCNN(), (15, 28, 1)), r"16 or more, not \[2, 15, 28, 1\]"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from fedlp_jax.errors import FedLPError
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.nn.batch_norm import BatchNorm
 from fedlp_jax.nn.initializers import Init
 from fedlp_jax.nn.models.base import WidthModel, conv, dense
@@ -57,9 +57,20 @@ class ResNet(WidthModel):
     195,738 parameters for 3 channels and 10 classes. Its modules, and so its layers, are `stem`,
     `stage{s}_block{b}` and `fc`. Stages 2 and 3 halve the image, and the head averages the rest:
     8 x 8 pixels of 32 x 32. Convolutions have no bias.
+
+    Depth c, `clone(depth=c)`, has the first c stages and, below 3, a private exit head
+    `exit{c}_fc`, so FedLP-Hetero can train it.
+
+    Raises:
+      FedLPError: the depth is not from 1 to 3.
     """
 
     num_classes: int = 10
+    depth: int = len(_STAGES)  # stages
+
+    def __post_init__(self) -> None:
+        check_number("depth", self.depth, ge=1, le=len(_STAGES), integer=True)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -70,14 +81,15 @@ class ResNet(WidthModel):
         """
         if x.ndim != 4:
             raise FedLPError(f"ResNet needs images [B, H, W, channels], not {list(x.shape)}.")
-        stages = [self.scaled(channels) for channels in _STAGES]
+        stages = [self.scaled(channels) for channels in _STAGES[: self.depth]]
         x = Stem(stages[0], self.initial, self.dtype, name="stem")(x, train)
         for s, features in enumerate(stages, 1):
             for b in range(1, _BLOCKS + 1):
                 stride = 2 if s > 1 and b == 1 else 1
                 name = f"stage{s}_block{b}"
                 x = ResidualBlock(features, stride, self.initial, self.dtype, name=name)(x, train)
-        return dense(self.num_classes, stages[-1], self.initial, "fc", self.dtype)(x.mean((1, 2)))
+        head = "fc" if self.depth == len(_STAGES) else f"exit{self.depth}_fc"
+        return dense(self.num_classes, stages[-1], self.initial, head, self.dtype)(x.mean((1, 2)))
 
 
 def _conv_norm(
