@@ -14,8 +14,7 @@ class MLP(WidthModel):
 
     The default is FedLP's MLP for MNIST: 494,762 parameters for 784 inputs and 10 classes.
 
-    The whole model has the depth of its hidden layers. The module of depth c, `clone(depth=c)`, has
-    the first c of them and a private exit head `exit{c}_fc`, so FedLP-Hetero can train it.
+    Depth c, `clone(depth=c)`, has the first c hidden layers and a private exit head `exit{c}_fc`.
 
     Raises:
       FedLPError: the depth is not from 1 to the number of hidden layers.
