@@ -23,7 +23,10 @@ def compare(
     target: Annotated[
         float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
     ] = None,
-    metric: Annotated[str, typer.Option(help="Key of a row of metrics.jsonl.")] = "test_accuracy",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Key of a row of metrics.jsonl; by default the test accuracy."),
+    ] = None,
     format: Annotated[
         Literal["table", "md", "latex", "csv"], typer.Option(help="What to print.")
     ] = "table",
@@ -37,6 +40,7 @@ def compare(
     from rich.table import Table
 
     from fedlp_jax.reporting import compare as comparing
+    from fedlp_jax.reporting.metrics import headline_of
     from fedlp_jax.reporting.plots import axes_of, curves
 
     paths = [Path(run).expanduser() for run in runs]
@@ -44,6 +48,7 @@ def compare(
     table = comparing.compare(experiments, target=target, metric=metric)
     if plots is not None:
         rows = [row for seeds in experiments.values() for run in seeds for row in run]
+        metric = metric or headline_of(rows)
         plots = plots.expanduser()
         plots.mkdir(parents=True, exist_ok=True)
         for x in axes_of(rows):

@@ -24,7 +24,10 @@ def report(
     target: Annotated[
         float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
     ] = None,
-    metric: Annotated[str, typer.Option(help="Key of a row of metrics.jsonl.")] = "test_accuracy",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Key of a row of metrics.jsonl; by default the test accuracy."),
+    ] = None,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Federated learning runs",
 ) -> None:
     """Write runs as one HTML page: table, curves to hover over, layers, partition, settings."""

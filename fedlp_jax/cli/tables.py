@@ -16,7 +16,8 @@ from fedlp_jax.config.overview import Overview, macs_by_layer
 from fedlp_jax.config.schema import Config
 from fedlp_jax.execution.plan import gpu_kernels
 from fedlp_jax.reporting.environment import environment
-from fedlp_jax.reporting.progress import duration, headline
+from fedlp_jax.reporting.metrics import headline
+from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.tables import numbers_table, two_columns
 
 

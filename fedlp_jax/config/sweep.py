@@ -20,7 +20,6 @@ from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, collecting, shown
 from fedlp_jax.execution import processes
 from fedlp_jax.reporting.compare import Comparison, compare
-from fedlp_jax.reporting.progress import headline
 from fedlp_jax.reporting.run_directory import METRICS, SUMMARY, RunDirectory, read_metrics
 from fedlp_jax.simulation.result import DivergedError, Result
 from fedlp_jax.simulation.sweep import Point, run_points
@@ -282,6 +281,4 @@ def _table(points: Sequence[tuple[str, Config]], paths: Sequence[Path]) -> Compa
     for (label, _), path in zip(points, paths, strict=True):
         if (path / METRICS).is_file():
             runs.setdefault(label, []).append(read_metrics(path))
-    rows = [row for seeds in runs.values() for run in seeds for row in run]
-    metric = next((key for row in rows if (key := headline(row))), "train_loss")
-    return compare(runs, metric=metric)
+    return compare(runs)

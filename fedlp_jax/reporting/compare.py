@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from fedlp_jax.errors import FedLPError, nearest, shown
-from fedlp_jax.reporting.metrics import smaller_is_better
+from fedlp_jax.reporting.metrics import headline_of, smaller_is_better
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, read_metrics
 
 Rows = Sequence[Mapping[str, Any]]
@@ -122,7 +122,7 @@ def compare(
     runs: Mapping[str, Run | Sequence[Run]] | Sequence[str | Path],
     *,
     target: float | None = None,
-    metric: str = "test_accuracy",
+    metric: str | None = None,
 ) -> Comparison:
     """Sets runs next to each other.
 
@@ -131,7 +131,8 @@ def compare(
         paths of run directories. Or paths alone: those whose configurations differ only in seed,
         name, plan and checkpoints count as seeds of one experiment.
       target: a value of the metric; adds what it took to reach it: rounds, upload and time.
-      metric: key of a row. Smaller is better for losses and errors, greater for everything else.
+      metric: key of a row; None = test accuracy, of personal models where there is no other, or
+        else the test loss. Smaller is better for losses and errors, greater for everything else.
 
     Returns:
       The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic, MACs (of
@@ -150,6 +151,7 @@ def compare(
     )
     rows = [row for seeds in grouped.values() for run in seeds for row in run]
     keys = sorted({key for row in rows for key in row})
+    metric = metric or headline_of(rows)
     if metric not in keys:
         raise FedLPError(
             f"no run has {metric!r}{nearest(metric, keys) or '.'} They have {', '.join(keys)}."

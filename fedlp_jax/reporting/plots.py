@@ -15,7 +15,7 @@ import numpy as np
 
 from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, warn
-from fedlp_jax.reporting.progress import headline
+from fedlp_jax.reporting.metrics import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fedlp_jax.reporting.metrics import smaller_is_better
+from fedlp_jax.reporting.metrics import headline, smaller_is_better
 
 _SECONDS_BETWEEN_LINES = 10.0
 _LINES = 10  # at least, per run, where there is no bar
@@ -170,12 +170,6 @@ def sparkline(values: Sequence[float], columns: int = _SPARKS) -> str:
     low, span = finite.min(), np.ptp(finite) or 1.0
     level = np.where(np.isfinite(means), (means - low) / span * (len(_BLOCKS) - 1), -1.0)
     return "".join(_BLOCKS[round(x)] if x >= 0 else " " for x in level.tolist())
-
-
-def headline(row: Mapping[str, Any]) -> str | None:
-    """The test metric that stands for a round: accuracy, or else the loss; None = not tested."""
-    keys = ("test_accuracy", "test_accuracy_personal", "test_loss", "test_loss_personal")
-    return next((key for key in keys if row.get(key) is not None), None)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from fedlp_jax.reporting import charts
 from fedlp_jax.reporting.charts import Mark
 from fedlp_jax.reporting.compare import Rows, Run, compare, experiments
 from fedlp_jax.reporting.environment import origin, versions
+from fedlp_jax.reporting.metrics import headline_of
 from fedlp_jax.reporting.plots import AXES, axes_of
 from fedlp_jax.reporting.run_directory import CLIENTS, CONFIG, PARTITION, SUMMARY, read_metrics
 
@@ -48,7 +49,7 @@ def report(
     out: str | Path,
     *,
     target: float | None = None,
-    metric: str = "test_accuracy",
+    metric: str | None = None,
     title: str = "Federated learning runs",
 ) -> Path:
     """Writes one HTML file with everything that runs left.
@@ -63,7 +64,7 @@ def report(
         are curves alone.
       out: the file, replaced in one step.
       target: of the table, as for `fl.compare`.
-      metric: of the table and of the curves against costs.
+      metric: of the table and of the curves against costs, as for `fl.compare`.
       title: of the page.
 
     Returns:
@@ -75,6 +76,7 @@ def report(
     script = charts.library()
     found = _evidence(runs)
     rows = {label: [run.rows for run in seeds] for label, seeds in found.items()}
+    metric = metric or headline_of(row for seeds in rows.values() for run in seeds for row in run)
     table = compare(rows, target=target, metric=metric)
     of = charts.marks(list(found))
     body = [

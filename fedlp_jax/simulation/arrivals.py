@@ -27,7 +27,7 @@ class Update(NamedTuple):
 
     staleness: dict[int, int]  # client -> tau, of those whose arrivals it takes
     seconds: float  # modelled, since the update before
-    discarded: int  # arrivals that were too old
+    discarded: list[int]  # clients whose arrivals were too old
 
 
 class Arrivals(Cohorts):
@@ -61,15 +61,16 @@ class Arrivals(Cohorts):
         self.rule, self.size, self.in_flight = cohorts.rule, asynchrony.buffer, cohorts.size
         self._clients, self._seed, self._most = clients, seed, asynchrony.most
         self._seconds: list[float] = []
+        self._macs: np.ndarray = np.zeros(clients)
         self._flying: list[tuple[float, int, int]] = []  # a heap of end, client, version
         self._landed: list[tuple[int, int]] = []  # client, version; at the current time
         self._busy: set[int] = set()
         self._now, self._begun = 0.0, 0
         self._updates: list[Update] = []
 
-    def begin(self, seconds: np.ndarray) -> None:
-        """Takes the modelled seconds of each client, `f64[K]`."""
-        self._seconds = seconds.tolist()
+    def begin(self, seconds: np.ndarray, macs: np.ndarray) -> None:
+        """Takes the modelled seconds and the multiply-accumulates of each client, `f64[K]`."""
+        self._seconds, self._macs = seconds.tolist(), macs
 
     def members(self, round: int) -> np.ndarray:
         """The clients whose arrivals make an update, `i64[B]` ascending; from 1."""
@@ -81,14 +82,20 @@ class Arrivals(Cohorts):
         return np.asarray([of.get(int(k), 0) for k in client], np.int32)
 
     def row(self, round: int) -> dict[str, Any]:
-        """`simulated_time`, mean and largest staleness, and the arrivals discarded."""
+        """Modelled time and work, mean and largest staleness, and the arrivals discarded.
+
+        `train_macs` is the work that arrived since the update before, of which `lost_macs` was
+        discarded; that of clients still in flight is not in it.
+        """
         update = self._update(round)
         ages = list(update.staleness.values())
         return {
             "simulated_time": update.seconds,
+            "train_macs": int(self._macs[[*update.staleness, *update.discarded]].sum()),
+            "lost_macs": int(self._macs[update.discarded].sum()),
             "staleness_mean": sum(ages) / len(ages),
             "staleness_max": max(ages),
-            "discarded": update.discarded,
+            "discarded": len(update.discarded),
         }
 
     def _update(self, round: int) -> Update:
@@ -98,7 +105,8 @@ class Arrivals(Cohorts):
 
     def _next(self) -> Update:
         taken: dict[int, int] = {}
-        version, before, discarded = len(self._updates), self._now, 0
+        discarded: list[int] = []
+        version, before = len(self._updates), self._now
         while len(taken) < self.size:
             if not self._landed:
                 self._take_off(version)
@@ -106,7 +114,7 @@ class Arrivals(Cohorts):
             client, received = self._landed.pop(0)
             if version - received > self._most:
                 self._busy.remove(client)
-                discarded += 1
+                discarded.append(client)
             else:
                 taken[client] = version - received
         self._busy -= taken.keys()
@@ -133,8 +141,10 @@ class Arrivals(Cohorts):
             self._landed.append((client, version))
 
 
-def modelled_seconds(spec: Spec, variables: Variables) -> np.ndarray:
-    """`f64[K]`: download, training and upload of each client; an upload has its expected size.
+def modelled_work(spec: Spec, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of download, training and upload of each client, and its MACs, `f64[K]` each.
+
+    An upload has its expected size.
 
     Args:
       spec: of an algorithm with asynchrony.
@@ -156,4 +166,5 @@ def modelled_seconds(spec: Spec, variables: Variables) -> np.ndarray:
     down = (received * wire.download).sum(axis=1)
     up = (sent * wire.upload).sum(axis=1) + wire.header
     parts = (down, speed.download), (macs, speed.compute), (up, speed.upload)
-    return sum(amount / np.asarray(rate, np.float64) for amount, rate in parts)
+    seconds = sum(amount / np.asarray(rate, np.float64) for amount, rate in parts)
+    return seconds, macs

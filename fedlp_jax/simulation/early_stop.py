@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlp_jax.errors import FedLPError, check_number, nearest, shown, warn
-from fedlp_jax.reporting.metrics import smaller_is_better
+from fedlp_jax.reporting.metrics import headline, smaller_is_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,14 @@ class EarlyStop:
     Attributes:
       target: stop once the metric is at least this, or at most this for a loss or an error.
       patience: stop after this many evaluations without a new best value.
-      metric: key of a row, such as "test_accuracy" or "train_loss".
+      metric: key of a row, such as "train_loss"; None = test accuracy, of personal models where
+        clients keep layers for themselves, or the test loss where there is no accuracy.
       min_delta: by how much a value must beat the best one to count as progress.
     """
 
     target: float | None = None
     patience: int | None = None
-    metric: str = "test_accuracy"
+    metric: str | None = None
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -36,7 +37,7 @@ class EarlyStop:
         if self.patience is not None:
             check_number("early_stop.patience", self.patience, ge=1, integer=True)
         check_number("early_stop.min_delta", self.min_delta, ge=0)
-        if not (isinstance(self.metric, str) and self.metric):
+        if self.metric is not None and not (isinstance(self.metric, str) and self.metric):
             raise FedLPError(f"early_stop.metric={shown(self.metric)} must be the key of a row.")
 
 
@@ -63,21 +64,24 @@ class Watch:
     def update(self, row: Mapping[str, Any]) -> None:
         """Takes one more row; those without the metric do not count."""
         rule, first, self._first = self._rule, self._first, False
-        if first and rule is not None and not rule.metric.startswith("test_"):
-            _warn_of_missing(rule.metric, row)
-        if rule is None or self.stops or (value := row.get(rule.metric)) is None:
+        if rule is None or self.stops:
             return
-        sign = -1.0 if smaller_is_better(rule.metric) else 1.0
+        if first and rule.metric is not None and not rule.metric.startswith("test_"):
+            _warn_of_missing(rule.metric, row)
+        metric = rule.metric or headline(row)
+        if metric is None or (value := row.get(metric)) is None:
+            return
+        sign = -1.0 if smaller_is_better(metric) else 1.0
         if sign * value > self._best + rule.min_delta:
             self._best, self._since = sign * value, 0
         else:
             self._since += 1
         where = f"in round {row['round']}"
         if rule.target is not None and sign * value >= sign * rule.target:
-            self.reason = f"{rule.metric} reached {value:.6g} {where} (target {rule.target:g})"
+            self.reason = f"{metric} reached {value:.6g} {where} (target {rule.target:g})"
         elif rule.patience is not None and self._since >= rule.patience:
             self.reason = (
-                f"{rule.metric} has not beaten {sign * self._best:.6g} in {rule.patience} "
+                f"{metric} has not beaten {sign * self._best:.6g} in {rule.patience} "
                 f"evaluations, {where}"
             )
 

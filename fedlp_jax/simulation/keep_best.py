@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlp_jax.errors import FedLPError, shown, warn
 from fedlp_jax.execution import processes
-from fedlp_jax.reporting.metrics import smaller_is_better
+from fedlp_jax.reporting.metrics import headline, smaller_is_better
 from fedlp_jax.reporting.variables import load_variables, note_of, save_with_note
 from fedlp_jax.types import Variables
 
@@ -27,16 +27,16 @@ class KeepBest:
     memory.
 
     Attributes:
-      metric: key of a row that is tested, such as "test_accuracy". Smaller is better for losses and
-        errors; NaN is never best.
+      metric: key of a row that is tested, such as "test_loss"; None = as for `EarlyStop`. Smaller
+        is better for losses and errors; NaN is never best.
       path: a `.npz` file for the best model, replaced at each improvement; None = none.
     """
 
-    metric: str = "test_accuracy"
+    metric: str | None = None
     path: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.metric, str) and self.metric.startswith("test_")):
+        if self.metric is not None and not str(self.metric).startswith("test_"):
             raise FedLPError(
                 f"keep_best.metric={shown(self.metric)} must be a metric of evaluations, such as "
                 "test_accuracy."
@@ -69,8 +69,7 @@ class Keeper:
         self.best: Best | None = None
         self._rule = rule
         for row in rows:
-            if self._improves(row):
-                self.best = Best(rule.metric, row[rule.metric], row["round"], None)
+            self.best = self._better(row) or self.best
         note = None if rule.path is None else note_of(rule.path)
         if self.best is None or rule.path is None or note is None:
             return
@@ -79,22 +78,28 @@ class Keeper:
         else:
             warn(
                 f"{rule.path} holds another model than that of round {self.best.round}, the best "
-                f"by {rule.metric} so far, which was not saved; the next better one replaces it.",
+                f"by {self.best.metric} so far, which was not saved; the next better one "
+                "replaces it.",
                 stacklevel=2,
             )
 
     def update(self, row: Mapping[str, Any], variables: Variables) -> None:
         """Takes the model that a row was tested with."""
-        if not self._improves(row):
+        best = self._better(row)
+        if best is None:
             return
         kept = jax.tree.map(np.asarray, variables)
-        self.best = Best(self._rule.metric, row[self._rule.metric], row["round"], kept)
+        self.best = best._replace(variables=kept)
         if self._rule.path is not None and processes.is_first():
             save_with_note(self._rule.path, kept, _note(self.best))
 
-    def _improves(self, row: Mapping[str, Any]) -> bool:
-        value = row.get(self._rule.metric)
-        if value is None or math.isnan(value):
-            return False
-        sign = -1.0 if smaller_is_better(self._rule.metric) else 1.0
-        return self.best is None or sign * value > sign * self.best.value
+    def _better(self, row: Mapping[str, Any]) -> Best | None:
+        """What a row says of its model, if that is better than the best so far."""
+        metric = self._rule.metric or headline(row)
+        value = None if metric is None else row.get(metric)
+        if metric is None or value is None or math.isnan(value):
+            return None
+        sign = -1.0 if smaller_is_better(metric) else 1.0
+        if self.best is not None and sign * value <= sign * self.best.value:
+            return None
+        return Best(metric, value, row["round"], None)

@@ -13,7 +13,7 @@ from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting import plots
 from fedlp_jax.reporting.frames import frame
-from fedlp_jax.reporting.progress import headline
+from fedlp_jax.reporting.metrics import headline, headline_of
 from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.simulation.keep_best import Best
 from fedlp_jax.simulation.personal import ClientModels
@@ -148,7 +148,7 @@ class Result:
         A task without accuracy shows its test loss.
         """
         rows = self.history.rows
-        y = next((key for row in rows if (key := headline(row))), "test_accuracy")
+        y = headline_of(rows, "test_accuracy")
         return plots.curves({label: rows}, path=path, x=x, y=y)
 
 

@@ -26,7 +26,7 @@ from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.arrivals import Arrivals, modelled_seconds
+from fedlp_jax.simulation.arrivals import Arrivals, modelled_work
 from fedlp_jax.simulation.cohorts import CohortRule, Cohorts
 from fedlp_jax.simulation.staging import on_host
 from fedlp_jax.types import Array, Batch, Variables
@@ -166,7 +166,7 @@ def _cohorts(
 def _with_arrivals(spec: Spec, variables: Variables) -> Spec:
     """The same once it is known how long clients take, where the server does not wait."""
     if isinstance(spec.cohorts, Arrivals):
-        spec.cohorts.begin(modelled_seconds(spec, variables))
+        spec.cohorts.begin(*modelled_work(spec, variables))
     return spec
 
 

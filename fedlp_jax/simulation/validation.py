@@ -107,7 +107,7 @@ def check_tested(name: str, rule: EarlyStop | KeepBest | None, spec: Spec) -> No
     Raises:
       FedLPError: with those that they do.
     """
-    if rule is None or not rule.metric.startswith("test_"):
+    if rule is None or rule.metric is None or not rule.metric.startswith("test_"):
         return
     algorithm, example = spec.algorithm, spec.example
     variables = initial_shapes(algorithm.task, spec.root, example)

@@ -19,7 +19,7 @@ def queue(seconds, buffer=1, flight=2, most=16, seed=0):
     clients = len(seconds)
     rule = asynchrony(PROFILE, buffer, most, "constant")
     arrivals = Arrivals(rule, Cohorts(flight, clients, seed), clients, seed)
-    arrivals.begin(np.asarray(seconds, np.float64))
+    arrivals.begin(np.asarray(seconds, np.float64), 10.0 ** np.arange(clients))
     return arrivals
 
 
@@ -30,6 +30,8 @@ def test_everybody_in_flight_arrives_together_where_all_are_alike():
         row = arrivals.row(round)
         assert row == {
             "simulated_time": 2.0,
+            "train_macs": 11111,
+            "lost_macs": 0,
             "staleness_mean": 0.0,
             "staleness_max": 0,
             "discarded": 0,
@@ -47,7 +49,11 @@ def test_a_slow_client_is_behind_by_what_the_fast_ones_did_meanwhile():
 def test_what_is_too_old_is_discarded_and_its_client_begins_anew():
     arrivals = queue([1.0, 3.5], most=2)
     assert [arrivals.members(r).tolist() for r in range(1, 6)] == [[0]] * 5
-    assert [arrivals.row(r)["discarded"] for r in range(1, 6)] == [0, 0, 0, 1, 0]
+    rows = [arrivals.row(r) for r in range(1, 6)]
+    assert [row["discarded"] for row in rows] == [0, 0, 0, 1, 0]
+    assert [(row["train_macs"], row["lost_macs"]) for row in rows] == [
+        *[(1, 0)] * 3, (11, 10), (1, 0),
+    ]  # fmt: skip
 
 
 def test_arrivals_follow_from_the_seed_whatever_is_asked_first():
@@ -112,6 +118,7 @@ def test_neutral_settings_are_synchronous():
     np.testing.assert_array_equal(flat(result.variables), flat(waits.variables))
     times = [row["simulated_time"] for row in result.history.rows]
     np.testing.assert_allclose(times, waits.history["simulated_time"], rtol=1e-6)
+    assert (result.history["train_macs"] == waits.history["train_macs"]).all()
 
     alone = fl.fedasync(task, alpha=1.0, profile=PROFILE, weighting="uniform", **common)
     one_by_one = fl.simulate(alone, data, clients, cohort=1, **run)

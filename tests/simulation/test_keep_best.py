@@ -7,6 +7,7 @@ from small import DIGITS, Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.config.experiment import execute
+from fedlp_jax.simulation.early_stop import Watch
 from fedlp_jax.simulation.keep_best import Keeper
 
 DATA = dataset()
@@ -101,7 +102,19 @@ def test_the_metrics_of_a_rule_are_those_of_the_algorithm():
     task = fl.classification(Steps(depth=1))
     personal = fl.fedper(task, head="head1", **settings)
     with pytest.raises(fl.FedLPError, match="did you mean 'test_accuracy_personal'"):
-        fl.simulate(personal, DATA, CLIENTS, rounds=1, cohort=2, keep_best=fl.KeepBest())
+        fl.simulate(
+            personal, DATA, CLIENTS, rounds=1, cohort=2, keep_best=fl.KeepBest("test_accuracy")
+        )
+
+
+@pytest.mark.parametrize("metric", ["test_accuracy_personal", "test_loss"])
+def test_without_a_metric_rules_take_the_one_that_stands_for_the_run(metric):
+    sign = -1 if metric == "test_loss" else 1
+    rows = [{"round": r, metric: sign * v} for r, v in [(1, 0.2), (2, 0.6), (3, 0.4)]]
+    rows.insert(1, {"round": 1, "train_loss": 0.1})
+    assert Keeper(fl.KeepBest(), rows).best[:3] == (metric, sign * 0.6, 2)
+    assert Watch(fl.EarlyStop(patience=1), rows).reason.startswith(f"{metric} has not beaten")
+    assert f"best {metric.replace('_', ' ')}" in fl.compare({"one": rows}).header
 
 
 def test_a_file_asks_for_it_and_the_run_directory_has_it(tmp_path):
