@@ -11,13 +11,15 @@ rounds and their tests, on the machine that the file names. Algorithms with pers
 model for everybody: their accuracy is that of each client's own model on test examples of its own
 classes, and does not compare with the others'.
 
-FILE is complete after every algorithm. One that it holds already, of the same seeds, rounds and
-commit, is not run again.
+FILE is complete after every algorithm. One that it holds already, of the same seeds, rounds,
+machine and commit, is not run again. Algorithms that `--only` does not name stay in FILE; its
+`commits` say of which commit each is.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ _TINY = {"data.name": "synthetic", "partition.clients": 12, "cohort": 6}
 FAMILY: dict[str, dict[str, Any]] = {
     "FedAvg": {"name": "fedavg"},
     "FedLP-Homo(0.5)": {"name": "fedlp_homo", "keep": 0.5},
+    "FedLP-Hetero(u)": {"name": "fedlp_hetero", "depths": "uniform"},
     "FedLP-Q(0.5), 15 levels": {"name": "fedlp_q", "keep": 0.5, "levels": 15},
     "FedProx": {"name": "fedprox", "mu": 0.01},
     "FedAvgM": {"name": "fedavgm", "beta": 0.9, "server_learning_rate": 0.3},
@@ -67,12 +70,15 @@ FAMILY: dict[str, dict[str, Any]] = {
             {"name": "quantize", "levels": 15},
         ],
     },
+    "InclusiveFL(u)": {"name": "inclusivefl", "depths": "uniform"},
+    "DepthFL(u)": {"name": "depthfl", "depths": "uniform", "consistency": 1.0},
     "HeteroFL(1, 1/2, 1/4)": {"name": "heterofl", "widths": [1.0, 0.5, 0.25]},
     "FedRolex(1, 1/2, 1/4)": {"name": "fedrolex", "widths": [1.0, 0.5, 0.25]},
     "Federated Dropout(3/4)": {"name": "federated_dropout", "widths": 0.75},
     "FjORD(0.4, 0.7, 1)": {"name": "fjord", "widths": [0.4, 0.7, 1.0]},
     "FedLP-Homo(0.5), mask first": {"name": "freeze", "keep": 0.5},
     "FedPart": {"name": "fedpart"},
+    "FedLDF(5)": {"name": "fedldf", "senders": 5},
     "FedBuff(5)": {"name": "fedbuff", "buffer": 5, "profile": _DEVICES},
     "FedAsync": {"name": "fedasync", "alpha": 0.6, "profile": _DEVICES},
     "FedPer": {"name": "fedper", "head": "fc3"},
@@ -93,12 +99,14 @@ def main() -> None:
     fl.setup()
     also = _MODELS[options.model] | (_TINY if options.smoke else {})
     seeds, rounds = (1, 2) if options.smoke else (options.seeds, options.rounds)
-    runs = _already(options.json, seeds, rounds)
+    runs, commits = _already(options.json, seeds, rounds, options.only)
     for label in options.only:
         if label not in runs:
             runs[label] = [measure(label, seed, rounds, also) for seed in range(seeds)]
-        result = {"rounds": rounds, "seeds": seeds, "target": TARGET, "runs": runs}
-        command.write(options.json, result)
+            commits[label] = machine()["commit"]
+        runs, commits = ({x: of[x] for x in FAMILY if x in of} for of in (runs, commits))
+        result = {"rounds": rounds, "seeds": seeds, "target": TARGET, "commits": commits}
+        command.write(options.json, result | {"runs": runs})
         final = ", ".join(f"{run['test_accuracy'][-1]:.4f}" for run in runs[label])
         print(f"{label}: {final}", flush=True)
     print(f"\n{table(runs)}")
@@ -147,17 +155,21 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ([*_COLUMNS.values()], rule, *lines))
 
 
-def _already(file: str | None, seeds: int, rounds: int) -> dict[str, Any]:
-    """The runs that a file holds, if they are of this machine and commit."""
+def _already(
+    file: str | None, seeds: int, rounds: int, only: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The runs that a file holds and their commits.
+
+    Those that `only` names are left out if they are of another commit, and all of them if the file
+    is of another machine or other seeds or rounds.
+    """
     if not file or not Path(file).exists():
-        return {}
-    known: dict[str, Any] = json.loads(Path(file).read_text())
-    same = (known["seeds"], known["rounds"], known["commit"]) == (
-        seeds,
-        rounds,
-        machine()["commit"],
-    )
-    return known["runs"] if same else {}
+        return {}, {}
+    known, here = json.loads(Path(file).read_text()), machine()
+    same = (known["seeds"], known["rounds"], known["machine"]) == (seeds, rounds, here["machine"])
+    commits = known.get("commits", dict.fromkeys(known["runs"], known["commit"]))
+    kept = [x for x in known["runs"] if same and (x not in only or commits[x] == here["commit"])]
+    return {x: known["runs"][x] for x in kept}, {x: commits[x] for x in kept}
 
 
 if __name__ == "__main__":

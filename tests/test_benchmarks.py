@@ -229,6 +229,9 @@ def test_family(run):
     assert fedavg["upload_bytes"] == [fedavg["download_bytes"][0] + masks]
     assert homo["upload_bytes"] < fedavg["upload_bytes"]
     assert homo["train_macs"] == fedavg["train_macs"]
+    more = run(family, "--only", "DepthFL(u)")
+    assert list(more["runs"]) == list(more["commits"]) == [*result["runs"], "DepthFL(u)"]
+    assert more["runs"]["FedAvg"] == result["runs"]["FedAvg"]
 
 
 def test_every_algorithm_of_the_family_table_can_be_configured():
