@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
     from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
     from fedlp_jax.algorithms.fedlp import fedlp_q as fedlp_q
+    from fedlp_jax.algorithms.fedluar import fedluar as fedluar
     from fedlp_jax.algorithms.fednova import fednova as fednova
     from fedlp_jax.algorithms.fedopt import fedadagrad as fedadagrad
     from fedlp_jax.algorithms.fedopt import fedadam as fedadam
@@ -132,6 +133,7 @@ _HOMES = {
     "algorithms.fedavg": "fedavg",
     "algorithms.fedbabu": "fedbabu",
     "algorithms.fedldf": "fedldf",
+    "algorithms.fedluar": "fedluar",
     "algorithms.fedpart": "fedpart",
     "algorithms.fedrep": "fedrep",
     "algorithms.freeze": "freeze",

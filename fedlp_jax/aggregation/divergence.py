@@ -9,8 +9,8 @@ import numpy as np
 from fedlp_jax.aggregation.reducer import Reducer, UploadInfo
 from fedlp_jax.aggregation.robust import by_layer
 from fedlp_jax.errors import check_number
-from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Array, PyTree, Variables, wide
+from fedlp_jax.pruning.layers import LayerTable, squared_norms
+from fedlp_jax.types import Array, PyTree, Variables
 
 
 def largest(clients: int) -> Reducer:
@@ -43,24 +43,11 @@ def largest(clients: int) -> Reducer:
         layers: LayerTable,
     ) -> Array:
         able = (uploads.mask > 0) & counted[:, None] & (client >= 0)[:, None]
-        norms = jnp.where(able, _squared_norms(stacked["params"], layers), -jnp.inf)
+        squares = jax.vmap(lambda update: squared_norms(update, layers))(stacked["params"])
+        norms = jnp.where(able, squares, -jnp.inf)
         ids = jnp.broadcast_to(client[:, None], norms.shape)
         place = jnp.argsort(jnp.lexsort((ids, -norms), axis=0), axis=0).astype(jnp.int32)
         return (able & (place < state)).astype(jnp.float32)
 
     reducer = by_layer(mean, np.int32(clients))
     return reducer._replace(select=select)
-
-
-def _squared_norms(stacked: PyTree, layers: LayerTable) -> Array:
-    """`f[C, L]`, of the parameters of each layer of each update."""
-    leaves, index = jax.tree.leaves(stacked), jax.tree.leaves(layers.index["params"])
-    sums = [jnp.square(x.astype(wide(x.dtype))).reshape(len(x), -1).sum(axis=1) for x in leaves]
-    none = jnp.zeros_like(sums[0])
-    return jnp.stack(
-        [
-            sum((s for s, of in zip(sums, index, strict=True) if of == layer), none)
-            for layer in range(len(layers))
-        ],
-        axis=1,
-    )

@@ -19,6 +19,7 @@ from fedlp_jax.algorithms.fedldf import fedldf as fedldf
 from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
 from fedlp_jax.algorithms.fedlp import fedlp_homo as fedlp_homo
 from fedlp_jax.algorithms.fedlp import fedlp_q as fedlp_q
+from fedlp_jax.algorithms.fedluar import fedluar as fedluar
 from fedlp_jax.algorithms.fednova import fednova as fednova
 from fedlp_jax.algorithms.fedopt import fedadagrad as fedadagrad
 from fedlp_jax.algorithms.fedopt import fedadam as fedadam

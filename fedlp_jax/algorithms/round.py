@@ -43,6 +43,7 @@ from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
 from fedlp_jax.prng import initial_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
+from fedlp_jax.pruning.masks import Feedback
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import (
     NO_TERMS,
@@ -264,14 +265,16 @@ def _step_server(
     still until the host, which reads metrics a round late, finds it as it was.
     """
     update, terms = _apply_rule(parts, old.algorithm, aggregate, metrics, table)
+    gate = aggregate.gate
+    if parts.server_rule is not None and parts.server_rule.moves_all:
+        gate = jax.tree.map(jnp.ones_like, gate)
     variables, optimizer = server_step(
-        parts.server_optimizer,
-        old.optimizer,
-        old.variables,
-        update,
-        aggregate.gate,
-        table,
+        parts.server_optimizer, old.optimizer, old.variables, update, gate, table
     )
+    if parts.policy.learn is not None:
+        params, mean = old.variables["params"], aggregate.update["params"]
+        feedback = Feedback(params, mean, _senders(metrics), table)
+        policy = parts.policy.learn(policy, feedback)
     if parts.asynchrony is not None:
         place = number % (parts.asynchrony.most + 1)
         terms = terms._replace(ring=with_entry(terms.ring, place, variables))
@@ -296,12 +299,17 @@ def _apply_rule(
     """The update and the terms after the algorithm's rule for the server."""
     if parts.server_rule is None or parts.server_rule.step is None:
         return aggregate.update, terms
-    senders = jnp.where(metrics.client.finite[:, None], metrics.upload, 0.0).sum(axis=0)
-    reduced = Reduced(aggregate.update, aggregate.extras, table.expand(senders)["params"])
+    senders = table.expand(_senders(metrics))["params"]
+    reduced = Reduced(aggregate.update, aggregate.extras, senders)
     with jax.numpy_dtype_promotion("standard"):
         update, new = parts.server_rule.step(terms, reduced)
     new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, terms)
     return update, gated(new, terms, table.expand(aggregate.gate)["params"])
+
+
+def _senders(metrics: RoundMetrics) -> Array:
+    """`f32[L]`, the clients that sent a layer and count."""
+    return jnp.where(metrics.client.finite[:, None], metrics.upload, 0.0).sum(axis=0)
 
 
 def _client_scale(parts: Parts, state: ServerState, number: Array) -> Array | None:

@@ -389,6 +389,7 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedrep: ("steps",),
     algorithms.fedbabu: (),
     algorithms.fedldf: ("aggregator", "upload"),
+    algorithms.fedluar: (),
     algorithms.freeze: (),
     algorithms.fedpart: (),
     compose: (),

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from fedlp_jax.errors import FedLPError, shown
-from fedlp_jax.types import PyTree, Variables
+from fedlp_jax.types import Array, PyTree, Variables, wide
 
 LayerRule = str | Mapping[str, str]
 
@@ -32,6 +33,7 @@ class LayerTable:
     index: PyTree  # int per leaf: its layer
     params: np.ndarray  # i64[L], learnable parameters
     statistics: np.ndarray  # i64[L], other exchanged numbers (batch statistics)
+    matrices: frozenset[int] = frozenset()  # layers with a parameter of two dimensions or more
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,7 +86,25 @@ def layer_table(
     for name, (path, leaf) in zip(layer_of_leaf, leaves, strict=True):
         sizes[path_names(path)[0] == "params"][position[name]] += int(np.prod(leaf.shape))
     index = jax.tree.unflatten(treedef, [position[name] for name in layer_of_leaf])
-    return LayerTable(tuple(names), index, params=sizes[True], statistics=sizes[False])
+    matrices = frozenset(
+        position[name]
+        for name, (path, leaf) in zip(layer_of_leaf, leaves, strict=True)
+        if path_names(path)[0] == "params" and len(leaf.shape) > 1
+    )
+    return LayerTable(tuple(names), index, sizes[True], sizes[False], matrices)
+
+
+def squared_norms(params: PyTree, layers: LayerTable) -> Array:
+    """`f[L]`, the sum of squares of the parameters of each layer."""
+    leaves, index = jax.tree.leaves(params), jax.tree.leaves(layers.index["params"])
+    sums = [jnp.square(x.astype(wide(x.dtype))).sum() for x in leaves]
+    none = jnp.zeros_like(sums[0])
+    return jnp.stack(
+        [
+            sum((s for s, of in zip(sums, index, strict=True) if of == layer), none)
+            for layer in range(len(layers))
+        ]
+    )
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ from fedlp_jax.errors import (
     shown,
     warn,
 )
-from fedlp_jax.prng import Purpose, client_key
-from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern
+from fedlp_jax.prng import SERVER, Purpose, client_key
+from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern, squared_norms
 from fedlp_jax.types import Array, Cohort, PyTree
 
 Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
@@ -43,6 +43,15 @@ def always(layers: LayerTable, clients: int) -> np.ndarray:
     return np.ones((1, 1), np.float32)
 
 
+class Feedback(NamedTuple):
+    """What a policy learns of a round. Trees are of parameters."""
+
+    params: PyTree  # the server's before its step
+    update: PyTree  # the mean of what clients sent, of any float dtype; 0 where nobody sent a layer
+    senders: Array  # f32[L], clients that sent a layer and count
+    layers: LayerTable
+
+
 class MaskPolicy(NamedTuple):
     """Chooses layers before training."""
 
@@ -54,6 +63,8 @@ class MaskPolicy(NamedTuple):
     expected: Callable[[LayerTable, int], np.ndarray] = always
     # the same for the layers that it receives
     received: Callable[[LayerTable, int], np.ndarray] = always
+    # (state, what the round came to) -> state; None = masks do not depend on what was sent
+    learn: Callable[[PyTree, Feedback], PyTree] | None = None
 
 
 def full() -> MaskPolicy:
@@ -226,7 +237,11 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
     def received(layers: LayerTable, clients: int) -> np.ndarray:
         return policy.received(layers, clients) * moving(layers)
 
-    return MaskPolicy(init, sample, expected, received)
+    def learn(state: PyTree, feedback: Feedback) -> PyTree:
+        assert policy.learn is not None
+        return state[0], policy.learn(state[1], feedback)
+
+    return MaskPolicy(init, sample, expected, received, policy.learn and learn)
 
 
 def in_turn(
@@ -295,6 +310,68 @@ def in_turn(
         return (rounds / (full_rounds + group_rounds * len(table))).astype(np.float32)
 
     return MaskPolicy(init, sample, expected, expected if download == "group" else always)
+
+
+def recycling(recycled: int) -> MaskPolicy:
+    """Layers whose updates are small rest, the same for all clients: FedLUAR (arXiv:2503.11146).
+
+    `s_l = |d_l| / |x_l|`, d_l the mean update of the round in which layer l was last sent and x_l
+    its parameters before that. In every round, `recycled` layers are drawn without replacement,
+    each with a probability proportional to `1 / s_l`, and nobody sends them: those with the
+    smallest `e_l s_l`, e_l exponential (Efraimidis and Spirakis, 2006).
+
+    A layer is always sent if it has not moved yet, as in the first round, or if no parameter of it
+    has two dimensions: biases and norms, where layers are tensors. Within a larger layer they rest
+    with it.
+
+    Args:
+      recycled: layers that nobody sends in a round, from 0; another number compiles nothing.
+
+    Raises:
+      FedLPError: a number below 0; from `init`, one that leaves no such layer to send.
+    """
+    recycled = check_number("recycled", recycled, ge=0, integer=True)
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        expected(layers, clients)
+        return jnp.asarray(recycled, jnp.int32), jnp.zeros(len(layers), jnp.float32)
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        del cohort
+        count, score = state
+        draw = client_key(key, round, SERVER, Purpose.MASK)
+        exponential = -jnp.log1p(-jax.random.uniform(draw, score.shape, jnp.float32))
+        able = (score > 0) & jnp.isfinite(score)
+        order = jnp.argsort(jnp.where(able, exponential * score, jnp.inf))
+        rests = able & (jnp.argsort(order).astype(jnp.int32) < count)
+        sent = jnp.where(rests[None], 0.0, coverage)
+        return Masks(coverage, sent, jnp.ones_like(sent)), state
+
+    def learn(state: PyTree, feedback: Feedback) -> PyTree:
+        count, score = state
+        layers = feedback.layers
+        moved = jnp.sqrt(squared_norms(feedback.update, layers))
+        size = jnp.sqrt(squared_norms(feedback.params, layers))
+        matrix = np.isin(np.arange(len(layers)), list(layers.matrices))
+        new = jnp.where(matrix & (feedback.senders > 0), (moved / size).astype(score.dtype), score)
+        return count, new
+
+    def expected(layers: LayerTable, clients: int) -> np.ndarray:
+        """As if all scores were equal; which layers rest more often is known after the training."""
+        del clients
+        able = len(layers.matrices)
+        if recycled >= max(able, 1):
+            raise FedLPError(
+                f"recycled={recycled} leaves nothing to send of the {able} layers with weights of "
+                f"two dimensions or more; give at most {max(able - 1, 0)}."
+            )
+        rates = np.ones((1, len(layers)), np.float32)
+        rates[:, list(layers.matrices)] -= recycled / max(able, 1)
+        return rates
+
+    return MaskPolicy(init, sample, expected, learn=learn)
 
 
 def _is_group(group: Any) -> bool:

@@ -27,6 +27,7 @@ TASK = fl.classification(Steps(depth=1))
 LEAVES = [("head1", 0), ("head1", 1), ("hidden1", 0), ("hidden1", 1)]
 FLIGHT = 4  # clients in flight, where the server does not wait
 UNITS, DRAWN_UNITS = 8, 17  # of the hidden layer; the purpose of their draws
+SERVER = 2**31 - 1  # the client id of the server's draws
 LAYERS = ["head1", "hidden1"]  # the order of the masks
 
 
@@ -59,6 +60,10 @@ class FedAvg:
     def step(self, leaf, d, extra, senders):
         """What is added to the model, from the means over the senders."""
         return d
+
+    def moves(self, x, steps):
+        """What is added to the model, from the steps of the arrays that somebody sent."""
+        return steps
 
     def units(self, client, round):
         """Those that a client holds of the hidden layer, and what their outputs are divided by."""
@@ -162,6 +167,28 @@ class Freeze(FedAvg):
 class FedPart(Freeze):
     def sends(self, layer, drawn, round):
         return round == 1 or layer == LAYERS[round - 2]
+
+
+class FedLUAR(FedAvg):
+    def __init__(self):
+        super().__init__()
+        self.last, self.scores = {}, {}
+
+    def sends(self, layer, drawn, round):
+        draws = np.asarray(jax.random.uniform(key(round, SERVER, MASK), (2,), jnp.float32))
+        times = dict(zip(LAYERS, -np.log(1 - draws.astype(np.float64)), strict=True))
+        return (
+            layer not in sorted(self.scores, key=lambda name: times[name] * self.scores[name])[:1]
+        )
+
+    def moves(self, x, steps):
+        self.last |= steps
+        for layer in {layer for layer, _ in steps}:
+            squares = [
+                sum((array[layer, part] ** 2).sum() for part in (0, 1)) for array in (steps, x)
+            ]
+            self.scores[layer] = np.sqrt(squares[0] / squares[1])
+        return self.last
 
 
 class FedBABU(FedAvg):
@@ -290,6 +317,7 @@ ROWS = {
         {"full_rounds": ROUNDS},
         plan=(2, 1),
     ),
+    "fedluar": Row(fl.fedluar, FedLUAR, {"recycled": 1}, {"recycled": 0}, {"recycled": 0}),
     "personal": Row(fl.fedprox, FedProx, {"mu": 0.25, "personal": "head"}, private=("head1",)),
     "heterofl": Row(fl.heterofl, HeteroFL, {"widths": WIDTHS}, neutral={"widths": 1.0}),
     "fedrolex": Row(fl.fedrolex, FedRolex, {"widths": WIDTHS}, weigh="uniform"),
@@ -320,7 +348,7 @@ OTHERS = [name for name in ROWS if name != "fedavg"]
 def algorithm(name, **settings):
     row = ROWS[name]
     settings = {"keep": KEEP} | row.settings | settings
-    if name in ("fedavg", "fedpart"):
+    if name in ("fedavg", "fedpart", "fedluar"):
         settings = {k: v for k, v in settings.items() if k != "keep"}
     settings.setdefault("weighting", row.weigh)
     return row.make(
@@ -443,7 +471,7 @@ def plain(name, start, keep=KEEP):
     cohorts, models = list(arrivals(rule.buffer)) if rule.buffer else cohorts, []
     for round, cohort in enumerate(cohorts, 1):
         models.append(x.copy())
-        sent, total_bytes, received = defaultdict(list), 0, 0
+        sent, steps_of, total_bytes, received = defaultdict(list), {}, 0, 0
         for client, tau in cohort.items():
             own, old = kept[client], models[-1 - tau]
             units, rate = rule.units(client, round)
@@ -490,7 +518,9 @@ def plain(name, start, keep=KEEP):
             total = sum(a for a, _, _ in uploads)
             total = np.where(total > 0, total, 1.0)
             d, extra = (sum(u[0] * u[i] for u in uploads) / total for i in (1, 2))
-            x[leaf] = x[leaf] + rule.step(leaf, d, extra, len(uploads))
+            steps_of[leaf] = rule.step(leaf, d, extra, len(uploads))
+        for leaf, step in rule.moves(x, steps_of).items():
+            x[leaf] = x[leaf] + step
         senders.append([len(sent[layer, 0]) for layer in shared])
     return x, np.array(senders), uploaded, downloaded, mine
 
@@ -608,6 +638,7 @@ LEARNS = {
     "fedbabu": {"head": "fc2"},
     "freeze": {"keep": 0.7},
     "fedpart": {"full_rounds": 5},
+    "fedluar": {"recycled": 1},
     "personal": {"mu": 0.01, "personal": "fc2/bias"},
     "heterofl": {"widths": [1.0, 0.5]},
     "fedrolex": {"widths": [1.0, 0.5]},
@@ -623,7 +654,7 @@ LEARNS = {
 def test_it_learns_the_digits(name):
     data = fl.load("digits")
     clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
-    deep = {"head", "personal", "full_rounds", "widths"} & {*LEARNS[name]}
+    deep = {"head", "personal", "full_rounds", "recycled", "widths"} & {*LEARNS[name]}
     task = fl.classification(fl.models.MLP(hidden=(64,)) if deep else fl.models.Logistic())
     sgd = optax.sgd(0.1)
     common = {"client_optimizer": sgd, "epochs": 2, "batch_size": 10}

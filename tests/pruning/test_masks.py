@@ -7,7 +7,16 @@ import pytest
 
 from fedlp_jax import FedLPError
 from fedlp_jax.pruning.layers import LayerTable, layer_table
-from fedlp_jax.pruning.masks import bernoulli, fixed, freeze, full, in_turn, only
+from fedlp_jax.pruning.masks import (
+    Feedback,
+    bernoulli,
+    fixed,
+    freeze,
+    full,
+    in_turn,
+    only,
+    recycling,
+)
 from fedlp_jax.types import Cohort
 
 LAYERS = LayerTable(
@@ -211,3 +220,69 @@ def test_groups_take_turns():
 def test_what_is_trained_is_checked(make, message):
     with pytest.raises(FedLPError, match=message):
         make().init(NET, 9)
+
+
+PARAMS = {
+    "a": {"bias": jnp.zeros(2), "kernel": jnp.full((1, 2), 3.0)},
+    "b": {"kernel": jnp.full((1, 4), 1.0)},
+    "c": {"kernel": jnp.full((1, 1), 1.0)},
+    "norm": {"scale": jnp.ones(3)},
+}
+MOVES = {
+    "a": {"bias": jnp.full(2, 3.0), "kernel": jnp.zeros((1, 2))},
+    "b": {"kernel": jnp.full((1, 4), 0.5)},
+    "c": {"kernel": jnp.full((1, 1), 0.25)},
+    "norm": {"scale": jnp.full(3, 1e-3)},
+}  # of 1, 1/2, 1/4 and 1/1000 of their layers
+
+
+def recycled(policy, senders, rule="by_module"):
+    """The policy's state after a round, and the layers."""
+    table = layer_table({"params": PARAMS}, rule)
+    feedback = Feedback(PARAMS, MOVES, jnp.asarray(senders, jnp.float32), table)
+    return policy.learn(policy.init(table, 9), feedback), table
+
+
+def resting(policy, state, table, rounds=1):
+    """`bool[R, L]`, the layers that nobody sends in each round."""
+    ones = jnp.ones((3, len(table)))
+
+    def masks(round):
+        return policy.sample(KEY, state, cohort([0, 4, 7]), round, ones)[0]
+
+    drawn = jax.vmap(masks)(jnp.arange(rounds, dtype=jnp.int32))
+    assert (drawn.upload == drawn.upload[:, :1]).all() and drawn.download.all()
+    return np.asarray(drawn.upload[:, 0] == 0)
+
+
+def test_layers_rest_in_proportion_to_how_little_they_move():
+    policy = recycling(1)
+    state, table = recycled(policy, [1, 1, 1, 1])
+    rests = resting(policy, state, table, rounds=4000)
+    expected = np.array([1, 2, 4, 0]) / 7  # a norm, which moved least, never rests
+    error = 4 * np.sqrt(expected * (1 - expected) / len(rests))
+    np.testing.assert_array_less(np.abs(np.mean(rests, axis=0) - expected), error + 1e-9)
+
+
+def test_layers_that_have_not_moved_are_sent():
+    policy = recycling(2)
+    state, table = recycled(policy, [0, 5, 0, 5])
+    assert resting(policy, state, table).tolist() == [[False, True, False, False]]
+    assert not resting(policy, policy.init(table, 9), table).any()
+
+
+def test_tensors_of_one_dimension_are_sent():
+    policy = recycling(2)
+    state, table = recycled(policy, [1] * 5, "by_tensor")
+    assert table.names == ("a/bias", "a/kernel", "b/kernel", "c/kernel", "norm/scale")
+    # The kernel of a did not move.
+    assert resting(policy, state, table).tolist() == [[False, False, True, True, False]]
+    np.testing.assert_allclose(policy.expected(table, 9), [[1, 1 / 3, 1 / 3, 1 / 3, 1]], rtol=1e-6)
+
+
+def test_resting_layers_leave_some_to_send():
+    table = layer_table({"params": PARAMS})
+    with pytest.raises(FedLPError, match="recycled=3 leaves nothing to send of the 3 .* most 2"):
+        recycling(3).init(table, 9)
+    with pytest.raises(FedLPError, match="recycled=-1"):
+        recycling(-1)
