@@ -12,6 +12,8 @@ Examples:
 
   fedlp compare runs/*
 
+  fedlp compare sweeps/keep
+
   fedlp compare runs/fedavg-* runs/homo-* --target 0.85 --format latex > table.tex
 
   fedlp compare runs/* --target 0.85 --plots figures
@@ -19,7 +21,9 @@ Examples:
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
+    ],
     target: Annotated[
         float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
     ] = None,

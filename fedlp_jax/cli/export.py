@@ -17,7 +17,9 @@ Examples:
 
 
 def export(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.csv or FILE.parquet.")],
     clients: Annotated[
         bool, typer.Option("--clients", help="A row for each client of each round.")

@@ -12,12 +12,16 @@ Examples:
 
   fedlp report runs/*
 
+  fedlp report sweeps/keep
+
   fedlp report runs/fedavg-* runs/homo-* --target 0.85 --out homo.html --title "FedLP on digits"
 """
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path(
         "report.html"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ def sweep(
         bool, typer.Option("--resume", help="Continue the sweep in that directory.")
     ] = False,
 ) -> None:
-    """Run a grid of settings with several seeds, many runs in one program; write a table."""
+    """Run a grid of settings with several seeds, many runs in one program; table and plots."""
     from fedlp_jax.cli.run import prepare, stop_signals
     from fedlp_jax.config.loading import located, split_words
     from fedlp_jax.config.own import search
@@ -60,7 +61,8 @@ def sweep(
     typer.echo(outcome.table.to_markdown())
     for one in outcome.diverged:
         typer.echo(f"{one} diverged; its metrics end there.")
-    typer.echo(f"\n{len(outcome.runs)} runs in {outcome.directory}, this table in {TABLE} there.")
+    typer.echo(f"\n{len(outcome.runs)} runs in {outcome.directory}; {TABLE} there has this table.")
+    typer.echo(f"Curves in plots/; more with: fedlp report {shlex.quote(str(outcome.directory))}")
 
 
 class _Progress:

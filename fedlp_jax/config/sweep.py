@@ -20,7 +20,8 @@ from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, collecting, shown
 from fedlp_jax.execution import processes
 from fedlp_jax.reporting.compare import Comparison, compare
-from fedlp_jax.reporting.run_directory import METRICS, SUMMARY, RunDirectory, read_metrics
+from fedlp_jax.reporting.plots import draw_sweep
+from fedlp_jax.reporting.run_directory import METRICS, PLOTS, SUMMARY, RunDirectory, read_metrics
 from fedlp_jax.simulation.result import DivergedError, Result
 from fedlp_jax.simulation.sweep import Point, run_points
 
@@ -140,7 +141,7 @@ def execute_sweep(
     log: Log | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> SweepOutcome:
-    """Runs every point into `OUT/runs/LABEL-seedN`, and writes `OUT/table.md`.
+    """Runs every point into `OUT/runs/LABEL-seedN`; writes `OUT/table.md` and `OUT/plots`.
 
     Args:
       points: from `sweep_points`.
@@ -178,9 +179,11 @@ def execute_sweep(
             if len(runs) < len(paths) or any(run.begun for run in runs):
                 error.add_note("Resume with the same command and --resume.")
             raise
-    table = _table(points, paths)
+    rows = _rows(points, paths)
+    table = compare(rows)
     with replacing(out / TABLE) as file:
         file.write(f"{table.to_markdown()}\n".encode())
+    draw_sweep(out / PLOTS, rows)
     diverged = [path for path in paths if _status(path) == "diverged"]
     return SweepOutcome(out, table, paths, diverged)
 
@@ -275,10 +278,10 @@ def _status(path: Path) -> str:
         return "none"
 
 
-def _table(points: Sequence[tuple[str, Config]], paths: Sequence[Path]) -> Comparison:
-    """A line for each point, of the runs that did a round."""
+def _rows(points: Sequence[tuple[str, Config]], paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """Label of a point -> the rows of each of its runs that did a round."""
     runs: dict[str, list[Any]] = {}
     for (label, _), path in zip(points, paths, strict=True):
         if (path / METRICS).is_file():
             runs.setdefault(label, []).append(read_metrics(path))
-    return compare(runs)
+    return runs

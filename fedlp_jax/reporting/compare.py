@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,8 +129,9 @@ def compare(
 
     Args:
       runs: label -> a run or several (seeds): results, histories, rows as in metrics.jsonl, or
-        paths of run directories. Or paths alone: those whose configurations differ only in seed,
-        name, plan and checkpoints count as seeds of one experiment.
+        paths of run directories. Or paths alone, of runs, of sweeps or of directories of runs:
+        those whose configurations differ only in seed, name, plan and checkpoints count as seeds
+        of one experiment.
       target: a value of the metric; adds what it took to reach it: rounds, upload and time.
       metric: key of a row; None = test accuracy, of personal models where there is no other, or
         else the test loss. Smaller is better for losses and errors, greater for everything else.
@@ -180,12 +182,7 @@ def experiments(paths: Iterable[str | Path]) -> dict[str, list[tuple[Path, dict[
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     settings: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
-    for path in map(Path, paths):
-        if not (path / CONFIG).is_file() or not (path / METRICS).is_file():
-            raise FedLPError(
-                f"{path} holds no run: there is no {CONFIG} with {METRICS}; give directories that "
-                "`fedlp run` has written."
-            )
+    for path in (run for given in paths for run in _runs_at(Path(given))):
         config = YAML(typ="safe", pure=True).load(path / CONFIG)
         flat = {k: v for k, v in _flatten(config).items() if k.split(".")[0] not in _INCIDENTAL}
         flat.pop("partition.seed", None)
@@ -200,6 +197,39 @@ def experiments(paths: Iterable[str | Path]) -> dict[str, list[tuple[Path, dict[
     elif len(set(names.values())) == len(names):
         labels = names
     return {labels[key]: members for key, members in groups.items()}
+
+
+def _runs_at(path: Path) -> list[Path]:
+    """The run at a path, or the runs of a sweep or of a directory of runs, in order of name.
+
+    Raises:
+      FedLPError: there is none.
+    """
+    for among in ([path], path.glob("runs/*"), path.glob("*")):
+        runs = [p for p in among if (p / CONFIG).is_file() and (p / METRICS).is_file()]
+        if runs:
+            return sorted(runs, key=_by_numbers)
+    raise FedLPError(
+        f"{path} holds no run: there is no {CONFIG} with {METRICS}; give directories that "
+        "`fedlp run` or `fedlp sweep` has written."
+    )
+
+
+def check_run(path: Path) -> Path:
+    """Returns the path of ONE run.
+
+    Raises:
+      FedLPError: it holds none, or it is of a sweep, whose runs are not seeds of one experiment.
+    """
+    if _runs_at(path) != [path]:
+        raise FedLPError(f"{path} holds several runs; pass it without a label, in a list of paths.")
+    return path
+
+
+def _by_numbers(path: Path) -> list[tuple[float, str]]:
+    """Sort key that puts keep=0.05 before keep=0.1, and seed9 before seed10."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", path.name)
+    return [(float(p), "") if i % 2 else (math.inf, p) for i, p in enumerate(parts)]
 
 
 def _label(name: str, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
@@ -222,9 +252,7 @@ def _all_rows(runs: Run | Sequence[Run]) -> list[Rows]:
 
 def _rows(run: Run) -> Rows:
     if isinstance(run, str | Path):
-        if not (Path(run) / METRICS).is_file():
-            raise FedLPError(f"{run} holds no run: there is no {METRICS}.")
-        return read_metrics(run)
+        return read_metrics(check_run(Path(run)))
     rows: Rows = list(run.history if hasattr(run, "history") else run)
     return rows
 

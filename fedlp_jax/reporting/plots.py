@@ -6,8 +6,9 @@ matplotlib is imported by the first plot.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, nearest, shown, warn
-from fedlp_jax.reporting.metrics import headline
+from fedlp_jax.reporting.metrics import headline, headline_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,16 +242,47 @@ def draw_run(folder: Path, name: str, clients: Partition, rows: Rows) -> None:
       clients: its partition.
       rows: of its metrics.jsonl.
     """
-    try:
+    with _warning(folder):
         partition(clients, folder / "partition.png")
-        if y := next((key for row in rows if (key := headline(row))), None):
-            costs = {"upload_megabytes", "simulated_time"} & {*axes_of(rows)}
-            for x in ("round", *sorted(costs)):
-                curves({name: rows}, folder / f"{y.removeprefix('test_')}_by_{x}.png", x, y)
+        _draw_headline(folder, {name: [rows]})
+
+
+def draw_sweep(folder: Path, runs: Mapping[str, Sequence[Rows]]) -> None:
+    """Draws the learning curves of a sweep, for each label a mean and a band over its runs.
+
+    Runs that were never tested, such as those that diverged, are left out. A failure costs a
+    warning, never the sweep.
+
+    Args:
+      folder: where the pictures go.
+      runs: label -> the rows of each run.
+    """
+    tested = {
+        label: [rows for rows in seeds if any(map(headline, rows))] for label, seeds in runs.items()
+    }
+    with _warning(folder):
+        _draw_headline(folder, {label: seeds for label, seeds in tested.items() if seeds})
+
+
+def _draw_headline(folder: Path, runs: Mapping[str, Sequence[Rows]]) -> None:
+    """Draws the metric that stands for the runs, against rounds and against costs."""
+    rows = [row for seeds in runs.values() for run in seeds for row in run]
+    if not (y := headline_of(rows, "")):
+        return
+    costs = {"upload_megabytes", "simulated_time"} & {*axes_of(rows)}
+    for x in ("round", *sorted(costs)):
+        curves(runs, folder / f"{y.removeprefix('test_')}_by_{x}.png", x, y)
+
+
+@contextlib.contextmanager
+def _warning(folder: Path) -> Iterator[None]:
+    """Turns an error of drawing into a warning."""
+    try:
+        yield
     except Exception as error:
         warn(
             f"The plots in {folder} are incomplete: {error} Everything else is written.",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

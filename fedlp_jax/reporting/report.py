@@ -14,7 +14,7 @@ from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.reporting import charts
 from fedlp_jax.reporting.charts import Mark
-from fedlp_jax.reporting.compare import Rows, Run, compare, experiments
+from fedlp_jax.reporting.compare import Rows, Run, check_run, compare, experiments
 from fedlp_jax.reporting.environment import origin, versions
 from fedlp_jax.reporting.metrics import headline_of
 from fedlp_jax.reporting.plots import AXES, axes_of
@@ -130,8 +130,7 @@ def _evidence(runs: Any) -> dict[str, list[_Evidence]]:
 
 def _of(run: Run, label: str) -> _Evidence:
     if isinstance(run, str | Path):
-        ((path, _),) = next(iter(experiments([run]).values()))
-        return _of_directory(path)
+        return _of_directory(check_run(Path(run)))
     if not hasattr(run, "history"):
         return _Evidence(label, list(run), {}, {}, {}, "", "", ())
     sent = run.costs.layer_upload_bits / 8

@@ -25,6 +25,10 @@ def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
         "cohort=2-seed0",
         "cohort=3-seed0",
     ]
+    pictures = sorted(path.name for path in (tmp_path / "o/plots").iterdir())
+    assert pictures == ["accuracy_by_round.png", "accuracy_by_upload_megabytes.png"]
+    compared = runner.invoke(cli.app, ["compare", str(tmp_path / "o"), "--format", "md"])
+    assert compared.stdout == (tmp_path / "o/table.md").read_text()
     again = runner.invoke(cli.app, words)
     assert again.exit_code == cli.BAD_INPUT and "already holds a sweep" in again.stderr
     assert runner.invoke(cli.app, [*words, "--resume"]).exit_code == 0

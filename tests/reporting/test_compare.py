@@ -10,6 +10,7 @@ import yaml
 
 import fedlp_jax as fl
 from fedlp_jax import cli
+from fedlp_jax.reporting.compare import experiments
 
 CONFIG = {"partition": {"name": "iid"}, "algorithm": {"name": "fedlp_homo", "keep": 0.5}}
 
@@ -67,6 +68,23 @@ def test_every_format_holds_the_same_numbers():
     assert float(record["final test accuracy"]) == pytest.approx(0.6)
     assert float(record["final test accuracy deviation"]) == pytest.approx(0.02**0.5)
     assert record["final test accuracy runs"] == "2" and str(table) == table.to_markdown()
+
+
+def test_the_runs_of_a_sweep_come_in_the_order_of_its_numbers(tmp_path):
+    for keep in ("0.1", "0.05", "10"):
+        for seed in (10, 9):
+            folder = tmp_path / f"runs/keep={keep}-seed{seed}"
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text(
+                yaml.safe_dump({"name": f"keep={keep}", "seed": seed, "keep": float(keep)})
+            )
+            (folder / "metrics.jsonl").write_text(json.dumps(rows(0.5)[0]) + "\n")
+    for given in (tmp_path, tmp_path / "runs"):
+        found = experiments([given])
+        assert list(found) == ["keep=0.05", "keep=0.1", "keep=10"]
+        assert [config["seed"] for _, config in found["keep=10"]] == [9, 10]
+    with pytest.raises(fl.FedLPError, match="holds several runs; pass it without a label"):
+        fl.compare({"all": tmp_path})
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -255,3 +255,16 @@ def test_matplotlib_is_imported_by_drawing_only_and_pyplot_never():
     root = Path(plots.__file__).parents[2]
     environment = {"PYTHONPATH": str(root), "PATH": "", "JAX_PLATFORMS": "cpu", "HOME": "/tmp"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_a_sweep_is_drawn_without_the_runs_that_diverged(tmp_path):
+    def rows(key):
+        return [{"round": r, key: 0.5, "upload_bytes": 1} for r in (1, 2)]
+
+    plots.draw_sweep(tmp_path, {"a": [rows("test_loss")] * 2, "b": [rows("train_loss")]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "loss_by_round.png",
+        "loss_by_upload_megabytes.png",
+    ]
+    plots.draw_sweep(tmp_path / "none", {"b": [rows("train_loss")]})
+    assert not (tmp_path / "none").exists()
