@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +71,26 @@ class Parts:
     upload: Upload | None
     asynchrony: Asynchrony | None = None
 
+    @functools.cached_property
+    def draw(self) -> Callable[[Array, Batch], Variables]:
+        """(key, example) -> the first variables; compiled once for all runs of the algorithm."""
+        return jax.jit(lambda key, example: self.submodels.init(self.task, key, example))
+
+    def in_rounds(self) -> Parts:
+        """The parts without what is called before the first round, and numbers in the state.
+
+        Where algorithms differ in these alone, such as in keep, rounds are equal functions.
+        """
+        number = not (self.client_schedule is None or callable(self.client_schedule))
+        rule = self.server_rule
+        return dataclasses.replace(
+            self,
+            submodels=self.submodels._replace(init=_before_rounds, assign=_before_rounds),
+            policy=MaskPolicy(_before_rounds, self.policy.sample),
+            server_rule=None if rule is None else rule._replace(init=_before_rounds),
+            client_schedule=1.0 if number else self.client_schedule,
+        )
+
     def wire(self, layers: LayerTable) -> Wire:
         """Bytes of what is exchanged: the model, and what the algorithm adds to it.
 
@@ -92,6 +113,10 @@ class Parts:
         if self.server_rule is not None:
             read = self.server_rule.broadcast(self.server_rule.init(variables["params"], 1))
         return read, _extras_like(self, variables, read)
+
+
+def _before_rounds(*arguments: Any) -> Any:
+    raise AssertionError("called within a round")
 
 
 class Broadcast(NamedTuple):

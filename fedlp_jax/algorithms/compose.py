@@ -161,7 +161,7 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
     return Algorithm(
         parts.task,
         init=partial(initial_state, parts),
-        round=partial(run_round, parts),
+        round=partial(run_round, parts.in_rounds()),
         layers=parts.layers,
         local_steps=lambda sizes: local_steps(sizes, parts.work),
         levels=partial(parts.submodels.levels, parts.task),

@@ -63,8 +63,7 @@ def initial_state(
 ) -> ServerState:
     """The state before the first round; see `Algorithm.init`."""
     if variables is None:
-        init = jax.jit(lambda k: parts.submodels.init(parts.task, k, example))
-        variables = init(initial_key(key))
+        variables = parts.draw(initial_key(key), example)
     variables = parts.submodels.of_server(variables)
     table = layer_table(variables, parts.layers)
     for depth, level in enumerate(parts.submodels.levels(parts.task, variables, example), 1):

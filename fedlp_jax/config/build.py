@@ -23,8 +23,8 @@ def build(config: Config, known: dict[str, Any] | None = None) -> dict[str, Any]
 
     Args:
       config: the configuration.
-      known: remembers data and algorithms, so that configurations which agree in them share them;
-        None = nothing is shared.
+      known: remembers data, tasks and algorithms, so that configurations which agree in them share
+        them; None = nothing is shared.
 
     Returns:
       The arguments of `simulate`.
@@ -43,7 +43,7 @@ def build(config: Config, known: dict[str, Any] | None = None) -> dict[str, Any]
         (config.partition, config.cohort, config.rounds, config.seed) if draws else None,
     )
     return {
-        "algorithm": _once(known, of_algorithm, lambda: _algorithm(config, data, draws)),
+        "algorithm": _once(known, of_algorithm, lambda: _algorithm(config, data, draws, known)),
         "data": data,
         "clients": build_partition(config, data) if draws is None else draws.partition,
         "rounds": config.rounds,
@@ -64,10 +64,18 @@ def _once(known: dict[str, Any], settings: tuple[Any, ...], make: Callable[[], A
     return known[key]
 
 
-def _algorithm(config: Config, data: Dataset, draws: ReferenceDraws | None) -> Algorithm:
-    model = config.model.build(num_classes=_outputs(config, data))
-    arguments = {"task": config.task.build(module=model)} | _own_aggregator(config)
-    own.check_made(config.task.name, arguments["task"], Task)
+def _task(config: Config, data: Dataset) -> Task:
+    task: Task = config.task.build(module=config.model.build(num_classes=_outputs(config, data)))
+    own.check_made(config.task.name, task, Task)
+    return task
+
+
+def _algorithm(
+    config: Config, data: Dataset, draws: ReferenceDraws | None, known: dict[str, Any]
+) -> Algorithm:
+    of_task = (config.data, config.model, config.task)
+    task = _once(known, of_task, lambda: _task(config, data))
+    arguments = {"task": task} | _own_aggregator(config)
     policy = getattr(config.algorithm, "policy", None)
     if policy is not None:
         arguments["policy"] = own.check_made(policy.name, policy.build(), MaskPolicy)

@@ -178,11 +178,12 @@ def freeze(policy: MaskPolicy) -> MaskPolicy:
     Args:
       policy: that draws the layers to send.
     """
+    draw = policy.sample  # alone, so that rounds do not depend on the rest of the policy
 
     def sample(
         key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
     ) -> tuple[Masks, PyTree]:
-        masks, state = policy.sample(key, state, cohort, round, coverage)
+        masks, state = draw(key, state, cohort, round, coverage)
         return masks._replace(train=masks.upload), state
 
     return policy._replace(sample=sample)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -32,35 +32,11 @@ from fedlp_jax.execution.plan import (
 )
 from fedlp_jax.nn import conv
 from fedlp_jax.simulation.evaluation import evaluator
-from fedlp_jax.simulation.program import rounds_of, traceable_rounds
+from fedlp_jax.simulation.program import traceable_rounds
 from fedlp_jax.simulation.run import Pending, RoundRecord, Run
 from fedlp_jax.types import Array, Cohort, RoundMetrics
 
 _SLOTS = 1  # the axis of runs in arrays of slots, `[P, R, ...]`
-
-
-def structure(run: Run, known: dict[Hashable, Hashable]) -> Hashable:
-    """What runs must have in common to be one program: the text of their rounds and evaluations.
-
-    Whatever is an argument of the compiled round is not in it: the seed, keep, rates that are no
-    constants of an optimizer, and the examples of each client.
-
-    Args:
-      run: with the plan of one run.
-      known: remembers structures, because the seeds of an algorithm need not be traced again.
-    """
-    shapes = run.round_shapes(run.plan)
-    tested = (_shapes(run.state.variables), _shapes(run.stage.test))
-    leaves, tree = jax.tree.flatten((shapes, tested))
-    traced = (id(run.algorithm), run.plan, tree, tuple(map(str, leaves)))
-    if traced not in known:
-        rounds = rounds_of(run.algorithm, run.plan).lower(*shapes)
-        test = jax.jit(evaluator(run.algorithm, run.plan), keep_unused=True).lower(*tested)
-        texts = (rounds.as_text(), test.as_text())
-        # The text does not say which Python function is called.
-        calls = id(run.algorithm) if any("callback" in text for text in texts) else None
-        known[traced] = (texts, run.plan, tree, calls)
-    return known[traced]
 
 
 class LanesProgram(NamedTuple):
@@ -366,7 +342,3 @@ def _resharded(tree: Any, plan: LanesPlan, sharding: Any = None) -> Any:
     """Shapes of arrays that the devices of all lanes hold whole, unless a sharding is given."""
     sharding = replicated(plan) if sharding is None else sharding
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

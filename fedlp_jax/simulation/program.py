@@ -142,7 +142,7 @@ def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...
     """
     devices = tuple(plan.mesh.devices.flat)
     settings = conv.current()  # jax does not see it
-    traced = _traceable(name, _Same(algorithm), dataclasses.astuple(plan), devices, settings)
+    traced = _traceable(name, Same(algorithm), dataclasses.astuple(plan), devices, settings)
     start = time.perf_counter()
     with conv.recording() as lowerings, collecting() as said:
         trace = traced.jitted.trace(*shapes)
@@ -163,7 +163,7 @@ def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...
     return compiled
 
 
-class _Same:
+class Same:
     """Compares an object by identity, and keeps it alive as long as a cache holds the key."""
 
     def __init__(self, value: Any):
@@ -173,7 +173,7 @@ class _Same:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
 
 class _Traceable(NamedTuple):
@@ -185,7 +185,7 @@ class _Traceable(NamedTuple):
 
 @functools.lru_cache(maxsize=_ALGORITHMS)
 def _traceable(
-    name: str, algorithm: _Same, plan: tuple[Any, ...], devices: Any, settings: Any
+    name: str, algorithm: Same, plan: tuple[Any, ...], devices: Any, settings: Any
 ) -> _Traceable:
     make = rounds_of if name == "round" else _test_of
     return _Traceable(make(algorithm.value, Plan(*plan)), [])

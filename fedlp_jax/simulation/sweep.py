@@ -31,12 +31,12 @@ from fedlp_jax.simulation.lanes import (
     LanesPending,
     LanesProgram,
     compile_lanes,
-    structure,
 )
 from fedlp_jax.simulation.loop import listening_to_ctrl_c, simulate
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import RoundRecord, Run
 from fedlp_jax.simulation.spec import Spec, specify
+from fedlp_jax.simulation.structure import structures
 from fedlp_jax.types import Variables
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class _Member:
             return
         like = next((m.run for m in others if m.run and m.run.spec.data is spec.data), None)
         run = self.run = Run(
-            models.drawn(spec),
+            spec,
             rounds=rounds - first + 1,
             first_round=first,
             eval_every=eval_every,
@@ -424,19 +424,7 @@ class _Models:
 
     def __init__(self, at_once: int | None) -> None:
         self._at_once = at_once
-        self._draws: dict[int, Any] = {}
         self._macs: dict[int, int] = {}
-
-    def drawn(self, spec: Spec) -> Spec:
-        """The spec with its first model, drawn by a function that is compiled once."""
-        if spec.variables is not None:
-            return spec
-        algorithm, example, population = spec.algorithm, spec.example, spec.clients.clients
-        if id(algorithm) not in self._draws:
-            self._draws[id(algorithm)] = jax.jit(
-                lambda key: algorithm.init(key, example, population, None).variables
-            )
-        return dataclasses.replace(spec, variables=self._draws[id(algorithm)](spec.root))
 
     def gain(self, spec: Spec) -> bool:
         """Whether runs of this kind are to be side by side: by the user's choice, or its speed."""
@@ -468,11 +456,9 @@ def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
     """The members that run side by side, in groups of one structure."""
     able = [member for member in members if member.run is not None]
     _widen(able)
-    known: dict[Hashable, Hashable] = {}
     groups: dict[Hashable, list[_Member]] = {}
-    for member in able:
-        key = (member.kind, structure(member.lane, known))
-        groups.setdefault(key, []).append(member)
+    for member, key in zip(able, structures([member.lane for member in able]), strict=True):
+        groups.setdefault((member.kind, key), []).append(member)
     return [group for group in groups.values() if len(group) > 1]
 
 

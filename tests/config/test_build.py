@@ -25,6 +25,15 @@ def build_raw(seed=0, faults=None, partition=(), **algorithm):
     return build(parse_config(raw | {"algorithm": RAW["algorithm"] | algorithm}))
 
 
+def test_configurations_of_one_model_share_its_task_and_each_has_its_algorithm():
+    known = {}
+    keeps = ({"algorithm": RAW["algorithm"] | {"keep": keep}} for keep in (0.5, 0.25, 0.5))
+    one, other, again = (build(parse_config(RAW | raw), known)["algorithm"] for raw in keeps)
+    assert one is again is not other
+    assert one.task is other.task
+    assert build(parse_config(RAW))["algorithm"].task is not one.task
+
+
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9, "nesterov": True}])
 def test_a_factor_on_the_updates_is_the_rate_bit_for_bit(name, momentum):
