@@ -40,6 +40,7 @@ SCRIPTS = [
     "costs",
     "determinism",
     "python",
+    "scaling",
 ]
 ELSEWHERE = {"make", "source", "pip", "git"}  # commands that set up an environment
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from fedlp_jax.config.overview import Overview
     from fedlp_jax.config.schema import Config
     from fedlp_jax.simulation.estimate import Estimate
+    from fedlp_jax.simulation.scaling import Modelled, Scaling
 
 EXAMPLES = """
 Examples:
@@ -19,7 +22,16 @@ Examples:
   fedlp plan configs/cifar10.yaml
 
   fedlp plan configs/cifar10.yaml --algorithm.keep 0.3 --rounds 500 --seconds 30
+
+A round on devices that are not here, from the seconds of a step measured here:
+
+  fedlp plan configs/cifar10.yaml --devices 8,64,256
+
+From those of the device that you mean, and its link:
+
+  fedlp plan configs/cifar10.yaml --devices 8,64,256 --step-seconds 2e-4 --bandwidth 450
 """
+_PANEL = "Other numbers of devices"
 
 
 def plan(
@@ -28,20 +40,121 @@ def plan(
     seconds: Annotated[
         float, typer.Option(help="About how long to time rounds.", metavar="S")
     ] = 5.0,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Also model a round on so many devices like those of this machine.",
+            metavar="N[,N...]",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of a local step of one client on such a device. Then nothing is timed.",
+            metavar="S",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float,
+        typer.Option(
+            help="Of a device's link, each way; 50 is 400 Gb/s, as each GPU of a DGX H100 has.",
+            metavar="GB/S",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 50.0,
+    latency: Annotated[
+        float,
+        typer.Option(
+            help="Of a message; 5 is what NCCL's cost model has for a network.",
+            metavar="MICROSECONDS",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 5.0,
 ) -> None:
     """Say what a run will take on this machine: time, memory, traffic. It runs a few rounds."""
     from fedlp_jax.cli.run import load
     from fedlp_jax.config.build import build
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.overview import overview
+    from fedlp_jax.errors import FedLPError
     from fedlp_jax.reporting.tables import show
-    from fedlp_jax.simulation.estimate import estimate
+    from fedlp_jax.simulation.estimate import estimate, measure_pace
+    from fedlp_jax.simulation.run import Simulation
+    from fedlp_jax.simulation.scaling import Link, Pace, Scaling
 
+    numbers = _numbers(devices)
+    if step_seconds is not None and not numbers:
+        raise FedLPError("--step-seconds is for other devices; say how many with --devices 8,64.")
     loaded = load(*split_words([config, *context.args]))
     arguments = build(loaded)
+    link = Link(bandwidth * 1e9, latency / 1e6)
+    if step_seconds is not None:
+        ignored = ("rounds", "eval_every", "early_stop")
+        fixed = {key: value for key, value in arguments.items() if key not in ignored}
+        pace = Pace(step_seconds)
+        show(*_scaled(Scaling(Simulation(**fixed, rounds=0), pace, link), numbers, "given"))
+        return
     view = overview(loaded, arguments)
     typer.echo("compiling, then timing a few rounds ...", err=True)
     show(_table(loaded, view, estimate(arguments, seconds)))
+    if numbers:
+        pace, run = measure_pace(arguments, seconds)
+        show(*_scaled(Scaling(run, pace, link), numbers, "measured"))
+
+
+def _numbers(devices: str | None) -> list[int]:
+    """The numbers in "8,64,256"."""
+    from fedlp_jax.errors import FedLPError
+
+    try:
+        numbers = [int(word) for word in (devices or "").split(",") if devices is not None]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise FedLPError(
+            f"--devices {devices!r} must be whole numbers of at least 1 with commas between them, "
+            "such as 8,64,256."
+        )
+    return numbers
+
+
+def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[Table | Text]:
+    """The table of a round on other numbers of devices, and what it says in sentences."""
+    from fedlp_jax.reporting.tables import note, numbers_table
+
+    one, most = model(1), model.worthwhile()
+    head = ("devices", "steps", "training", "fixed", "reduction", "a round", "speed-up", "lost to")
+    rows = []
+    for found in map(model, numbers):
+        seconds = (found.training, found.fixed, found.reduction, found.seconds)
+        times = [f"{value:.3g} s" for value in seconds]
+        speedup = f"{one.seconds / found.seconds:.1f}"
+        rows.append((str(found.devices), f"{found.steps:,.0f}", *times, speedup, _lost(found)))
+    table = numbers_table("A round on other numbers of devices, modelled", head, rows)
+    table.columns[-1].justify = "left"
+    notes = [
+        f"from a step of {model.pace.step:.3g} s and {model.pace.fixed:.3g} s a round besides, "
+        f"{source}; one reduction of {model.reduced_bytes / 1e6:.3g} MB at "
+        f"{model.link.bandwidth / 1e9:g} GB/s and {model.link.latency * 1e6:g} us a message",
+        f"More than {most} device(s) do not pay: twice as many save less than a tenth of a round, "
+        f"which they lose to the {model(2 * most).limit}.",
+    ]
+    idle = [n for n in numbers if n > model.cohort]
+    if idle:
+        notes.append(
+            f"A cohort of {model.cohort} gives work to {model.cohort} devices; of "
+            f"{', '.join(map(str, idle))} the others would idle. Enlarge the cohort, or sweep "
+            "several runs at once."
+        )
+    return [table, *(note(text) for text in notes)]
+
+
+def _lost(found: Modelled) -> str:
+    """What holds a round back, if it takes a tenth of it."""
+    share = found.lost[found.limit] / found.seconds
+    return f"{found.limit}, {share:.0%}" if share >= 0.1 else ""
 
 
 def _table(config: Config, view: Overview, found: Estimate) -> Table:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
@@ -146,6 +147,20 @@ def _sum_over_devices(tree: PyTree) -> PyTree:
         for i, part in zip(of_dtype, jnp.split(flat, ends[:-1]), strict=True):
             totals[i] = part.reshape(leaves[i].shape)
     return jax.tree.unflatten(treedef, totals)
+
+
+def summed_bytes(program: Any) -> int:
+    """Bytes that a traced program sums over devices; those of a loop count once.
+
+    Args:
+      program: a jaxpr.
+    """
+    count = 0
+    for equation in program.eqns:
+        if equation.primitive.name.startswith("psum"):
+            count += sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+        count += sum(map(summed_bytes, jaxprs_in_params(equation.params)))
+    return count
 
 
 def _run_one(level: Level, shared: PyTree, client: PyTree, state: PyTree) -> Any:

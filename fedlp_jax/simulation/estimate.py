@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import psutil
 
-from fedlp_jax.errors import check_number
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.execution.plan import Plan, free_bytes, needed_bytes
+from fedlp_jax.simulation.run import Run
+from fedlp_jax.simulation.scaling import Pace, load
 from fedlp_jax.simulation.tuning import Rounds
 
 _TURNS = 3
@@ -50,12 +53,8 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
       FedLPError: bad input, or a round that does not fit the memory.
     """
     budget = check_number("seconds", seconds, gt=0)
-    ignored = ("rounds", "eval_every", "early_stop")
-    timed = Rounds(**{key: value for key, value in arguments.items() if key not in ignored})
-    run = timed.run
-    timed([1])  # warms up
-    once = timed([1])
-    count = min(max(int(budget / _TURNS / max(once, 1e-9)), 1), _MOST_ROUNDS)
+    timed = Rounds(**_of_rounds(arguments))
+    run, count = timed.run, _rounds_of_turn(timed, budget / _TURNS)
     turns = [timed(range(1, 1 + count)) / count for _ in range(_TURNS)]
     assert run.program is not None
     tests = [
@@ -76,6 +75,69 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
         free_bytes(run.plan),
         psutil.Process().memory_info().rss,
     )
+
+
+def measure_pace(arguments: Mapping[str, Any], seconds: float = 5.0) -> tuple[Pace, Run]:
+    """Times rounds of the whole cohort and of one client on each device: a step, and what remains.
+
+    All devices of the plan work at once, as they do in a run. Where a cohort of one client on each
+    device is impossible, or the whole one is no larger, all of a round counts as its steps.
+
+    Args:
+      arguments: of `simulate`, as from `config.build`.
+      seconds: about how long to time rounds.
+
+    Returns:
+      The pace of one of these devices, and the run.
+
+    Raises:
+      FedLPError: bad input, or a round that does not fit the memory.
+    """
+    budget = check_number("seconds", seconds, gt=0)
+    settings = _of_rounds(arguments)
+    whole = Rounds(**settings)
+    devices = whole.run.plan.devices or 1
+    timed = [whole]
+    if whole.run.size > devices:
+        with contextlib.suppress(FedLPError):  # a robust rule may need more clients
+            timed.append(Rounds(**settings | {"cohort": devices, "plan": whole.run.plan}))
+    counts = [_rounds_of_turn(one, budget / len(timed) / _TURNS) for one in timed]
+    turns = [
+        [one(range(1, 1 + n)) / n for one, n in zip(timed, counts, strict=True)]
+        for _ in range(_TURNS)
+    ]
+    times = [statistics.median(column) for column in zip(*turns, strict=True)]
+    steps = [
+        statistics.fmean(load(one.run, devices, r)[0] for r in range(1, 1 + n))
+        for one, n in zip(timed, counts, strict=True)
+    ]
+    return pace_between(times, steps), whole.run
+
+
+def pace_between(seconds: Sequence[float], steps: Sequence[float]) -> Pace:
+    """The line through rounds of one or two lengths, the longer first; it has no negative part.
+
+    Args:
+      seconds: of a round.
+      steps: of its busiest device.
+    """
+    step = seconds[0] / steps[0]
+    if len(steps) == 1 or steps[0] <= steps[1]:
+        return Pace(step)
+    slope = (seconds[0] - seconds[1]) / (steps[0] - steps[1])
+    slope = min(slope, step) if slope > 0 else step
+    return Pace(slope, seconds[0] - slope * steps[0])
+
+
+def _of_rounds(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    ignored = ("rounds", "eval_every", "early_stop")
+    return {key: value for key, value in arguments.items() if key not in ignored}
+
+
+def _rounds_of_turn(timed: Rounds, seconds: float) -> int:
+    """How many rounds take about so long; the first warms up."""
+    timed([1])
+    return min(max(int(seconds / max(timed([1]), 1e-9)), 1), _MOST_ROUNDS)
 
 
 def _seconds(program: Any, *arguments: Any) -> float:

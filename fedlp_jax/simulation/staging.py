@@ -44,6 +44,7 @@ class Stage:
       batches: of the test split by client, on the devices, where each is tested with its own model.
       store: what clients keep between rounds, if they keep anything.
       builder: lays cohorts out.
+      level_cost: G numbers, modelled work of a local step of each level.
     """
 
     def __init__(self, spec: Spec, like: Stage | None = None):
@@ -71,7 +72,7 @@ class Stage:
             self.store = ClientStore(spec.client_state, spec.assigned, spec.root, plan)
         self.batches = self._test_batches() if spec.algorithm.personal else None
         tasks = [level.task for level in spec.levels]
-        self._level_cost = relative_work(tasks, spec.root, spec.example)
+        self.level_cost = relative_work(tasks, spec.root, spec.example)
         self.lay_on(plan)
 
     def lay_on(self, plan: Plan, widest: int | None = None) -> None:
@@ -87,7 +88,7 @@ class Stage:
             spec.clients,
             spec.assigned,
             spec.algorithm.local_steps,
-            self._level_cost,
+            self.level_cost,
             plan,
             spec.cohorts.size,
             widest,

@@ -57,3 +57,44 @@ def test_the_command_says_what_is_measured_and_what_modelled(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.yaml"]
     refused = typer.testing.CliRunner().invoke(cli.app, [*words, "--cohort", "50"])
     assert refused.exit_code == 2 and "exceeds the 20 clients" in refused.output
+
+
+def test_the_command_models_other_numbers_of_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(DIGITS | {"rounds": 5}))
+    words = ["plan", str(tmp_path / "small.yaml"), "--devices", "1,2,8"]
+
+    def run(*more):
+        return typer.testing.CliRunner().invoke(cli.app, [*words, *more])
+
+    given = run("--step-seconds", "1e-3", "--bandwidth", "1", "--latency", "100")
+    assert given.exit_code == 0, given.output
+    for text in ("modelled", "given", "1 GB/s and 100 us", "of 8 the others would idle"):
+        assert text in given.stdout
+    assert "timing" not in given.output
+    rows = {line.split()[0]: line.split() for line in given.stdout.splitlines() if "0 s" in line}
+    assert rows["2"][1:11] == rows["8"][1:11]  # only two devices have a client
+    assert rows["1"][1:8] == ["4", "0.004", "s", "0", "s", "0", "s"]  # two clients of two steps
+    measured = run("--seconds", "0.01")
+    assert measured.exit_code == 0 and "besides, measured" in measured.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--devices 0", "--devices '0' must be whole numbers of at least 1"),
+        ("--devices 8,-1", "whole numbers of at least 1"),
+        ("--devices many", "such as 8,64,256"),
+        ("--step-seconds 1", "say how many with --devices 8,64"),
+        ("--devices 2 --step-seconds 0", "pace.step=0.0 must be a number above 0"),
+        ("--devices 2 --step-seconds 1 --bandwidth 0", "link.bandwidth=0.0 must be a number"),
+    ],
+)
+def test_the_command_refuses_devices_that_cannot_be(tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(plans, "setup", lambda cpu_devices=None: None)  # jax is in use here
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(DIGITS | {"rounds": 5}))
+    refused = typer.testing.CliRunner().invoke(
+        cli.app, ["plan", str(tmp_path / "small.yaml"), *words.split()]
+    )
+    assert refused.exit_code == 2 and said in refused.output
