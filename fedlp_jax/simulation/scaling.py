@@ -4,7 +4,7 @@
 
 The first two terms are a device's own. The others are an all-reduce that halves the vector and
 doubles the distance (Rabenseifner; Thakur et al., "Optimization of Collective Communication
-Operations in MPICH", 2005), which moves the fewest bytes in the fewest messages.
+Operations in MPICH", 2005), which sends the fewest bytes that one can.
 """
 
 from __future__ import annotations
