@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedlp_jax.config.overview import Overview
     from fedlp_jax.config.schema import Config
     from fedlp_jax.simulation.estimate import Estimate
-    from fedlp_jax.simulation.scaling import Modelled, Scaling
+    from fedlp_jax.simulation.scaling import Link, Modelled, Scaling
 
 EXAMPLES = """
 Examples:
@@ -78,36 +78,43 @@ def plan(
     from fedlp_jax.config.build import build
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.overview import overview
-    from fedlp_jax.errors import FedLPError
     from fedlp_jax.reporting.tables import show
-    from fedlp_jax.simulation.estimate import estimate, measure_pace
-    from fedlp_jax.simulation.run import Simulation
-    from fedlp_jax.simulation.scaling import Link, Pace, Scaling
+    from fedlp_jax.simulation.estimate import estimate
+    from fedlp_jax.simulation.scaling import Link
 
-    numbers = _numbers(devices)
-    if step_seconds is not None and not numbers:
-        raise FedLPError("--step-seconds is for other devices; say how many with --devices 8,64.")
+    numbers = _numbers(devices, step_seconds)
     loaded = load(*split_words([config, *context.args]))
     arguments = build(loaded)
-    link = Link(bandwidth * 1e9, latency / 1e6)
-    if step_seconds is not None:
-        ignored = ("rounds", "eval_every", "early_stop")
-        fixed = {key: value for key, value in arguments.items() if key not in ignored}
-        pace = Pace(step_seconds)
-        show(*_scaled(Scaling(Simulation(**fixed, rounds=0), pace, link), numbers, "given"))
-        return
-    view = overview(loaded, arguments)
-    typer.echo("compiling, then timing a few rounds ...", err=True)
-    show(_table(loaded, view, estimate(arguments, seconds)))
+    if step_seconds is None:
+        view = overview(loaded, arguments)
+        typer.echo("compiling, then timing a few rounds ...", err=True)
+        show(_table(loaded, view, estimate(arguments, seconds)))
     if numbers:
+        link = Link(bandwidth * 1e9, latency / 1e6)
+        model = _model(arguments, seconds, step_seconds, link)
+        show(*_scaled(model, numbers, "measured" if step_seconds is None else "given"))
+
+
+def _model(
+    arguments: Mapping[str, Any], seconds: float, step_seconds: float | None, link: Link
+) -> Scaling:
+    """The model of a run, from its pace on this machine or from a step that is given."""
+    from fedlp_jax.simulation.estimate import measure_pace, of_rounds
+    from fedlp_jax.simulation.run import Simulation
+    from fedlp_jax.simulation.scaling import Pace, Scaling
+
+    if step_seconds is None:
         pace, run = measure_pace(arguments, seconds)
-        show(*_scaled(Scaling(run, pace, link), numbers, "measured"))
+        return Scaling(run, pace, link)
+    return Scaling(Simulation(**of_rounds(arguments), rounds=0), Pace(step_seconds), link)
 
 
-def _numbers(devices: str | None) -> list[int]:
+def _numbers(devices: str | None, step_seconds: float | None) -> list[int]:
     """The numbers in "8,64,256"."""
     from fedlp_jax.errors import FedLPError
 
+    if devices is None and step_seconds is not None:
+        raise FedLPError("--step-seconds is for other devices; say how many with --devices 8,64.")
     try:
         numbers = [int(word) for word in (devices or "").split(",") if devices is not None]
     except ValueError:

@@ -53,7 +53,7 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
       FedLPError: bad input, or a round that does not fit the memory.
     """
     budget = check_number("seconds", seconds, gt=0)
-    timed = Rounds(**_of_rounds(arguments))
+    timed = Rounds(**of_rounds(arguments))
     run, count = timed.run, _rounds_of_turn(timed, budget / _TURNS)
     turns = [timed(range(1, 1 + count)) / count for _ in range(_TURNS)]
     assert run.program is not None
@@ -94,7 +94,7 @@ def measure_pace(arguments: Mapping[str, Any], seconds: float = 5.0) -> tuple[Pa
       FedLPError: bad input, or a round that does not fit the memory.
     """
     budget = check_number("seconds", seconds, gt=0)
-    settings = _of_rounds(arguments)
+    settings = of_rounds(arguments)
     whole = Rounds(**settings)
     devices = whole.run.plan.devices or 1
     timed = [whole]
@@ -129,7 +129,8 @@ def pace_between(seconds: Sequence[float], steps: Sequence[float]) -> Pace:
     return Pace(slope, seconds[0] - slope * steps[0])
 
 
-def _of_rounds(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def of_rounds(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `simulate` that `Simulation` takes, but for the number of rounds."""
     ignored = ("rounds", "eval_every", "early_stop")
     return {key: value for key, value in arguments.items() if key not in ignored}
 
