@@ -1,41 +1,65 @@
-"""Everything on one host, small to large, in ten minutes: for a GPU or TPU, but runs anywhere.
+"""What this host does with the four workloads, in ten minutes: for a GPU or TPU, runs anywhere.
 
     python -m benchmarks.accelerator [--json FILE] [--minutes 10] [--smoke]
 
 It needs the package (`pip install -e .`) and jax for the accelerator (`pip install 'jax[cuda13]'`),
-but no data. A CPU runs smaller sizes.
+but no data. With PyTorch for CUDA it also compares with CUDA graphs. A CPU runs smaller sizes.
 
-Cells are measured one after another: the peak of matrix products by precision, and the bandwidth;
-the four workloads; activations in bfloat16; clients vmapped at once; cohorts up to 4,096; the
-masked mean; a population of a million; the levels of FedLP-Hetero; precisions of products. They run
-in a separate process, which is killed when a cell takes too long. A cell that runs out of memory
-costs only that cell, and FILE is complete after every cell.
+Cells are measured one after another, in parts that share the time: the ceilings of the hardware;
+the workloads at their own cohorts, beside naive JAX and PyTorch; 100 to 4,096 clients at once;
+equality with a CPU, and what changes the price of a step, one by one: kernels that repeat, options
+of XLA, uneven clients, levels, precision. What a part leaves of its time goes to the next; cells
+that a part had no time for come last. Cells run in a separate process, which is killed when a cell
+takes too long; another starts for other flags of XLA. A cell that is killed or does not fit is
+measured again on a smaller size. Every cell ends as a row with `result`, `error` or `skipped`, and
+FILE is complete after each.
 
-"share of peak" is the rate of floating-point operations as written (see benchmarks.roofline) over
-the peak measured at the same precision: MFU. Programs are those of `fl.setup`, which repeat to the
-bit; XLA_FLAGS=--xla_gpu_deterministic_ops=true runs the kernels that XLA takes without timing.
+"of the floor" is the time in which the memory traffic of the step, as XLA counts it in the compiled
+program (see benchmarks.kernels), passes at the measured bandwidth, over the measured time. "of the
+peak" is the rate of operations as written over the peak of products at the same precision. Goals
+are those of an H200 with 4,250 GB/s, in the proportion of the measured bandwidth.
 """
 
 from __future__ import annotations
 
+import collections
 import json
+import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import command
+from benchmarks import command, goals
+from fedlp_jax.execution.plan import GPU_KERNELS
 
 Cell = dict[str, Any]
+Row = dict[str, Any]  # "cell", "seconds", and "result", "error" or "skipped"
 
 _ROOT = Path(__file__).parents[1]
 _WORKER = (sys.executable, "-m", "benchmarks.cells")
 _CELL_SECONDS = 120.0
-_PRECISIONS = ("default", "float32", "tensorfloat32", "bfloat16")  # of matrix products
+_LEAST_SECONDS = 20.0  # of a cell, if its part has them
+_SPARED_SECONDS = 5.0  # for each cell to come
+_FEW = 8  # clients where a workload's own cohort is too much
 _MEBIBYTE = 2**20
+# Keys of a cell that concern its process: words for XLA_FLAGS, and a value for JAX_PLATFORMS.
+_PROCESS = ("flags", "platform")
+_FIXED, _TUNED = (f"{GPU_KERNELS[name]}=true" for name in ("fixed", "tuned"))
+_ANY = " ".join(f"{flag}=false" for flag in GPU_KERNELS.values())
+_SMALL_GRAPHS = "--xla_gpu_graph_min_graph_size=1"
+_CONCURRENT = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS"
+
+
+class Part(NamedTuple):
+    """Cells that share some of the time, the most informative first."""
+
+    name: str
+    share: float  # of the time that is left when it begins
+    cells: Sequence[Cell]
 
 
 def main() -> None:
@@ -44,132 +68,238 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything together")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    rows: list[dict[str, Any]] = []
-    for row in measure(cells_for(options.smoke), deadline):
+    rows: list[Row] = []
+    for row in measure(options.smoke, deadline):
         rows.append(row)
-        _add_share_of_peak(rows)
+        goals.add_shares(rows)
         print(_line(row), flush=True)
         if options.json:
             where = rows[0].get("result", {})
-            command.save(options.json, {"minutes": options.minutes, "cells": rows[1:]} | where)
+            found = {"minutes": options.minutes, "goals": goals.reached(rows), "cells": rows[1:]}
+            command.save(options.json, found | where)
+    for goal in goals.reached(rows):
+        print(f"goal: {goals.in_words(goal)}")
+    for row in rows:
+        if "result" not in row:
+            print(f"not measured: {_name(row['cell'])}: {row.get('error') or row['skipped']}")
 
 
-def cells_for(smoke: bool) -> Iterator[Cell]:
-    """The cells, small to large; `send` the platform to get the second and later ones."""
-    platform = yield {"kind": "environment"}
+def parts_for(platform: str, smoke: bool = False) -> list[Part]:
+    """What is measured on a "cpu", or on an accelerator."""
     if smoke:
-        yield from _smoke_cells()
-    elif platform == "cpu":
-        yield from _cpu_cells()
-    else:
-        yield from _accelerator_cells()
+        return [Part("all", 1.0, _smoke_cells())]
+    if platform == "cpu":
+        return [Part("all", 1.0, _cpu_cells())]
+    parts = [
+        Part("ceilings", 0.1, _ceilings()),
+        Part("own cohorts", 0.28, _own_cohorts()),  # a quarter of everything
+        Part("lanes", 0.35, _lanes()),
+        Part("arms", 1.0, _arms()),
+    ]
+    if platform == "gpu":
+        return parts
+    return [
+        part._replace(cells=[cell for cell in part.cells if not {*_PROCESS} & {*cell}])
+        for part in parts
+    ]
 
 
-def _smoke_cells() -> Iterator[Cell]:
-    yield {"kind": "peak", "precision": "bfloat16", "smoke": True}
-    yield {"kind": "fill", "gibibytes": 2**20}  # a pebibyte: the next cell must still run
-    yield {"kind": "rounds", "workload": "W2", "steps": 1, "cohort": 2, "precision": "bfloat16"}
+def _smoke_cells() -> list[Cell]:
+    few = {"kind": "rounds", "workload": "W2", "steps": 1, "cohort": 2}
+    return [
+        {"kind": "peak", "precision": "bfloat16", "smoke": True},
+        {"kind": "bandwidth", "smoke": True},
+        {"kind": "fill", "gibibytes": 2**20},  # a pebibyte: the next cell must still run
+        few | {"dtype": "bfloat16"},
+        few | {"uneven": True, "flags": _FIXED},
+    ]
 
 
-def _cpu_cells() -> Iterator[Cell]:
-    yield {"kind": "peak", "precision": "default"}
-    yield {"kind": "bandwidth"}
-    for workload in ("W2", "W3", "W4", "W1"):
-        yield {"kind": "rounds", "workload": workload, "steps": 5}
-    for width in (1, 4, 16):
-        yield {"kind": "rounds", "workload": "W2", "steps": 5, "cohort": 32, "width": width}
-    for cohort in (16, 64, 256):
-        yield {"kind": "rounds", "workload": "W3", "steps": 2, "cohort": cohort}
-    yield {"kind": "masked mean", "model": "MLP", "cohort": 10}
-    yield {"kind": "levels", "model": "stairs", "steps": 5}
-    yield {"kind": "population", "clients": 100_000}
-
-
-def _accelerator_cells() -> Iterator[Cell]:
-    """The most informative cells come first, because time may run out."""
-    for precision in _PRECISIONS:
-        yield {"kind": "peak", "precision": precision}
-    yield {"kind": "bandwidth"}
-    for workload, steps in (("W1", 50), ("W2", 60), ("W3", 6), ("W4", 5)):
-        yield {"kind": "rounds", "workload": workload, "steps": steps}
+def _cpu_cells() -> list[Cell]:
     few = {"kind": "rounds", "steps": 5}
-    yield few | {"workload": "W1", "cohort": 256, "dtype": "bfloat16"}
-    for workload in ("W1", "W3"):
-        for width in (256, 32, 8):  # 128 is the default
-            yield few | {"workload": workload, "cohort": 256, "width": width}
-    for workload in ("W1", "W3"):
-        for cohort in (256, 1024, 4096, 64):
-            yield few | {"workload": workload, "cohort": cohort}
-    for model, cohort in (("MLP", 100), ("reference CNN", 1000), ("wide MLP", 100)):
-        yield {"kind": "masked mean", "model": model, "cohort": cohort}
-    yield {"kind": "population", "clients": 1_000_000}
-    yield {"kind": "levels", "model": "reference CNN", "steps": 5}
-    for workload in ("W1", "W3"):
-        for precision in ("float32", "tensorfloat32"):
-            yield few | {"workload": workload, "cohort": 256, "precision": precision}
-    for workload in ("W1", "W3"):
-        large = {"cohort": 4096, "width": 1024, "dtype": "bfloat16"}
-        yield few | {"workload": workload} | large
+    return [
+        {"kind": "peak", "precision": "default"},
+        {"kind": "bandwidth"},
+        *(few | {"workload": name} for name in ("W2", "W3", "W4", "W1")),
+        *(few | {"workload": "W2", "cohort": 32, "width": width} for width in (1, 4, 16)),
+        *(few | {"workload": "W3", "cohort": cohort} for cohort in (16, 64, 256)),
+        few | {"workload": "W2", "uneven": True},
+        {"kind": "masked mean", "model": "MLP", "cohort": 10},
+        {"kind": "levels", "model": "stairs", "steps": 5, "cohort": 20},
+    ]
+
+
+def _ceilings() -> list[Cell]:
+    return [{"kind": "bandwidth"}] + [
+        {"kind": "peak", "precision": precision} for precision in ("default", "bfloat16")
+    ]
+
+
+_STEPS = {"W2": 60, "W3": 6, "W1": 50, "W4": 5}  # of a client in the workload itself
+
+
+def _own_cohorts() -> list[Cell]:
+    """Each workload as it is, then PyTorch, whose process leaves the memory to itself."""
+    ours_and_naive = [
+        {"kind": kind, "workload": name, "steps": steps}
+        for name, steps in _STEPS.items()
+        for kind in ("rounds", "naive")
+    ]
+    torch = {"kind": "torch graphs", "graphs": 10, "platform": "cpu"}
+    return ours_and_naive + [torch | {"workload": w, "steps": n} for w, n in _STEPS.items()]
+
+
+def _lanes() -> list[Cell]:
+    return [
+        {"kind": "rounds", "workload": name, "steps": 5, "cohort": lanes, "width": lanes}
+        for lanes in (100, 1024, 4096)
+        for name in ("W1", "W2", "W3", "W4")
+    ]
+
+
+def _arms() -> list[Cell]:
+    """Each changes one thing of a workload at its own cohort, or of 100 clients."""
+    small, large = ({"kind": "rounds", "workload": w, "steps": _STEPS[w]} for w in ("W2", "W1"))
+    levels = {"kind": "levels", "model": "reference CNN", "steps": 5, "cohort": 100}
+    return [
+        *({"kind": "equality", "workload": name} for name in ("W2", "W1", "W4")),
+        *(arm | {"flags": flags} for flags in (_FIXED, _ANY, _TUNED) for arm in (small, large)),
+        levels,
+        *(arm | {"uneven": True} for arm in (small, large)),
+        small | {"rounds_at_once": 16},
+        *({"kind": "sweep", "workload": "W2", "runs": runs, "rounds": 30} for runs in (1, 10)),
+        large | {"dtype": "bfloat16"},
+        *(arm | {"flat": True} for arm in (small, large)),
+        small | {"flags": _SMALL_GRAPHS},
+        large | {"flags": _SMALL_GRAPHS},
+        small | {"flags": _CONCURRENT},
+        levels | {"flags": _CONCURRENT},
+        {"kind": "masked mean", "model": "reference CNN", "cohort": 1000},
+    ]
 
 
 def measure(
-    cells: Iterator[Cell],
+    smoke: bool,
     deadline: float,
     limit: float = _CELL_SECONDS,
     worker: Sequence[str] = _WORKER,
-) -> Iterator[dict[str, Any]]:
+    parts: Sequence[Part] | None = None,
+) -> Iterator[Row]:
     """Measures cells one after another; a failed cell does not stop the others.
 
     Args:
-      cells: the first reports the platform, which is then sent to the generator.
-      deadline: on `time.monotonic`; later cells are skipped.
-      limit: seconds for a cell, including the start of its process; the first gets twice as many.
+      smoke: tiny sizes.
+      deadline: on `time.monotonic`; what was not measured by then is skipped.
+      limit: seconds for a cell, including the start of its process; the first, which reports the
+        host, gets twice as many.
       worker: command that answers each line with a line.
-
-    Yields:
-      For each cell a dictionary with `cell`, `seconds`, and `result`, `error` or `skipped`.
+      parts: in place of those for the platform that the first cell reports.
     """
-    process: Worker | None = None
-    cell, platform = next(cells), None
+    workers = Workers(worker)
     try:
-        while True:
-            row: dict[str, Any] = {"cell": cell}
-            begin = time.monotonic()
-            if deadline <= begin:
-                row["skipped"] = "no time was left"
-            else:
-                process = process or Worker(worker)
-                # The first cell waits for jax to find its devices.
-                patience = limit if platform else 2 * limit
-                row |= process.ask(cell, min(patience, deadline - begin))
-                if "error" in row:
-                    process.end()  # frees its memory on the accelerator
-                    process = None
-            row["seconds"] = time.monotonic() - begin
-            if platform is None:
-                platform = row.get("result", {}).get("device", {}).get("platform", "cpu")
-            yield row
-            cell = cells.send(platform)
-    except StopIteration:
-        pass
+        first = workers.row({"kind": "environment"}, min(2 * limit, deadline - time.monotonic()))
+        yield first
+        platform = first.get("result", {}).get("device", {}).get("platform", "cpu")
+        late: list[Cell] = []  # their part had no time for them
+        for part in parts or parts_for(platform, smoke):
+            now = time.monotonic()
+            end = now + part.share * (deadline - now)
+            late += yield from _part(part.cells, end, limit, workers)
+        for cell in (yield from _part(late, deadline, limit, workers)):
+            yield {"cell": cell, "seconds": 0.0, "skipped": "no time was left"}
     finally:
-        if process is not None:
-            process.end()
+        workers.end()
+
+
+def _part(
+    cells: Sequence[Cell], end: float, limit: float, workers: Workers
+) -> Generator[Row, None, list[Cell]]:
+    """Measures cells until `end`; returns those that it had no time for."""
+    waiting, asked = collections.deque(cells), list(cells)
+    least = _LEAST_SECONDS
+    while waiting:
+        left = end - time.monotonic()
+        if left < min(_LEAST_SECONDS, limit):
+            break
+        cell = waiting.popleft()
+        fair = max(left - _SPARED_SECONDS * len(waiting), least)
+        row = workers.row(cell, min(limit, left, fair))
+        yield row
+        late = "no answer" in row.get("error", "")
+        least = max(_LEAST_SECONDS, 2 * row["seconds"] if late else 0.0)
+        again = smaller(cell, late) if "error" in row else None
+        if again is not None and again not in asked:
+            waiting.appendleft(again)
+            asked.append(again)
+    return list(waiting)
+
+
+def smaller(cell: Cell, late: bool) -> Cell | None:
+    """A quarter of the clients of a cell that failed; None = there is no such cell.
+
+    Args:
+      cell: what failed.
+      late: it was killed, probably while it compiled; XLA then takes kernels without timing them.
+    """
+    if cell["kind"] not in ("rounds", "naive", "levels"):
+        return None
+    sizes = {key: -(-cell[key] // 4) for key in ("cohort", "width") if key in cell}
+    sizes = sizes or {"cohort": _FEW}
+    if sizes["cohort"] < 2:
+        return None
+    return cell | sizes | ({"flags": cell.get("flags", _FIXED)} if late else {})
+
+
+class Workers:
+    """The process that measures: one at a time, another for other flags or after an error."""
+
+    def __init__(self, words: Sequence[str]):
+        self._words = words
+        self._process: Worker | None = None
+        self._settings: dict[str, str] = {}
+
+    def row(self, cell: Cell, seconds: float) -> Row:
+        """The row of a cell, which may take so long, the start of a process included."""
+        begin = time.monotonic()
+        settings = {key: cell[key] for key in _PROCESS if key in cell}
+        if settings != self._settings:
+            self.end()
+        if self._process is None:
+            self._process, self._settings = Worker(self._words, **settings), settings
+        answer = self._process.ask(cell, seconds)
+        if "error" in answer:
+            self.end()  # frees its memory on the accelerator
+        return {"cell": cell, **answer, "seconds": time.monotonic() - begin}
+
+    def end(self) -> None:
+        """Kills the process, if there is one."""
+        if self._process is not None:
+            self._process.end()
+        self._process = None
 
 
 class Worker:
-    """The process that measures."""
+    """A process that measures."""
 
-    def __init__(self, words: Sequence[str]):
+    def __init__(self, words: Sequence[str], flags: str = "", platform: str | None = None):
+        xla = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+            env=os.environ
+            | {"XLA_FLAGS": xla}
+            | ({} if platform is None else {"JAX_PLATFORMS": platform}),
         )
 
     def ask(self, cell: Cell, seconds: float) -> dict[str, Any]:
         """Its answer to a cell, or an error."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        words = {key: value for key, value in cell.items() if key not in _PROCESS}
         try:
-            self.process.stdin.write(json.dumps(cell) + "\n")
+            self.process.stdin.write(json.dumps(words) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended; reading says so
@@ -190,27 +320,16 @@ class Worker:
             pipe.close()
 
 
-def _add_share_of_peak(rows: list[dict[str, Any]]) -> None:
-    """Divides the last row's rate by the peak of its precision, if both were measured."""
-    cell, result = rows[-1]["cell"], rows[-1].get("result")
-    if cell["kind"] != "rounds" or result is None:
-        return
-    for row in rows:
-        precision = cell.get("dtype") or cell.get("precision", "default")
-        same = row["cell"].get("precision") == precision
-        if row["cell"]["kind"] == "peak" and same and "result" in row:
-            peak = row["result"]["flop_per_second"]
-            rates = result["flop_per_second"].items()
-            result["share_of_peak"] = {name: rate / peak for name, rate in rates}
+def _name(cell: Cell) -> str:
+    words = (f"{key}={value}" for key, value in cell.items() if key not in ("kind", "smoke"))
+    return " ".join([cell["kind"], *words])
 
 
-def _line(row: dict[str, Any]) -> str:
-    words = " ".join(f"{k}={v}" for k, v in row["cell"].items() if k not in ("kind", "smoke"))
-    name = f"{row['cell']['kind']} {words}"
-    return f"{row['seconds']:6.1f} s  {name:70} {_result_in_words(row)}"
+def _line(row: Row) -> str:
+    return f"{row['seconds']:6.1f} s  {_name(row['cell']):70} {_result_in_words(row)}"
 
 
-def _result_in_words(row: dict[str, Any]) -> str:
+def _result_in_words(row: Row) -> str:
     if "result" not in row:
         return str(row.get("error") or row["skipped"])
     kind, result = row["cell"]["kind"], row["result"]
@@ -222,21 +341,31 @@ def _result_in_words(row: dict[str, Any]) -> str:
     if kind == "bandwidth":
         return f"{result['bytes_per_second'] / 1e9:.1f} GB/s"
     if kind == "rounds":
-        share = result.get("share_of_peak", {}).get("written")
-        return (
-            f"{result['measured_ms_per_client_step']['median']:.4f} ms a client-step, "
-            f"compiled in {result['compile_seconds']:.1f} s, "
-            f"{result['compiled_bytes']['temporary'] / _MEBIBYTE:.0f} MiB"
-            + (f", {share:.1%} of peak" if share is not None else "")
-        )
+        return _rounds_in_words(result)
+    if kind in ("naive", "torch graphs", "sweep"):
+        return f"{goals.milliseconds(row):.4f} ms a client-step"
+    if kind == "equality":
+        return f"{result['difference']:.1e} of the update apart"
     if kind == "masked mean":
         return f"{result['ours_of_copy']:.0%} of a copy's speed"
     if kind == "levels":
-        ratios = (m["ratio_to_sum_of_levels"] for m in result["mixtures"].values())
-        return "over the sum of levels: " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    if kind == "population":
-        return f"{result[-1]['ratio_to_smallest']:.2f} of a small population's time"
+        ratios = (f"{k} {m['ratio_to_fedavg']:.2f}" for k, m in result["mixtures"].items())
+        return "over FedAvg: " + ", ".join(ratios)
     return "done"
+
+
+def _rounds_in_words(result: dict[str, Any]) -> str:
+    step, shares = result["step"], result.get("shares", {})
+    return ", ".join(
+        [
+            f"{result['measured_ms_per_client_step']['median']:.4f} ms a client-step",
+            f"{step['kernels_a_step']} kernels a step",
+            *(f"{share:.1%} of the {name}" for name, share in shares.items()),
+            f"compiled in {result['compile_seconds']:.1f} s",
+            f"{result['compiled_bytes']['temporary'] / _MEBIBYTE:.0f} MiB",
+            "same bits again" if result["digest"] == result["digest_again"] else "OTHER BITS again",
+        ]
+    )
 
 
 if __name__ == "__main__":

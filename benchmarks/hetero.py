@@ -78,6 +78,7 @@ def measure(
     steps: int,
     heads: Any,
     repeats: int,
+    cohort: int | None = None,
     smoke: bool = False,
 ) -> dict[str, Any]:
     """Times every depth, every mixture and FedAvg; they alternate, round by round.
@@ -88,12 +89,13 @@ def measure(
       steps: S, of each client in a round.
       heads: as in `fl.fedlp_hetero`.
       repeats: timed rounds of each contender.
+      cohort: C; None = ten full chunks of clients on every device.
       smoke: read the ceilings of the hardware from tiny arrays.
     """
     depths = module.depth
-    full = resolve(None, 10**6)
+    full = resolve(None, cohort or 10**6)
     devices, width = full.devices or 1, full.width or 1
-    cohort = _CHUNKS * width * devices
+    cohort = cohort or _CHUNKS * width * devices
     data = _dataset(image, cohort * depths)
     clients = fl.partition.iid(data.train.labels, clients=cohort * depths, seed=0)
     task = fl.classification(module)
@@ -108,6 +110,7 @@ def measure(
         clients,
         cohort=lambda *_: chosen,
     )
+    width = hetero.run.plan.width or 1
 
     def of(counts: np.ndarray) -> Callable[[], float]:
         def once() -> float:

@@ -35,8 +35,10 @@ def module(workload: Workload) -> nn.Module:
 def optimizer(workload: Workload) -> optax.GradientTransformation:
     """The client optimizer."""
     if workload.optimizer == "adam":
-        return optax.adam(workload.learning_rate)
-    return optax.sgd(workload.learning_rate, workload.momentum or None)
+        chosen = optax.adam(workload.learning_rate)
+    else:
+        chosen = optax.sgd(workload.learning_rate, workload.momentum or None)
+    return optax.flatten(chosen) if workload.flat else chosen
 
 
 def dataset(workload: Workload) -> fl.Dataset:

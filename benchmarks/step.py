@@ -59,19 +59,32 @@ def cost(
     batch = _batch(image, batch_size)
     variables = jax.eval_shape(task.init, jax.random.key(0), batch)
     params = flatten_dict(variables["params"])
-    products = {"/".join(path[:-1]) for path in params if path[-1] == "kernel"}
-    counts = forward_macs(task, variables, _batch(image, 1))
-    macs = [count for name, count in counts.items() if name in products]  # in the order computed
     size = sum(math.prod(x.shape) for x in params.values())
     state = jax.eval_shape(optimizer.init, variables["params"])
     slots = sum(math.prod(x.shape) for x in jax.tree.leaves(state)) // size
     return StepCost(
-        macs=sum(macs),
-        written=2.0 * batch_size * (3 * sum(macs) - macs[0]),
+        macs=sum(_macs(task, variables, image)),
+        written=written(module, image, batch_size),
         lowered=_lowered(task, optimizer, variables, state, batch),
         activation_bytes=float(_FLOAT * _ACTIVATION_PASSES * _outputs(module, variables, batch)),
         parameter_bytes=float(_FLOAT * size * (_PARAMETER_PASSES + _PASSES_OF_A_SLOT * slots)),
     )
+
+
+def written(module: nn.Module, image: tuple[int, ...], batch_size: int) -> float:
+    """Operations of a step as written, see `StepCost`; the arguments are those of `cost`."""
+    task = fl.classification(module)
+    variables = jax.eval_shape(task.init, jax.random.key(0), _batch(image, batch_size))
+    macs = _macs(task, variables, image)
+    return 2.0 * batch_size * (3 * sum(macs) - macs[0])
+
+
+def _macs(task: fl.Task, variables: Variables, image: tuple[int, ...]) -> list[int]:
+    """Of each layer's products, one example, forward, in the order computed."""
+    params = flatten_dict(variables["params"])
+    products = {"/".join(path[:-1]) for path in params if path[-1] == "kernel"}
+    counts = forward_macs(task, variables, _batch(image, 1))
+    return [count for name, count in counts.items() if name in products]
 
 
 def _batch(image: tuple[int, ...], rows: int) -> Batch:

@@ -31,6 +31,7 @@ class Workload:
     batch_size: int = 10
     image: tuple[int, ...] = (32, 32, 3)
     dtype: str | None = None  # of activations, if the model has a choice; None = float32
+    flat: bool = False  # the optimizer sees all parameters as one vector
 
     @property
     def steps(self) -> int:

@@ -26,7 +26,9 @@ from benchmarks import (
     dense,
     family,
     frozen,
+    goals,
     hetero,
+    kernels,
     language,
     memory,
     paper,
@@ -41,6 +43,7 @@ from benchmarks import (
     tuning,
     widths,
 )
+from benchmarks.timing import rounds_of
 from benchmarks.workloads import WORKLOADS, made_up, smoke
 
 pytestmark = pytest.mark.slow  # each test starts a whole command
@@ -452,14 +455,19 @@ def test_compile(run):
 
 
 def test_accelerator_goes_on_after_a_cell_without_memory(run):
-    peak, fill, rounds = run(accelerator)["cells"]
+    peak, bandwidth, fill, rounds, uneven = run(accelerator)["cells"]
     assert peak["result"]["flop_per_second"] > 0
     assert "RESOURCE_EXHAUSTED" in fill["error"] and "result" not in fill
-    result = rounds["result"]
-    assert is_spread(result["measured_ms_per_client_step"])
-    assert result["share_of_peak"]["written"] == (
-        result["flop_per_second"]["written"] / peak["result"]["flop_per_second"]
-    )
+    for row in (rounds, uneven):  # of two processes
+        result = row["result"]
+        assert is_spread(result["measured_ms_per_client_step"])
+        assert result["digest"] == result["digest_again"]
+        seconds = result["measured_ms_per_client_step"]["median"] / 1e3
+        floor = result["step"]["bytes_a_client_step"] / bandwidth["result"]["bytes_per_second"]
+        assert result["shares"]["floor"] == pytest.approx(floor / seconds)
+    share = rounds["result"]["written_flop"] / peak["result"]["flop_per_second"]
+    seconds = rounds["result"]["measured_ms_per_client_step"]["median"] / 1e3
+    assert rounds["result"]["shares"]["peak"] == pytest.approx(share / seconds)
 
 
 # Answers with the cell it was asked for and its own process; a shell, which starts at once.
@@ -467,24 +475,27 @@ _FAKE = r"""
 while read -r cell; do
   case "$cell" in
     *die*) kill -9 $$ ;;
-    *hang*) exec sleep 600 ;;
+    *hang*|*4096*) exec sleep 600 ;;
   esac
-  echo "{\"result\": {\"cell\": $cell, \"process\": $$}}"
+  echo "{\"result\": {\"cell\": $cell, \"process\": $$, \"flags\": \"$XLA_FLAGS\"}}"
 done
 """
 
 
-def measured(kinds, seconds):
-    def wanted():
-        for kind in kinds:
-            yield {"kind": kind}
-
+def measured(*parts, seconds=60, limit=2.0):
+    """The rows after the first, which is the environment's."""
+    wanted = [accelerator.Part("", share, cells) for share, cells in parts]
     deadline = time.monotonic() + seconds
-    return list(accelerator.measure(wanted(), deadline, limit=2.0, worker=["sh", "-c", _FAKE]))
+    rows = accelerator.measure(False, deadline, limit, ["sh", "-c", _FAKE], wanted)
+    return list(rows)[1:]
+
+
+def named(*kinds):
+    return [{"kind": kind} for kind in kinds]
 
 
 def test_accelerator_goes_on_after_a_cell_that_kills_or_hangs():
-    rows = measured(["a", "b", "die", "c", "hang", "d"], seconds=60)
+    rows = measured((1.0, named("a", "b", "die", "c", "hang", "d")))
     assert [row["cell"]["kind"] for row in rows] == ["a", "b", "die", "c", "hang", "d"]
     said = [row.get("error") or row["result"]["cell"]["kind"] for row in rows]
     assert said == ["a", "b", "the process ended with code -9", "c", "no answer within 2 s", "d"]
@@ -494,27 +505,151 @@ def test_accelerator_goes_on_after_a_cell_that_kills_or_hangs():
 
 def test_accelerator_keeps_to_its_time():
     begin = time.monotonic()
-    rows = measured(["hang", "b", "c"], seconds=1)
+    rows = measured((1.0, named("hang", "b", "c")), seconds=3)
     assert time.monotonic() - begin < 10
     assert "no answer" in rows[0]["error"]
     assert [row.get("skipped") for row in rows[1:]] == ["no time was left"] * 2
 
 
+def test_cells_without_time_in_their_part_come_last():
+    rows = measured((0.3, named("hang", "hang too", "a")), (0.5, named("b")), seconds=10)
+    kinds = [row["cell"]["kind"] for row in rows]
+    assert kinds == ["hang", "b", "hang too", "a"]
+
+
+def test_a_cell_that_takes_too_long_is_measured_again_on_less():
+    large = {"kind": "rounds", "workload": "W4", "cohort": 4096, "width": 4096}
+    first, second, third = measured((1.0, [large, *named("a")]))
+    assert "no answer" in first["error"] and third["cell"]["kind"] == "a"
+    assert second["cell"]["cohort"] == second["cell"]["width"] == 1024
+    assert "deterministic" in second["result"]["flags"]  # which compiles in less time
+    assert second["result"]["cell"] == {"kind": "rounds", "workload": "W4"} | {
+        "cohort": 1024,
+        "width": 1024,
+    }
+
+
+def test_cells_become_smaller_until_nothing_is_left():
+    cell, cohorts = {"kind": "rounds", "workload": "W1"}, []
+    while cell := accelerator.smaller(cell, late=False):
+        cohorts.append(cell["cohort"])
+    assert cohorts == [8, 2]
+    assert accelerator.smaller({"kind": "peak"}, late=True) is None
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_every_cell_names_a_measurement_and_its_arguments(platform):
-    wanted = accelerator.cells_for(smoke=False)
-    found = [next(wanted)]
-    while True:
-        try:
-            found.append(wanted.send(platform))
-        except StopIteration:
-            break
+    parts = accelerator.parts_for(platform)
+    found = [cell for part in parts for cell in part.cells]
     assert len(found) > 10
     for cell in found:
-        names = cells.KINDS[cell["kind"]].__code__.co_varnames
-        assert set(cell) - {"kind"} <= set(names)
+        code = cells.KINDS[cell["kind"]].__code__
+        names = code.co_varnames[: code.co_argcount]
+        assert set(cell) - {"kind", "flags", "platform"} <= set(names)
+    assert platform == "gpu" or not any("flags" in cell for cell in found)
     cohorts = [cell.get("cohort", 0) for cell in found]
     assert max(cohorts) == (256 if platform == "cpu" else 4096)
+
+
+def timed(milliseconds, kind="rounds", digests=("a", "a"), **cell):
+    times = {"median": milliseconds}
+    result = {"measured_ms_per_client_step": times, "digest": digests[0]}
+    return {
+        "cell": {"kind": kind} | cell,
+        "result": result | {"digest_again": digests[1]},
+    }
+
+
+def test_goals_stand_beside_what_was_measured():
+    host = {"cell": {"kind": "environment"}, "result": {"device": {"platform": "gpu"}}}
+    slow = {"cell": {"kind": "bandwidth"}, "result": {"bytes_per_second": 4250e9 / 2}}
+    rows = [
+        host,
+        slow,
+        timed(0.02, workload="W2", steps=60),
+        timed(0.01, workload="W2", steps=60, flat=True),  # another program
+        timed(0.04, "naive", workload="W2", steps=60),
+        timed(0.03, workload="W1", cohort=256, width=256, digests=("b", "c")),
+        {"cell": {"kind": "naive", "workload": "W1"}, "error": "no answer within 9 s"},
+    ]
+    found = {goal["what"]: (goal["goal"], goal["measured"]) for goal in goals.reached(rows)}
+    assert found["W2, own cohort, ms a client-step"] == (0.022, 0.02)  # half the bandwidth
+    assert found["W2, over naive JAX"] == (1.0, 0.5)
+    assert found["W2, over torch's graphs"] == (0.4, None)
+    assert found["W1, 100 lanes or more, ms a client-step"] == (0.056, 0.03)
+    assert found["W1, over naive JAX"][1] is None
+    assert found["the paper's table, modelled from W1's steps, s"][1] == pytest.approx(405)
+    assert found["programs with other bits the second time"] == (0, 1)
+    said = [goals.in_words(goal) for goal in goals.reached(rows)]
+    assert "W2, over naive JAX: 0.5, at most 1: reached" in said
+    assert "W3, over naive JAX: at most 1; not measured" in said
+    assert goals.reached(rows[1:]) == []  # a CPU has none
+
+
+# A loop of two kernels, one of which slices a large array, and a call of another; a CPU's text.
+_HLO = """HloModule rounds
+
+%sliced (a: f32[100,8], i: s32[]) -> f32[1,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+%called (x: f32[1,8], y: f32[8,8]) -> f32[1,8] {
+  %x = f32[1,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  ROOT %product = (f32[1,8]{1,0}, s8[4096]{0}) custom-call(%x, %y), custom_call_target="gemm"
+}
+
+%body (carry: (s32[], f32[100,8], f32[8,8])) -> (s32[], f32[100,8], f32[8,8]) {
+  %carry = (s32[], /*index=1*/f32[100,8]{1,0}, f32[8,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%carry), index=0
+  %all = f32[100,8]{1,0} get-tuple-element(%carry), index=1
+  %w = f32[8,8]{1,0} get-tuple-element(%carry), index=2
+  %row = f32[1,8]{1,0} fusion(%all, %n), kind=kLoop, calls=%sliced
+  %call = (f32[1,8]{1,0}, s8[4096]{0}) call(%row, %w), to_apply=%called
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  ROOT %new = (s32[], f32[100,8]{1,0}, f32[8,8]{1,0}) tuple(%next, %all, %w)
+}
+
+%condition (carry.1: (s32[], f32[100,8], f32[8,8])) -> pred[] {
+  %carry.1 = (s32[], f32[100,8]{1,0}, f32[8,8]{1,0}) parameter(0)
+  %m = s32[] get-tuple-element(%carry.1), index=0
+  %most = s32[] constant(5)
+  ROOT %less = pred[] compare(%m, %most), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[100,8], f32[8,8])) -> (s32[], f32[100,8], f32[8,8]) {
+  %start = (s32[], f32[100,8]{1,0}, f32[8,8]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[100,8], f32[8,8]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_kernels_of_a_loop_and_their_bytes():
+    found = kernels.step(_HLO)
+    assert found.kernels == {"fusion": 1, "custom-call": 1, "add": 1}
+    row, product, add = (32 + 4) + 32, (32 + 256) + 32, 12
+    assert found.bytes == row + product + add
+    assert sum(kernels.whole(_HLO).kernels.values()) == 4  # and the comparison
+    with pytest.raises(ValueError, match="no loop"):
+        kernels.step("HloModule m\n\nENTRY %main () -> s32[] {\n  ROOT %x = s32[] constant(0)\n}")
+
+
+def test_kernels_pass_as_many_bytes_as_xla_counts(run):
+    chosen = dataclasses.replace(smoke(WORKLOADS["W2"]), cohort=2)
+    program = rounds_of(chosen, fl.Plan(devices=1, width=2)).run.program.round
+    found = kernels.whole(program.as_text())
+    assert found.bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.02)
+
+
+def test_kernels(run):
+    row = run(kernels)["workloads"]["W2"]
+    assert row["kernels_a_step"] == sum(row["kernels_by_kind"].values()) > 20
+    # Parameters, gradients and momentum pass memory at least once each.
+    assert row["bytes_a_client_step"] > 3 * 4 * 494_762
 
 
 def test_a_cell_that_fails_is_a_sentence(run):
@@ -522,6 +657,22 @@ def test_a_cell_that_fails_is_a_sentence(run):
     assert answer == {
         "error": "FedLPError: plan.width=0 must be a whole number of at least 1, or None."
     }
+
+
+def test_other_contenders_are_timed_on_the_same_rounds(run):
+    result = cells.naive("W2", 1, 2)
+    assert is_spread(result["measured_ms_per_client_step"]) and result["compile_seconds"] > 0
+
+
+def test_an_update_is_compared_with_that_of_a_cpu(run):
+    assert cells.equality("W2", 1, 2)["difference"] < 1e-5
+    with pytest.raises(ArithmeticError, match="by 0.5 of its length, and 0.01 is allowed"):
+        cells.apart(np.float32([1, 0]), np.float32([2, 0]))
+
+
+def test_seeds_side_by_side_are_timed(run, monkeypatch):
+    monkeypatch.setitem(cells.WORKLOADS, "W2", smoke(WORKLOADS["W2"]))
+    assert is_spread(cells.sweep("W2", 2, 1)["measured_ms_per_client_step"])
 
 
 def test_the_cells_that_other_commands_measure(run):
