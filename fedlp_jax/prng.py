@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     NOISE = 15
     UPLOAD = 16
     UNITS = 17
+    DOWNLOAD = 18
 
 
 def root_key(seed: int) -> Array:

@@ -37,7 +37,7 @@ from fedlp_jax.execution.packing import Packed, pack, unpack
 from fedlp_jax.nn.gated import Gate
 from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
-from fedlp_jax.pruning.masks import MaskPolicy
+from fedlp_jax.pruning.masks import MaskPolicy, always
 from fedlp_jax.pruning.submodels import Submodel, Submodels
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import (
@@ -86,7 +86,7 @@ class Parts:
         return dataclasses.replace(
             self,
             submodels=self.submodels._replace(init=_before_rounds, assign=_before_rounds),
-            policy=MaskPolicy(_before_rounds, self.policy.sample),
+            policy=self.policy._replace(init=_before_rounds, expected=always, received=always),
             server_rule=None if rule is None else rule._replace(init=_before_rounds),
             client_schedule=1.0 if number else self.client_schedule,
         )
@@ -140,6 +140,7 @@ class ClientInput(NamedTuple):
     outcome: ClientOutcome | None  # None = a run without faults
     staleness: Any = None  # i32[], versions that the client is behind
     train: Array | None = None  # f32[L], 1 = trained; None = all layers
+    download: Array | None = None  # f32[L], 1 = received, where clients keep models; None = all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,8 @@ def train_client(
     if head is None:
         key = parts.submodels.private_key(broadcast.key, inputs.client.id)
         head = level.private(key, program.example)
-    end, metrics = _trained(program, broadcast, inputs, bounds, level.merge(start, head), kept)
+    begin = _received(program, inputs, start, kept)
+    end, metrics = _trained(program, broadcast, inputs, bounds, level.merge(begin, head), kept)
     end, new_head = level.split(end)
 
     # Send the update, unless the client is lost or its result is not finite.
@@ -235,7 +237,7 @@ def train_client(
         summed, stacked = ((), embedded) if parts.pipeline.reducer.stacked else (embedded, ())
 
     if kept:
-        parts_of = {"head": new_head, "training": training, "upload": residual}
+        parts_of = {"head": new_head, "training": training, "upload": residual, "model": end}
         new = {name: parts_of[name] for name in kept}
         new_kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new, kept)
         packed = pack(new_kept, {dtype: x.size for dtype, x in packed.items()})
@@ -245,7 +247,7 @@ def train_client(
 def client_state(
     parts: Parts, level: Submodel, variables: Variables, example: Batch
 ) -> ClientState:
-    """What a client of one level keeps: its head, and states of its training and its upload."""
+    """What a client of one level keeps: head, model, and states of its training and its upload."""
     first, upload = parts.local_training.init, parts.upload
     shared = jax.eval_shape(level.extract, variables)
     whole = layer_table(variables, parts.layers).names
@@ -254,6 +256,8 @@ def client_state(
         state = {}
         if parts.submodels.persist:
             state["head"] = level.private(parts.submodels.private_key(root, client), example)
+        if parts.policy.keeps_models:  # the policy lets a client receive the first one
+            state["model"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shared)
         if first is not None:
             state["training"] = first(shared["params"])
         if upload is not None and upload.init is not None:
@@ -265,6 +269,16 @@ def client_state(
     if parts.submodels.persist:
         shapes["head"] = level.private_shapes  # in the dtype of the server's variables
     return ClientState(init, shapes)
+
+
+def _received(
+    program: ClientProgram, inputs: ClientInput, start: Variables, kept: dict[str, PyTree]
+) -> Variables:
+    """What ONE client trains: the server's layers that it receives, and its own of the others."""
+    if inputs.download is None:
+        return start
+    received = program.layers.expand(inputs.download > 0)
+    return jax.tree.map(jnp.where, received, start, kept["model"])
 
 
 def _trained(

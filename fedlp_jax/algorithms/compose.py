@@ -156,8 +156,11 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         _check_asynchrony(parts, privacy)
     if parts.submodels.slices:
         _check_slices(parts, privacy)
+    if parts.policy.keeps_models:
+        _check_kept_models(parts, privacy)
     stateful = parts.submodels.persist or parts.local_training.init is not None
     stateful = stateful or (upload is not None and upload.init is not None)
+    stateful = stateful or parts.policy.keeps_models
     return Algorithm(
         parts.task,
         init=partial(initial_state, parts),
@@ -221,6 +224,27 @@ def _check_slices(parts: Parts, privacy: Privacy | None) -> None:
         raise FedLPError(
             "an upload with error feedback keeps what it did not send of a client's entries, which "
             "need not be its own in the next round; use upload=fl.top_k(..., error_feedback=False)."
+        )
+
+
+def _check_kept_models(parts: Parts, privacy: Privacy | None) -> None:
+    """Refuses what needs the update of a client that does not know the server's model."""
+    training, reducer = parts.local_training, parts.pipeline.reducer
+    needs = {
+        "privacy": privacy,
+        "clip": parts.pipeline.clip,
+        "upload": parts.upload,
+        "asynchrony": parts.asynchrony,
+        "a rule for local training": training.gradient or training.finish,
+        "an aggregator that chooses senders by their updates": reducer.sends or reducer.select,
+        "a width": parts.submodels.slices or None,
+    }
+    found = [name for name, value in needs.items() if value is not None]
+    if found:
+        raise FedLPError(
+            f"{found[0]} needs clients that begin with the server's model, but these keep layers "
+            "of their own and cannot know how far they are from the server's; omit it, or let "
+            "clients receive every layer."
         )
 
 

@@ -20,6 +20,7 @@ def fedlp_homo(
     *,
     keep: masks.Keep,
     client_optimizer: optax.GradientTransformation,
+    download: float | None = None,
     **settings: Any,
 ) -> Algorithm:
     """FedLP-Homo: every client trains the whole model and sends each layer with probability keep.
@@ -32,11 +33,18 @@ def fedlp_homo(
       keep: the layer-preserving rate p: a number, one per client or per layer, a mapping from layer
         name to p, or a function of the round; see `masks.bernoulli`.
       client_optimizer: any optax transform.
+      download: the probability with which a client receives each layer; it trains on with its own
+        of the others, see `masks.receive`. None = it receives all and keeps none.
       **settings: as in `compose` (epochs, batch_size, behaviour, aggregator, layers, ...).
+
+    Raises:
+      FedLPError: a probability outside [0, 1], or `download` with a setting that needs the server's
+        model on every client (clip, upload, privacy, asynchrony, ...).
     """
-    return compose(
-        task, client_optimizer=client_optimizer, policy=masks.bernoulli(keep), **settings
-    )
+    policy = masks.bernoulli(keep)
+    if download is not None:
+        policy = masks.receive(download, policy)
+    return compose(task, client_optimizer=client_optimizer, policy=policy, **settings)
 
 
 def fedlp_q(

@@ -43,7 +43,7 @@ from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
 from fedlp_jax.prng import initial_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
-from fedlp_jax.pruning.masks import Feedback
+from fedlp_jax.pruning.masks import Feedback, Masks
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import (
     NO_TERMS,
@@ -119,8 +119,7 @@ def run_round(
     # Train every client at its level, unless it is lost. Sum or stack what they send.
     outcomes = None
     if cohort.conditions is not None:
-        held = layers_of_levels(table, tables) if parts.submodels.slices else table
-        wire = parts.wire(held)
+        wire = parts.wire(layers_of_levels(table, tables) if parts.submodels.slices else table)
         outcomes = draw_outcomes(
             key, number, cohort, masks, wire, levels, tables, parts.work, example
         )
@@ -135,7 +134,7 @@ def run_round(
             if not level.idle  # it comes after the others
         ],
         broadcast,
-        _client_inputs(cohort, uploads, outcomes, plan, examples)._replace(train=masks.train),
+        _client_inputs(parts, cohort, masks, uploads, outcomes, plan, examples),
         cohort.segment,
         plan,
         sharded=_sharded(plan),
@@ -154,6 +153,7 @@ def run_round(
     aggregate = pipeline.reduce(contributions, uploads, finite, cohort, numbers, of_payload, plan)
     aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
+    policy = _learned(parts, policy, state, aggregate, reported, cohort, table)
     state = _step_server(parts, state, number, policy, aggregate, reported, outcomes, table)
     reported = reported._replace(halted=state.halted)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
@@ -230,7 +230,9 @@ def _sharded(plan: Plan) -> Broadcast:
 
 
 def _client_inputs(
+    parts: Parts,
     cohort: Cohort,
+    masks: Masks,
     uploads: UploadInfo,
     outcomes: Outcomes | None,
     plan: Plan,
@@ -245,7 +247,14 @@ def _client_inputs(
         outcome = ClientOutcome(arrives, outcomes.corrupt, cohort.conditions.strength)
         if _lost_skip(cohort, plan):
             size = jnp.where(arrives, size, 0)
-    return ClientInput(Client(cohort.client, size, rows), uploads, outcome, cohort.staleness)
+    return ClientInput(
+        Client(cohort.client, size, rows),
+        uploads,
+        outcome,
+        cohort.staleness,
+        train=masks.train,
+        download=masks.download if parts.policy.keeps_models else None,
+    )
 
 
 def _step_server(
@@ -270,10 +279,6 @@ def _step_server(
     variables, optimizer = server_step(
         parts.server_optimizer, old.optimizer, old.variables, update, gate, table
     )
-    if parts.policy.learn is not None:
-        params, mean = old.variables["params"], aggregate.update["params"]
-        feedback = Feedback(params, mean, _senders(metrics), table)
-        policy = parts.policy.learn(policy, feedback)
     if parts.asynchrony is not None:
         place = number % (parts.asynchrony.most + 1)
         terms = terms._replace(ring=with_entry(terms.ring, place, variables))
@@ -304,6 +309,29 @@ def _apply_rule(
         update, new = parts.server_rule.step(terms, reduced)
     new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, terms)
     return update, gated(new, terms, table.expand(aggregate.gate)["params"])
+
+
+def _learned(
+    parts: Parts,
+    policy: PyTree,
+    old: ServerState,
+    aggregate: Aggregate,
+    metrics: RoundMetrics,
+    cohort: Cohort,
+    table: LayerTable,
+) -> PyTree:
+    """The state of the mask policy once it is known what the round came to."""
+    if parts.policy.learn is None:
+        return policy
+    feedback = Feedback(
+        params=old.variables["params"],
+        update=aggregate.update["params"],
+        senders=_senders(metrics),
+        client=cohort.client,
+        counted=metrics.client.finite,
+        layers=table,
+    )
+    return parts.policy.learn(policy, feedback)
 
 
 def _senders(metrics: RoundMetrics) -> Array:

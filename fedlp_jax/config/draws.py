@@ -48,6 +48,11 @@ def draw(config: Config, data: Dataset) -> ReferenceDraws:
             f"{algorithm.name} with keep={shown(keep)}. Use draws='own'."
         )
     shape = {name: getattr(partition, name, None) for name in ("alpha", "ratio")}
+    if settings.get("download") is not None:
+        raise FedLPError(
+            f"{_WORD} has no masks for what clients receive, but download="
+            f"{settings['download']:g}; remove it, or use draws='own'."
+        )
     return reference_draws(
         data.train.labels,
         split=partition.name,
@@ -74,5 +79,6 @@ def algorithm_with(config: Config, draws: ReferenceDraws, **arguments: Any) -> A
     if draws.keep is None:
         return config.algorithm.build(**arguments)
     settings = config.algorithm.arguments()
-    del settings["keep"]
+    for name in ("keep", "download"):
+        settings.pop(name, None)
     return compose(**settings | arguments, policy=draws.policy())

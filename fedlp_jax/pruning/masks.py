@@ -49,6 +49,8 @@ class Feedback(NamedTuple):
     params: PyTree  # the server's before its step
     update: PyTree  # the mean of what clients sent, of any float dtype; 0 where nobody sent a layer
     senders: Array  # f32[L], clients that sent a layer and count
+    client: Array  # i32[C], client ids; -1 = empty slot
+    counted: Array  # bool[C], False = the client was lost or sent a NaN, and keeps what it had
     layers: LayerTable
 
 
@@ -65,6 +67,8 @@ class MaskPolicy(NamedTuple):
     received: Callable[[LayerTable, int], np.ndarray] = always
     # (state, what the round came to) -> state; None = masks do not depend on what was sent
     learn: Callable[[PyTree, Feedback], PyTree] | None = None
+    # Clients keep their model, and train on with their own of a layer that they do not receive.
+    keeps_models: bool = False
 
 
 def full() -> MaskPolicy:
@@ -242,7 +246,66 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
         assert policy.learn is not None
         return state[0], policy.learn(state[1], feedback)
 
-    return MaskPolicy(init, sample, expected, received, policy.learn and learn)
+    return policy._replace(
+        init=init,
+        sample=sample,
+        expected=expected,
+        received=received,
+        learn=policy.learn and learn,
+    )
+
+
+def receive(rate: float, policy: MaskPolicy) -> MaskPolicy:
+    """Clients receive each layer with some probability, and train on with their own of the others.
+
+    `w_{k,l} = x_l` with probability `rate`, else what client k had of layer l at the end of the
+    last round in which it took part, even if it did not send that. A client's first round has no
+    such model, so that it receives every layer. On the devices lies a model per client of the
+    population.
+
+    Args:
+      rate: the probability, from 0; another one compiles nothing.
+      policy: of the layers to send. What a client sends of a layer is its model, whatever it began
+        with: the aggregate is the mean of `w_{k,l} - x_l`.
+
+    Raises:
+      FedLPError: a rate outside [0, 1].
+    """
+    rate = check_number("the rate of received layers", rate, ge=0, le=1)
+    uploads, learn_uploads = policy.sample, policy.learn
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        first = jnp.ones(clients, bool)
+        return jnp.asarray(rate, jnp.float32), first, policy.init(layers, clients)
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        probability, first, inner = state
+        masks, inner = uploads(key, inner, cohort, round, coverage)
+
+        def draw(client: Array) -> Array:
+            own = client_key(key, round, client, Purpose.DOWNLOAD)
+            drawn = jax.random.uniform(own, coverage.shape[1:], jnp.float32) < probability
+            return drawn | first[jnp.maximum(client, 0)]
+
+        received = jax.vmap(draw)(cohort.client)
+        download = jnp.where(received, masks.download, 0.0)
+        return masks._replace(download=download), (probability, first, inner)
+
+    def learn(state: PyTree, feedback: Feedback) -> PyTree:
+        probability, first, inner = state
+        kept = jnp.where(feedback.counted, feedback.client, -1)
+        first = first.at[jnp.where(kept < 0, len(first), kept)].set(False, mode="drop")
+        inner = inner if learn_uploads is None else learn_uploads(inner, feedback)
+        return probability, first, inner
+
+    def received(layers: LayerTable, clients: int) -> np.ndarray:
+        return np.float32(rate) * policy.received(layers, clients)  # but for first rounds
+
+    return policy._replace(
+        init=init, sample=sample, received=received, learn=learn, keeps_models=True
+    )
 
 
 def in_turn(

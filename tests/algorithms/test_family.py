@@ -27,6 +27,7 @@ TASK = fl.classification(Steps(depth=1))
 LEAVES = [("head1", 0), ("head1", 1), ("hidden1", 0), ("hidden1", 1)]
 FLIGHT = 4  # clients in flight, where the server does not wait
 UNITS, DRAWN_UNITS = 8, 17  # of the hidden layer; the purpose of their draws
+DOWNLOAD = 18
 SERVER = 2**31 - 1  # the client id of the server's draws
 LAYERS = ["head1", "hidden1"]  # the order of the masks
 
@@ -42,6 +43,9 @@ class FedAvg:
 
     def sends(self, layer, drawn, round):
         return drawn
+
+    def receives(self, layer, client, round):
+        return True
 
     def trains(self, layer, sends, number, steps):
         return True
@@ -191,6 +195,12 @@ class FedLUAR(FedAvg):
         return self.last
 
 
+class Download(FedAvg):
+    def receives(self, layer, client, round):
+        draws = jax.random.uniform(key(round, client, DOWNLOAD), (2,), jnp.float32)
+        return np.asarray(draws)[LAYERS.index(layer)] < 0.5
+
+
 class FedBABU(FedAvg):
     def sends(self, layer, drawn, round):
         return drawn and layer != "head1"
@@ -316,6 +326,9 @@ ROWS = {
         {"full_rounds": 2, "group_rounds": 3},
         {"full_rounds": ROUNDS},
         plan=(2, 1),
+    ),
+    "download": Row(
+        fl.fedlp_homo, Download, {"download": 0.5}, {"download": 0.25}, {"download": 1.0}
     ),
     "fedluar": Row(fl.fedluar, FedLUAR, {"recycled": 1}, {"recycled": 0}, {"recycled": 0}),
     "personal": Row(fl.fedprox, FedProx, {"mu": 0.25, "personal": "head"}, private=("head1",)),
@@ -465,6 +478,7 @@ def plain(name, start, keep=KEEP):
     shared = [layer for layer in LAYERS if layer not in row.private]
     first = {leaf: x.pop(leaf) for leaf in LEAVES if leaf[0] in row.private}
     mine = {client: dict(first) for client in range(CLIENTS)}
+    ends = {}  # the model of each client after its last round
     rule, kept, senders = row.oracle(), defaultdict(lambda: defaultdict(float)), []
     residual, uploaded, downloaded = defaultdict(float), [], []
     cohorts = [dict.fromkeys(COHORTS[round], 0) for round in range(1, ROUNDS + 1)]
@@ -477,14 +491,22 @@ def plain(name, start, keep=KEEP):
             units, rate = rule.units(client, round)
             held = held_entries(units)
             start = {leaf: old[leaf][held[leaf]] for leaf in x}
-            travels = [part.size for leaf, part in start.items() if leaf[0] not in row.still]
-            received += 4 * row.down * sum(travels)
+            had = ends.get(client, {})
+            begin = {
+                leaf: part if rule.receives(leaf[0], client, round) else had.get(leaf, part)
+                for leaf, part in start.items()
+            }
+            travels = [
+                leaf for leaf in x if leaf[0] not in row.still and begin[leaf] is start[leaf]
+            ]
+            received += 4 * row.down * sum(start[leaf].size for leaf in travels)
             draw = jax.random.uniform(key(round, client, MASK), (len(shared),), jnp.float32)
             drawn = dict(zip(shared, np.asarray(draw) < np.float32(keep), strict=True))
             sending = {layer: rule.sends(layer, d, round) for layer, d in drawn.items()}
             w, steps = trained(
-                rule, start | mine[client], own, client, round, rate, row.private, sending
+                rule, begin | mine[client], own, client, round, rate, row.private, sending
             )
+            ends[client] = w
             mine[client] = {leaf: w[leaf] for leaf in first}
             a = len(POPULATION.rows(client)) if row.weigh == "examples" else 1.0
             total_bits = 0
@@ -638,6 +660,7 @@ LEARNS = {
     "fedbabu": {"head": "fc2"},
     "freeze": {"keep": 0.7},
     "fedpart": {"full_rounds": 5},
+    "download": {"keep": 0.7, "download": 0.9},
     "fedluar": {"recycled": 1},
     "personal": {"mu": 0.01, "personal": "fc2/bias"},
     "heterofl": {"widths": [1.0, 0.5]},
@@ -654,7 +677,7 @@ LEARNS = {
 def test_it_learns_the_digits(name):
     data = fl.load("digits")
     clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
-    deep = {"head", "personal", "full_rounds", "recycled", "widths"} & {*LEARNS[name]}
+    deep = {"download", "head", "personal", "full_rounds", "recycled", "widths"} & {*LEARNS[name]}
     task = fl.classification(fl.models.MLP(hidden=(64,)) if deep else fl.models.Logistic())
     sgd = optax.sgd(0.1)
     common = {"client_optimizer": sgd, "epochs": 2, "batch_size": 10}
@@ -685,3 +708,21 @@ def test_submodels_with_heads_of_their_own_take_part(name):
     plain = fl.fedlp_hetero(task, depths=[0.4, 0.3, 0.3], **common)
     other = fl.simulate(plain, DATA, POPULATION, plan=fl.Plan(devices=1, width=1), **plan)
     assert not np.array_equal(flat(other.state.variables), flat(result[0].state.variables))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("download", {"clip": 1.0}, "clip needs clients that begin with the server's model"),
+        ("download", {"upload": fl.quantize(levels=3)}, "upload needs clients"),
+        (
+            "download",
+            {"privacy": fl.Privacy(1.0, 1.0, 1e-5), "aggregator": "cohort_mean"},
+            "privacy",
+        ),
+        ("fedluar", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "fedluar applies updates again"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(name, settings, message):
+    with pytest.raises(fl.FedLPError, match=message):
+        algorithm(name, weighting="uniform", **settings)

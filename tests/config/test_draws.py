@@ -105,6 +105,7 @@ def test_a_run_sends_the_layers_of_the_listed_masks():
             "no masks for them; got depths=1",
         ),
         ({"algorithm": {**HOMO["algorithm"], "keep": {"fc1": 0.5}}}, "fedlp_homo with one keep"),
+        ({"algorithm": {**HOMO["algorithm"], "download": 0.5}}, "receive, but download=0.5"),
     ],
 )
 def test_what_the_authors_code_does_not_draw_is_refused(change, message, tmp_path):

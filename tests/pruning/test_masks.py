@@ -15,6 +15,7 @@ from fedlp_jax.pruning.masks import (
     full,
     in_turn,
     only,
+    receive,
     recycling,
 )
 from fedlp_jax.types import Cohort
@@ -239,7 +240,8 @@ MOVES = {
 def recycled(policy, senders, rule="by_module"):
     """The policy's state after a round, and the layers."""
     table = layer_table({"params": PARAMS}, rule)
-    feedback = Feedback(PARAMS, MOVES, jnp.asarray(senders, jnp.float32), table)
+    ids, counted = jnp.asarray([0, 4, 7]), jnp.ones(3, bool)
+    feedback = Feedback(PARAMS, MOVES, jnp.asarray(senders, jnp.float32), ids, counted, table)
     return policy.learn(policy.init(table, 9), feedback), table
 
 
@@ -286,3 +288,30 @@ def test_resting_layers_leave_some_to_send():
         recycling(3).init(table, 9)
     with pytest.raises(FedLPError, match="recycled=-1"):
         recycling(-1)
+
+
+def test_clients_receive_layers_at_a_rate_once_they_have_a_model():
+    policy, ones = receive(0.25, bernoulli(0.5)), jnp.ones((1000, len(LAYERS)))
+    state, clients = policy.init(LAYERS, 1000), cohort(np.arange(1000))
+    first, state = policy.sample(KEY, state, clients, jnp.int32(1), ones)
+    assert first.download.all()
+    np.testing.assert_array_equal(first.upload, draw(bernoulli(0.5), np.arange(1000)).upload)
+    odd = jnp.arange(1000) % 2 == 1  # the others are lost
+    table = layer_table({"params": PARAMS})
+    feedback = Feedback(PARAMS, MOVES, jnp.ones(4), clients.client, odd, table)
+    state = policy.learn(state, feedback)
+    second = np.asarray(policy.sample(KEY, state, clients, jnp.int32(2), ones)[0].download)
+    assert second[::2].all()
+    assert abs(second[1::2].mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)
+    np.testing.assert_allclose(policy.received(LAYERS, 1000), 0.25)
+
+
+def test_an_empty_slot_is_no_client():
+    policy = receive(0.0, full())
+    slots, table = jnp.asarray([2, -1]), layer_table({"params": PARAMS})
+    feedback = Feedback(PARAMS, MOVES, jnp.ones(4), slots, jnp.ones(2, bool), table)
+    state = policy.learn(policy.init(LAYERS, 4), feedback)
+    masks = policy.sample(KEY, state, cohort(range(4)), jnp.int32(2), jnp.ones((4, 4)))[0]
+    assert masks.download.all(axis=1).tolist() == [True, True, False, True]
+    with pytest.raises(FedLPError, match=r"the rate of received layers=1.5"):
+        receive(1.5, full())
