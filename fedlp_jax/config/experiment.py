@@ -10,18 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fedlp_jax.accounting.ledger import fedavg_traffic
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.config.build import build
 from fedlp_jax.config.loading import dump_config, load_config, parse_config
-from fedlp_jax.config.overview import whole_model
+from fedlp_jax.config.overview import macs_by_layer, whole_model
 from fedlp_jax.config.resume import last_snapshot, run_checkpoint
 from fedlp_jax.config.schema import Config
+from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, collecting
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan
+from fedlp_jax.prng import root_key
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run, some_clients
 from fedlp_jax.reporting.run_directory import (
@@ -37,6 +41,7 @@ from fedlp_jax.reporting.sinks import Sink
 from fedlp_jax.simulation.loop import Callback, simulate
 from fedlp_jax.simulation.profiling import Trace, rounds_of
 from fedlp_jax.simulation.result import DivergedError, Result
+from fedlp_jax.simulation.staging import on_host
 
 
 class Outcome(NamedTuple):
@@ -231,7 +236,7 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
         "final": result.history.rows[-1] if len(result.history) else {},
         "total": result.costs.total,
         "fedavg": fedavg_traffic(*whole, senders=senders, receivers=senders + lost),
-        "layers": _layer_costs(result),
+        "layers": _layer_costs(arguments, result),
         "partition": {
             "clients": clients.clients,
             "smallest": clients.sizes.min(),
@@ -244,11 +249,18 @@ def summarize(name: str, arguments: Mapping[str, Any], result: Result) -> dict[s
     } | environment()
 
 
-def _layer_costs(result: Result) -> dict[str, dict[str, int]]:
-    """Parameters of each layer, and its bytes in the uploads of all rounds."""
+def _layer_costs(arguments: Mapping[str, Any], result: Result) -> dict[str, dict[str, int]]:
+    """Parameters of each layer, its bytes in the uploads of all rounds, and MACs of an example."""
+    task, data = arguments["algorithm"].task, arguments["data"]
+    example = example_of(on_host(data.train, data.normalize))
+    held = jax.eval_shape(task.init, root_key(0), example)
+    macs = macs_by_layer(forward_macs(task, held, example), result.layers)
     sent = -(-result.costs.layer_upload_bits // 8)
-    layers = zip(result.layers.names, result.layers.params, sent, strict=True)
-    return {name: {"params": int(p), "upload_bytes": int(b)} for name, p, b in layers}
+    layers = zip(result.layers.names, result.layers.params, sent, macs, strict=True)
+    return {
+        name: {"params": int(p), "upload_bytes": int(b), "forward_macs": m}
+        for name, p, b, m in layers
+    }
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from fedlp_jax.accounting.ledger import fedavg_traffic
 from fedlp_jax.accounting.macs import forward_macs
@@ -168,14 +169,18 @@ def submodel_levels(algorithm: Algorithm, variables: Variables, example: Batch) 
 def macs_by_layer(macs: Mapping[str, int], layers: LayerTable) -> list[int]:
     """MACs of each layer, `L` numbers.
 
-    Where tensors are layers, the MACs of a module count for its kernel, or for the scale of a
-    normalisation. Layers named by a regular expression get none.
+    The MACs of a module count for the layer of its kernel, of the scale of a normalisation, or of
+    whatever it holds. Those outside any layer, or of a module whose parts are of several layers,
+    count for none.
     """
-    totals = dict(macs)
+    layer_of = {
+        tuple(map(str, path)): layer for path, layer in flatten_dict(layers.index["params"]).items()
+    }
+    totals = [0] * len(layers)
     for module, count in macs.items():
-        top = module.split("/")[0]
-        if top != module:
-            totals[top] = totals.get(top, 0) + count
-        for tensor in ("kernel", "scale"):
-            totals[f"{module}/{tensor}"] = count
-    return [totals.get(name, 0) for name in layers.names]
+        path = tuple(module.split("/"))
+        own = [layer_of[(*path, name)] for name in ("kernel", "scale") if (*path, name) in layer_of]
+        held = {layer for leaf, layer in layer_of.items() if leaf[: len(path)] == path}
+        if own or len(held) == 1:
+            totals[own[0] if own else held.pop()] += count
+    return totals

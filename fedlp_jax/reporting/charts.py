@@ -23,6 +23,7 @@ _DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
 _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "x", "star")
 _PATTERNS = ("", "/", "x", ".", "\\", "+")  # six, so that they repeat with another colour
 _NAME = 18  # characters of a layer's name on an axis; more would leave a phone no room
+_PREFIXES = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 _COLUMNS = 400  # of a heat map at most; of more rounds, some share a column
 
 
@@ -66,14 +67,39 @@ def curves(
             continue
         line = series(label, list(runs), x, y)
         at = "" if x == "round" else f"<br>at %{{x:,.4g}} {AXES[x].split('[')[1][:-1]}"
-        _draw(figure, label, line, 100.0 if accuracy else 1.0, of[label], at)
+        where = f"round %{{customdata[0]:,.0f}}{at}"
+        _draw(figure, label, line, 100.0 if accuracy else 1.0, of[label], where)
     short = AXES[x].replace(" by all clients", "")  # a phone cuts a longer title
     figure.update_xaxes(title=short, rangemode="tozero")
     figure.update_yaxes(title=y.replace("_", " ") + " [%]" * accuracy)
     return figure
 
 
-def _draw(figure: Figure, label: str, line: Series, scale: float, mark: Mark, at: str) -> None:
+def over_clients(
+    values: Mapping[str, Sequence[np.ndarray]], metric: str, of: dict[str, Mark]
+) -> Figure:
+    """Quantiles of a metric over clients, from the worst client to the best.
+
+    Args:
+      values: label -> for each run a number of each client.
+      metric: its name.
+      of: label -> mark.
+    """
+    shares = np.linspace(0, 1, 21)
+    figure, accuracy = _figure(), "accuracy" in metric
+    for label, runs in values.items():
+        table = np.stack([np.quantile(run, shares) for run in runs])
+        deviation = table.std(axis=0, ddof=1) if len(runs) > 1 else None
+        percent = (100 * shares).round().astype(int)
+        line = Series(percent.tolist(), percent, table.mean(axis=0), deviation, len(runs))
+        where = "quantile %{customdata[0]:.0f}%"
+        _draw(figure, label, line, 100.0 if accuracy else 1.0, of[label], where)
+    figure.update_xaxes(title="clients at or below [%]", range=[-2, 102])
+    figure.update_yaxes(title=metric.replace("_", " ") + " [%]" * accuracy)
+    return figure
+
+
+def _draw(figure: Figure, label: str, line: Series, scale: float, mark: Mark, where: str) -> None:
     import plotly.graph_objects as go
 
     mean, name = scale * line.mean, html.escape(label)
@@ -99,8 +125,7 @@ def _draw(figure: Figure, label: str, line: Series, scale: float, mark: Mark, at
                 "maxdisplayed": 0 if marks_every(len(mean)) == 1 else 10,
             },
             customdata=np.stack([line.rounds, spread], axis=1),
-            hovertemplate=f"<b>{name}</b><br>round %{{customdata[0]:,.0f}}<br>%{{y:.4g}}{shown}"
-            f"{at}<extra></extra>",
+            hovertemplate=f"<b>{name}</b><br>{where}<br>%{{y:.4g}}{shown}<extra></extra>",
         )
     )  # fmt: skip
 
@@ -143,16 +168,23 @@ def kept(clients: Sequence[Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
-def layer_costs(costs: Mapping[str, Mapping[str, float]], of: dict[str, Mark]) -> Figure:
-    """Megabytes uploaded of each layer, a bar for each experiment.
+def layer_costs(
+    costs: Mapping[str, Mapping[str, float]], of: Mapping[str, Mark], title: str, unit: str
+) -> Figure:
+    """A cost of each layer, a bar for each experiment.
 
     Args:
-      costs: label -> layer -> bytes, a mean over runs.
+      costs: label -> layer -> cost, a mean over runs.
       of: label -> mark.
+      title: of the axis.
+      unit: of the cost, such as "B"; the axis has thousands, millions or billions of it.
     """
     import plotly.graph_objects as go
 
     layers = list(dict.fromkeys(layer for by_layer in costs.values() for layer in by_layer))
+    largest = max(max(by_layer.values(), default=0) for by_layer in costs.values())
+    prefix, scale = next((p, s) for p, s in _PREFIXES if largest >= s or s == 1)
+    unit = prefix + unit
     bar = 12 if len(costs) <= 4 else 6  # pixels
     figure = _figure(height=110 + len(layers) * (14 + bar * len(costs)))
     for label, by_layer in costs.items():
@@ -160,7 +192,7 @@ def layer_costs(costs: Mapping[str, Mapping[str, float]], of: dict[str, Mark]) -
         figure.add_trace(
             go.Bar(
                 y=[html.escape(layer) for layer in layers],
-                x=[by_layer.get(layer, 0) / 1e6 for layer in layers],
+                x=[by_layer.get(layer, 0) / scale for layer in layers],
                 orientation="h", name=html.escape(label),
                 marker={
                     "color": mark.colour,
@@ -169,11 +201,11 @@ def layer_costs(costs: Mapping[str, Mapping[str, float]], of: dict[str, Mark]) -
                         "fgcolor": "#ffffff",
                     },
                 },
-                hovertemplate=f"<b>{html.escape(label)}</b><br>%{{y}}<br>%{{x:,.4g}} MB"
+                hovertemplate=f"<b>{html.escape(label)}</b><br>%{{y}}<br>%{{x:,.4g}} {unit}"
                 "<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title="uploaded over the run [MB]", rangemode="tozero")
+    figure.update_xaxes(title=f"{title} [{unit}]", rangemode="tozero")
     _name_layers(figure, layers)
     return figure
 

@@ -176,7 +176,7 @@ def draw_curves(
         raise FedLPError("There is no history to draw: pass at least one run, as {label: rows}.")
     last = 0.0
     for i, (label, runs) in enumerate(histories.items()):
-        dash = _DASHES[i // len(LINES) % len(_DASHES)]
+        dash = _DASHES[i % len(_DASHES)]  # four and seven colours: 28 lines differ in print
         cycle = Style(LINES[i % len(LINES)], dash, _MARKERS[i % len(_MARKERS)])
         style = (styles or {}).get(label, cycle)
         last = max(last, _draw_curve(axes, label, runs, x, y, style))
@@ -190,9 +190,7 @@ def draw_curves(
     # The last tick is the last point, which is no round number of megabytes or seconds.
     axes.set_xticks(ticks, [f"{t:,.10g}" for t in (*ticks[:-1], _three_digits(last))])
     if "accuracy" in y:
-        from matplotlib.ticker import PercentFormatter
-
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
 
 
 def series(label: str, runs: Run | Sequence[Run], x: str, y: str) -> Series:
@@ -327,7 +325,8 @@ def _ticks_to(last: float, integers: bool = True) -> np.ndarray:
     """Round ticks from 0, the last of them at the last point."""
     from matplotlib.ticker import MaxNLocator
 
-    locator = _integers(9) if integers else MaxNLocator(7)
+    steps = [1, 2, 5, 10] if integers else [1, 2, 2.5, 5, 10]
+    locator = MaxNLocator(9 if integers else 7, integer=integers, steps=steps)
     ticks = np.asarray(locator.tick_values(0, last))
     step = ticks[1] - ticks[0]
     return np.append(ticks[ticks < last - 0.6 * step], last)

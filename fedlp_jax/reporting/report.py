@@ -22,7 +22,10 @@ from fedlp_jax.reporting.run_directory import CLIENTS, CONFIG, PARTITION, SUMMAR
 
 _METRICS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 _WIDE = 3  # heat maps that take the whole width; more share it
-_COLUMNS = 4  # experiments that are columns of the table; more are lines
+_COLUMNS = 7  # experiments that are columns of the table; more are lines
+_PLAIN = Mark("#888888", "solid", "circle", "")  # of bars that belong to all experiments
+_QUANTILES = {"minimum": 0.0, "10% quantile": 0.1, "median": 0.5, "90% quantile": 0.9}
+_QUANTILES |= {"maximum": 1.0}
 
 
 class _Evidence(NamedTuple):
@@ -32,7 +35,7 @@ class _Evidence(NamedTuple):
     rows: Rows
     clients: Mapping[str, np.ndarray]  # as in clients.npz
     partition: Mapping[str, np.ndarray]  # as in partition.npz
-    layers: Mapping[str, Mapping[str, float]]  # layer -> params, upload_bytes
+    layers: Mapping[str, Mapping[str, float]]  # as in summary.json
     config: str
     origin: str
     warnings: Sequence[str]
@@ -56,7 +59,8 @@ def report(
 
     It holds the table of `fl.compare`; curves to hover over, against rounds, traffic and time,
     with seeds as a mean and a band of one standard deviation; the share of clients that sent each
-    layer by round; the upload of each layer; the partition; configurations, versions and warnings.
+    layer by round; upload and multiply-accumulates of each layer; how accuracies spread over
+    clients; the partition; configurations, versions and warnings.
     The page follows the light or dark scheme of the reader, and prints in light.
 
     Args:
@@ -88,7 +92,9 @@ def report(
             "Traffic and modelled time are counted from masks and layer tables; measured time is "
             "read from a clock and leaves out compilation.",
         ),
-        *_layers(found, of),
+        *_layers_kept(found),
+        *_layer_costs(found, of),
+        *_clients(found, of),
         *_partitions(found),
         _section("Settings", _settings(found)),
         _warnings(found),
@@ -192,39 +198,121 @@ def _by_cost(rows: Mapping[str, Sequence[Rows]], metric: str, of: dict[str, Mark
     return made
 
 
-def _layers(found: Mapping[str, Sequence[_Evidence]], of: dict[str, Mark]) -> list[str]:
-    sections = []
-    maps = []
+def _layers_kept(found: Mapping[str, Sequence[_Evidence]]) -> list[str]:
+    maps, whole = [], []
     for label, seeds in found.items():
         clients = [
             run.clients for run in seeds if "kept" in run.clients and len(run.clients["kept"])
         ]
         same = {tuple(run["layers"].tolist()) for run in clients}
-        if len(same) == 1 and next(iter(same)):
+        if len(same) != 1 or not next(iter(same)):
+            continue
+        if all(run["kept"][run["outcome"] == "arrived"].all() for run in clients):
+            whole.append(label)
+        else:
             maps.append(_Chart(label, charts.kept(clients)))
-    if maps:
-        wide = len(maps) <= _WIDE
-        maps = [chart._replace(wide=wide) for chart in maps]
-        text = "Of the clients that arrived in a round, the share that sent the layer."
-        sections.append(_section("Layers kept by round", _charts(maps, "kept"), text))
-    costs = {
+    if not (maps or whole):
+        return []
+    wide = len(maps) <= _WIDE
+    body = _charts([chart._replace(wide=wide) for chart in maps], "kept") if maps else ""
+    if whole:
+        names = html.escape(", ".join(whole))
+        body += f"<p>Every client sent every layer, in every round: {names}.</p>"
+    text = "Of the clients that arrived in a round, the share that sent the layer."
+    return [_section("Layers kept by round", body, text if maps else "")]
+
+
+def _layer_costs(found: Mapping[str, Sequence[_Evidence]], of: dict[str, Mark]) -> list[str]:
+    alike = {
+        label: seeds
+        for label, seeds in found.items()
+        if seeds[0].layers and len({tuple(run.layers) for run in seeds}) == 1
+    }
+    if not alike:
+        return []
+    upload = {
         label: {
             layer: float(np.mean([run.layers[layer]["upload_bytes"] for run in seeds]))
             for layer in seeds[0].layers
         }
-        for label, seeds in found.items()
-        if seeds[0].layers and len({tuple(run.layers) for run in seeds}) == 1
+        for label, seeds in alike.items()
     }
-    if costs:
-        chart = _Chart("Upload of each layer", charts.layer_costs(costs, of), wide=True)
-        params = {layer: v["params"] for s in found.values() for layer, v in s[0].layers.items()}
-        lines = [[layer, f"{int(count):,}"] for layer, count in params.items()]
-        lines.append(["all layers", f"{int(sum(params.values())):,}"])
-        table = _table([["layer", "parameters"], *lines])
-        text = "Bytes on the wire of all clients over the run, a mean over seeds."
-        body = _legend({k: of[k] for k in costs}, bars=True) + _charts([chart], "layers") + table
-        sections.append(_section("Cost of each layer", body, text))
-    return sections
+    figure = charts.layer_costs(upload, of, "uploaded over the run", "B")
+    made = [_Chart("Upload of each layer", figure)]
+    models: dict[str, dict[str, tuple[int, int]]] = {}  # parameters and MACs of each layer
+    for label, seeds in alike.items():
+        sizes = {
+            k: (int(v["params"]), int(v.get("forward_macs", 0))) for k, v in seeds[0].layers.items()
+        }
+        if sizes not in models.values():  # experiments of one model share a bar and a table
+            models[label] = sizes
+    macs = {
+        label: {layer: float(count) for layer, (_, count) in sizes.items()}
+        for label, sizes in models.items()
+        if any(count for _, count in sizes.values())
+    }
+    if macs:
+        plain = dict.fromkeys(macs, _PLAIN) if len(models) == 1 else of
+        figure = charts.layer_costs(macs, plain, "forward pass of an example", "MAC")
+        made.append(_Chart("Computation of each layer", figure))
+    tables = (
+        _layer_table(label if len(models) > 1 else "layer", sizes, with_macs=label in macs)
+        for label, sizes in models.items()
+    )
+    text = "Bytes on the wire of all clients over the run, a mean over seeds" + (
+        ", and multiply-accumulates (MACs) of one example in the whole model. A training step "
+        "counts as three forward passes."
+        if macs
+        else "."
+    )
+    body = _legend({k: of[k] for k in upload}, bars=True) + _charts(made, "layers")
+    return [_section("Cost of each layer", body + "".join(tables), text)]
+
+
+def _layer_table(title: str, sizes: Mapping[str, tuple[int, int]], with_macs: bool) -> str:
+    head = [title, "parameters", "MACs of an example"]
+    totals = tuple(map(sum, zip(*sizes.values(), strict=True)))
+    lines = [
+        [layer, *(f"{number:,}" for number in row)]
+        for layer, row in [*sizes.items(), ("all layers", totals)]
+    ]
+    return _table([line[: 2 + with_macs] for line in [head, *lines]])
+
+
+def _clients(found: Mapping[str, Sequence[_Evidence]], of: dict[str, Mark]) -> list[str]:
+    for metric in ("accuracy", "loss"):
+        latest = {
+            label: [_latest(run.clients, metric) for run in seeds if metric in run.clients]
+            for label, seeds in found.items()
+        }
+        latest = {k: runs for k, v in latest.items() if (runs := [x for x in v if len(x)])}
+        if latest:
+            break
+    else:
+        return []
+    scale, unit = (100, " [%]") if metric == "accuracy" else (1, "")
+    head = ["", *(f"{name}{unit}" for name in _QUANTILES), f"standard deviation{unit}"]
+    lines = []
+    for label, runs in latest.items():
+        each = [[*np.quantile(x, [*_QUANTILES.values()]), np.std(x)] for x in runs]
+        lines.append([label, *(f"{scale * v:.4g}" for v in np.mean(each, axis=0))])
+    chart = _Chart(
+        f"Training {metric} over clients", charts.over_clients(latest, metric, of), wide=True
+    )
+    text = (
+        f"The training {metric} of each client on its own examples, in the last round that it "
+        "arrived in; of those that arrived in the second half of the rounds. Quantiles over "
+        "clients, a mean over seeds."
+    )
+    body = _legend({k: of[k] for k in latest}) + _charts([chart], "clients")
+    return [_section("Fairness over clients", body + _table(_upright([head, *lines])), text)]
+
+
+def _latest(clients: Mapping[str, np.ndarray], metric: str) -> np.ndarray:
+    """The last number of each client in the second half of the rounds, if it has one there."""
+    known = ~np.isnan(clients[metric]) & (2 * clients["round"] > clients["round"].max(initial=0))
+    latest = dict(zip(clients["client"][known].tolist(), clients[metric][known], strict=True))
+    return np.asarray([*latest.values()], np.float64)
 
 
 def _partitions(found: Mapping[str, Sequence[_Evidence]]) -> list[str]:
@@ -393,7 +481,11 @@ h1 { margin: 1rem 0 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anyw
 h2 { margin: 2.5rem 0 0.5rem; padding-bottom: 0.25rem; font-size: 1.2rem;
   border-bottom: 1px solid var(--rule); }
 .note { margin: 0.25rem 0 0.75rem; color: var(--muted); max-width: 50rem; }
-.scroll { overflow-x: auto; margin-top: 0.75rem; }
+.scroll { overflow-x: auto; margin-top: 0.75rem; background:
+  linear-gradient(to right, var(--page) 30%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--rule), transparent) left / 0.75rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--rule), transparent) right / 0.75rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.3rem 0.75rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }

@@ -101,6 +101,9 @@ def test_macs_of_layers_add_up(raw):
     assert sum(macs_by_layer(view.levels[-1].macs, by_tensor.layers)) == sum(counts)
     if raw is SMALL:
         assert counts == [64 * 16, 16 * 10]
+        named = of(raw | {"algorithm": raw["algorithm"] | {"layers": {"fc1": "first"}}})[2]
+        assert named.layers.names == ("fc2", "first")
+        assert macs_by_layer(view.levels[0].macs, named.layers) == counts[::-1]
 
 
 def test_the_tables_show_depths_only_where_there_are_some(capsys):

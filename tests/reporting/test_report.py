@@ -15,6 +15,7 @@ import fedlp_jax as fl
 from fedlp_jax import cli
 from fedlp_jax.config.experiment import run
 from fedlp_jax.reporting import charts
+from fedlp_jax.reporting.report import _latest
 
 
 def rows(*accuracies):
@@ -53,12 +54,15 @@ def test_a_page_has_every_part_and_no_address(runs, tmp_path):
     assert "<title>Two &lt;rates&gt;</title>" in page and "3 runs of 2 experiments" in page
     for section in (
         "Summary", "Learning curves", "Test accuracy against cost", "Layers kept by round",
-        "Cost of each layer", "Partition", "Settings", "Warnings",
+        "Cost of each layer", "Fairness over clients", "Partition", "Settings", "Warnings",
     ):  # fmt: skip
         assert f"<h2>{section}</h2>" in page
     assert "&lt;b&gt;&amp; (keep=0.5)" in page and "<b>& " not in page  # a hostile name
     assert "upload to 0.01 [MB]" in page and "learning_rate: 0.1" in page
-    assert len(re.findall(r'<div id="kept-\d"', page)) == 2
+    assert len(re.findall(r'<div id="kept-\d"', page)) == 1
+    assert "Every client sent every layer, in every round: &lt;b&gt;&amp; (keep=1.0)." in page
+    assert len(re.findall(r'<div id="layers-\d"', page)) == 2  # bytes and MACs
+    assert "<td>650</td><td>640</td>" in page and "forward pass of an example [MAC]" in page
     assert len(re.findall(r'<div id="partition-\d"', page)) == 2  # equal ones once
     assert "uploaded so far [MB]" in page and "measured time so far [s]" in page
     assert "modelled time" not in re.sub(r"<p class=note>.*?</p>", "", page)
@@ -71,6 +75,7 @@ def test_results_and_rows_are_reported_without_what_they_lack(tmp_path):
     algorithm = fl.fedavg(task, client_optimizer=optax.sgd(0.1), batch_size=8)
     result = fl.simulate(algorithm, data, clients, rounds=2, cohort=2)
     page = without_library(fl.report({"a": [result], "b": rows(0.1, 0.2)}, tmp_path / "r.html"))
+    assert "Upload of each layer" in page and "MACs of an example" not in page  # no task, no count
     assert "<h2>Layers kept by round</h2>" in page and "Sizes of all 4 clients of a" in page
     assert "No configuration is known." in page
     page = without_library(fl.report({"b": rows(0.1, 0.2)}, tmp_path / "r.html"))
@@ -106,6 +111,19 @@ def test_shares_of_senders_are_of_the_clients_that_arrived():
     longer = clients | {"round": np.array([1, 2, 401, 802])}
     (heat,) = charts.kept([longer]).data
     assert heat.z.shape == (2, 268) and heat.x[0] == 2  # three rounds a column
+
+
+def test_fairness_is_of_the_second_half_of_the_rounds():
+    clients = {
+        "round": np.array([1, 2, 3, 4, 4]),
+        "client": np.array([0, 1, 2, 1, 3]),
+        "accuracy": np.array([0.1, 0.2, 0.3, np.nan, 0.5]),
+    }
+    assert _latest(clients, "accuracy").tolist() == [0.3, 0.5]
+    values = {"a": [np.array([0.0, 0.5, 1.0]), np.array([0.5, 0.5, 1.0])]}
+    _, line = charts.over_clients(values, "accuracy", charts.marks(["a"])).data
+    assert line.y[[0, 10, 20]].tolist() == [25, 50, 100] and line.x[10] == 50
+    assert line.customdata[0, 1] == pytest.approx(100 * 0.125**0.5)
 
 
 def test_long_names_keep_what_tells_them_apart():
