@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small import Steps
 
 SHUFFLE, MASK, HEAD, DEPTH, UPLOAD = 1, 3, 4, 5, 16
 SEED, BATCH, EPOCHS = 3, 4, 2
@@ -24,20 +25,54 @@ def shuffled(rows, round, client, epoch):
     return rows[np.argsort(np.asarray(draw), kind="stable")]
 
 
-def gradient(weights, depth, x, y):
-    """Mean cross-entropy of a ReLU network, by hand. `weights[name] = [kernel, bias]`."""
-    names = [f"hidden{i}" for i in range(1, depth + 1)] + [f"head{depth}"]
-    inputs = [x]
-    for name in names[:-1]:
-        w, b = weights[name]
-        inputs.append(np.maximum(inputs[-1] @ w + b, 0))
-    logits = inputs[-1] @ weights[names[-1]][0] + weights[names[-1]][1]
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    loss = -np.log(p[np.arange(len(y)), y]).sum()
-    back = (p - np.eye(p.shape[1])[y]) / len(y)
-    grads = {}
-    for name, below in zip(reversed(names), reversed(inputs), strict=True):
-        grads[name] = [below.T @ back, back.sum(axis=0)]
-        back = (back @ weights[name][0].T) * (below > 0)
-    return grads, loss
+def first_head(depth, client):
+    """`[kernel, bias]` of the private exit head with which a client of `Steps` begins."""
+    example = jnp.zeros((1, 4), jnp.float32)
+    made = Steps(depth=depth).init({"params": key(0, client, HEAD)}, example, False)
+    head = made["params"][f"head{depth}"]
+    return [np.asarray(head["kernel"], np.float64), np.asarray(head["bias"], np.float64)]
+
+
+def forward(weights, depth, x):
+    """What each hidden layer returns, the input first, in a ReLU network."""
+    below = [x]
+    for i in range(1, depth + 1):
+        w, b = weights[f"hidden{i}"]
+        below.append(np.maximum(below[-1] @ w + b, 0))
+    return below
+
+
+def gradient(weights, exits, x, y, consistency=0.0):
+    """Of the mean over rows of the loss of a ReLU network with exits, by hand.
+
+    The loss is `sum_i CE_i + consistency / (n - 1) sum_{j != i} KL(p_j || p_i)` over the n exits.
+
+    Args:
+      weights: `weights[name] = [kernel, bias]`.
+      exits: the depths after which there are heads; the last is the deepest.
+      x: `[B, features]`.
+      y: `[B]`.
+      consistency: weight of the divergence, whose first argument is a constant.
+
+    Returns:
+      `(gradients like weights, sum over rows of the cross-entropy of the deepest exit)`.
+    """
+    below, probabilities = forward(weights, exits[-1], x), {}
+    for i in exits:
+        logits = below[i] @ weights[f"head{i}"][0] + weights[f"head{i}"][1]
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities[i] = p / p.sum(axis=1, keepdims=True)
+    grads, back = {}, 0.0
+    for i in range(exits[-1], 0, -1):
+        if i in exits:
+            p, others = probabilities[i], [q for j, q in probabilities.items() if j != i]
+            of_logits = p - np.eye(p.shape[1])[y]
+            for q in others:  # the gradient of sum q (log q - log p)
+                of_logits = of_logits + consistency / len(others) * (p - q)
+            of_logits = of_logits / len(y)
+            grads[f"head{i}"] = [below[i].T @ of_logits, of_logits.sum(axis=0)]
+            back = back + of_logits @ weights[f"head{i}"][0].T
+        back = back * (below[i] > 0)
+        grads[f"hidden{i}"] = [below[i - 1].T @ back, back.sum(axis=0)]
+        back = back @ weights[f"hidden{i}"][0].T
+    return grads, -np.log(probabilities[exits[-1]][np.arange(len(y)), y]).sum()

@@ -21,7 +21,7 @@ def largest(clients: int) -> Reducer:
     Every client reports its norms first, one number for each layer. Needs the memory of C models.
 
     Args:
-      clients: n, from 1; as many as take part, or more, is the mean over all.
+      clients: n, from 1; all that arrive, if those are fewer.
 
     Raises:
       FedLPError: a number below 1.
@@ -50,4 +50,4 @@ def largest(clients: int) -> Reducer:
         return (able & (place < state)).astype(jnp.float32)
 
     reducer = by_layer(mean, np.int32(clients))
-    return reducer._replace(select=select)
+    return reducer._replace(select=select, senders=clients)

@@ -56,3 +56,4 @@ class Reducer(NamedTuple):
     #   -> f32[C, L]: the layers that the server asks for once each client has reported a number for
     # every layer; only where stacked. None = what was drawn.
     select: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable], Array] | None = None
+    senders: int = 1  # clients that `select` asks for; smaller cohorts are refused

@@ -57,6 +57,7 @@ class Algorithm(NamedTuple):
     asynchrony: Asynchrony | None = None  # `round` reads `cohort.staleness`
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
+    senders: int = 1  # clients that the server asks for each layer; a cohort has no fewer
     privacy: Privacy | None = None
     # (shapes of the model, examples i64[K]) -> None: refuses or warns, before anything compiles
     check: Callable[[Variables, np.ndarray], None] = lambda model, sizes: None

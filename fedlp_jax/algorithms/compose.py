@@ -180,6 +180,7 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         and parts.asynchrony._replace(examples=lambda sizes: examples_seen(sizes, parts.work)),
         faults=parts.asynchrony is None,
         stacked=parts.pipeline.reducer.stacked,
+        senders=parts.pipeline.reducer.senders,
         privacy=privacy,
         check=partial(_check_optimizers, parts),
         train_loss=train_loss,

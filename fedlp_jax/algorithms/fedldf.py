@@ -32,7 +32,7 @@ def fedldf(
 
     Args:
       task: what is learnt.
-      senders: n, clients that send a layer; the size of the cohort is FedAvg.
+      senders: n, clients that send a layer, at most those of a cohort; all of them is FedAvg.
       client_optimizer: any optax transform.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...), but not `aggregator`,
         `upload` or `privacy`.

@@ -157,7 +157,7 @@ def _cohorts(
 ) -> Cohorts:
     """Who takes part: the cohorts of the rule, or those who arrive."""
     cohorts = Cohorts(cohort, clients, seed, first_round, max_cohort)
-    checks.check_cohorts(algorithm, max_cohort)
+    checks.check_cohorts(algorithm, cohorts.size, max_cohort)
     if algorithm.asynchrony is None:
         return cohorts
     return Arrivals(algorithm.asynchrony, cohorts, clients, seed)

@@ -243,12 +243,23 @@ def check_faults(algorithm: Algorithm, faults: Any, cohort: Any) -> None:
         )
 
 
-def check_cohorts(algorithm: Algorithm, max_cohort: int | None) -> None:
-    """Refuses cohorts of changing size under differential privacy.
+def check_cohorts(algorithm: Algorithm, size: int, max_cohort: int | None) -> None:
+    """Refuses cohorts that are too small, or of changing size under differential privacy.
+
+    Args:
+      algorithm: any.
+      size: C, of the largest cohort.
+      max_cohort: as in `simulate`.
 
     Raises:
-      FedLPError: the accountant needs cohorts of one size.
+      FedLPError: the server asks more clients than there are, or the accountant needs cohorts of
+        one size.
     """
+    if algorithm.senders > size:
+        raise FedLPError(
+            f"senders={algorithm.senders} exceeds the {size} clients of a cohort; lower senders to "
+            f"at most {size}, or raise cohort."
+        )
     if max_cohort is not None and algorithm.privacy is not None:
         raise FedLPError(
             f"max_cohort={max_cohort} lets cohorts change in size, but privacy counts on one size; "

@@ -13,9 +13,9 @@ from by_hand import (
     COHORTS,
     DEPTH,
     EPOCHS,
-    HEAD,
     MASK,
     SEED,
+    first_head,
     gradient,
     key,
     shuffled,
@@ -38,7 +38,7 @@ def train(weights, depth, data, rows, round, client):
         for first in range(0, len(order), BATCH):
             batch = order[first : first + BATCH]
             x = data.train.inputs[batch].astype(np.float64)
-            grads, loss = gradient(weights, depth, x, data.train.labels[batch])
+            grads, loss = gradient(weights, [depth], x, data.train.labels[batch])
             losses += loss
             for name, pair in grads.items():
                 for part, g in enumerate(pair):
@@ -94,13 +94,6 @@ def oracle(data, clients, start, *, keep, by_tensor, weigh, depths, heads, serve
         sent_by.append(senders)
         losses.append(loss / seen)
     return server, sent_by, losses
-
-
-def first_head(depth, client):
-    example = jnp.zeros((1, 4), jnp.float32)
-    made = Steps(depth=depth).init({"params": key(0, client, HEAD)}, example, False)
-    head = made["params"][f"head{depth}"]
-    return [np.asarray(head["kernel"], np.float64), np.asarray(head["bias"], np.float64)]
 
 
 def drawn_depths(probability):

@@ -60,13 +60,20 @@ def private():
     return simulated(algorithm, rounds=2, faults=fl.Faults(dropout=0.3), plan=plan)
 
 
+def chosen():
+    """Clients that the server chooses among those of all processes."""
+    task = fl.classification(Steps(depth=1, width=4))
+    algorithm = fl.fedldf(task, senders=3, client_optimizer=optax.sgd(0.1), batch_size=2)
+    return simulated(algorithm, rounds=2)
+
+
 def simulated(algorithm, plan=PLAN, **settings):
     data = dataset()
     clients = fl.partition.iid(data.train.labels, clients=12)
     return fl.simulate(algorithm, data, clients, cohort=8, plan=plan, **settings)
 
 
-RUNS = {"exact": exact, "private": private}
+RUNS = {"exact": exact, "private": private, "chosen": chosen}
 
 
 def noted(names):
@@ -88,7 +95,7 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "names"), [(2, ["exact", "private"]), (4, ["exact"])])
+@pytest.mark.parametrize(("number", "names"), [(2, [*RUNS]), (4, ["exact"])])
 def test_processes_have_the_numbers_of_one(number, names, alone, tmp_path):
     codes = crowd.ended(crowd.call(tmp_path, number, noted, names))
     said = tmp_path / "said.txt"
