@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,11 +69,6 @@ class Parts:
     server_rule: ServerRule | None
     upload: Upload | None
     asynchrony: Asynchrony | None = None
-
-    @functools.cached_property
-    def draw(self) -> Callable[[Array, Batch], Variables]:
-        """(key, example) -> the first variables; compiled once for all runs of the algorithm."""
-        return jax.jit(lambda key, example: self.submodels.init(self.task, key, example))
 
     def in_rounds(self) -> Parts:
         """The parts without what is called before the first round, and numbers in the state.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,7 @@ from fedlp_jax.clients.outcomes import (
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.execution.client_state import ClientState
+from fedlp_jax.execution.compilation import Same
 from fedlp_jax.execution.map_clients import Level, map_sum, with_entry
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
@@ -57,13 +60,16 @@ from fedlp_jax.types import (
     Variables,
 )
 
+_TASKS = 32  # whose first draw is kept in the process
+
 
 def initial_state(
     parts: Parts, key: Array, example: Batch, clients: int, variables: Variables | None = None
 ) -> ServerState:
     """The state before the first round; see `Algorithm.init`."""
     if variables is None:
-        variables = parts.draw(initial_key(key), example)
+        draw = _drawing(Same(parts.submodels.init), Same(parts.task))
+        variables = draw(initial_key(key), example)
     variables = parts.submodels.of_server(variables)
     table = layer_table(variables, parts.layers)
     for depth, level in enumerate(parts.submodels.levels(parts.task, variables, example), 1):
@@ -81,6 +87,12 @@ def initial_state(
         halted=jnp.zeros((), bool),
         algorithm=_first_terms(parts, variables, clients),
     )
+
+
+@functools.lru_cache(maxsize=_TASKS)
+def _drawing(init: Same, task: Same) -> Callable[[Array, Batch], Variables]:
+    """(key, example) -> the first variables; compiled once for all runs of a task."""
+    return jax.jit(lambda key, example: init.value(task.value, key, example))
 
 
 def _first_terms(parts: Parts, variables: Variables, clients: int) -> Any:

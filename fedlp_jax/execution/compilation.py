@@ -99,6 +99,19 @@ def executable(lowered: Any, devices: Sequence[jax.Device]) -> Any:
     return slot[0]
 
 
+class Same:
+    """Compares an object by identity, and keeps it alive as long as a cache holds the key."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+
 @functools.lru_cache(maxsize=_EXECUTABLES)
 def _slot(*key: Any) -> list[Any]:
     """A place for one executable; the least recently used one is dropped."""

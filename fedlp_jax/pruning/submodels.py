@@ -74,10 +74,14 @@ class Submodels(NamedTuple):
 def whole() -> Submodels:
     """Every client holds the whole model."""
     return Submodels(
-        init=lambda task, key, example: task.init(key, example),
+        init=_whole_model,
         levels=lambda task, variables, example: (full(task),),
         assign=lambda task, root, clients: np.zeros(clients, np.int32),
     )
+
+
+def _whole_model(task: Task, key: Array, example: Batch) -> Variables:
+    return task.init(key, example)
 
 
 def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:

@@ -225,9 +225,8 @@ class Lanes:
         self._plan, self._one_segment = program.plan, _one_segment(runs[0])
         # Spare lanes repeat the first run, and nobody reads them.
         lanes = [*runs, *[runs[0]] * (program.runs - len(runs))]
-        states = jax.tree.map(lambda *x: jnp.stack(x), *(run.state for run in lanes))
+        states, keys = _stacked([(run.state, run.stage.key) for run in lanes])
         self._state = processes.put(states, self._plan.sharded(0))
-        keys = jnp.stack([run.stage.key for run in lanes])
         self._key = processes.put(keys, self._plan.sharded(0))
         everywhere = replicated(self._plan)
         self._examples = processes.put(runs[0].stage.train, everywhere)
@@ -331,6 +330,11 @@ class Lanes:
         kept = {lane: self.runs[lane].stage.kept(own) for lane, own in cohorts.items()}
         stack: Packed = jax.tree.map(lambda *x: jnp.stack(x, _SLOTS), *self._of_lanes(kept))
         return processes.put(stack, self._plan.sharded(_SLOTS)) if stack else {}
+
+
+@jax.jit  # one program, not one for each array
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 @jax.jit

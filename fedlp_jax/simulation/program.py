@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.errors import collecting, note
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.compilation import executable
+from fedlp_jax.execution.compilation import Same, executable
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import Plan, over_clients, replicated
 from fedlp_jax.nn import conv
@@ -161,19 +161,6 @@ def _compile(name: str, algorithm: Algorithm, plan: Plan, shapes: tuple[Any, ...
     compiled = Compiled(program, timed, lowerings, tuple(said))
     traced.compiled.append((trace.jaxpr, compiled))
     return compiled
-
-
-class Same:
-    """Compares an object by identity, and keeps it alive as long as a cache holds the key."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
 
 
 class _Traceable(NamedTuple):

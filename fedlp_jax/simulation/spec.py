@@ -33,7 +33,32 @@ from fedlp_jax.types import Array, Batch, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Fit:
+    """What follows from an algorithm, its data and the number of clients, whatever the seed.
+
+    Attributes:
+      example: a batch for shapes.
+      model: shapes of a whole model.
+      shapes: of the server's variables.
+      variables: the initial model in jax's dtypes; None = drawn from the seed.
+      levels: G submodels.
+      client_state: what clients of each level keep between rounds; () = nothing.
+      layers: the layer table.
+      wire: what clients exchange of each layer.
+    """
+
+    example: Batch
+    model: Variables
+    shapes: Variables
+    variables: Variables | None
+    levels: tuple[Submodel, ...]
+    client_state: tuple[ClientState, ...]
+    layers: LayerTable
+    wire: Wire
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec(Fit):
     """The checked inputs of a run, and what follows from them on the host.
 
     Attributes:
@@ -42,16 +67,10 @@ class Spec:
       clients: the partition, of K clients.
       cohorts: who takes part in each round, C clients at most.
       seed: of all draws.
-      variables: the initial model in jax's dtypes; None = drawn from the seed.
       exposure: of the clients to faults; None = none.
       plan: resolved.
       width_is_open: the plan's width was chosen here, so it may be lowered to fit the memory.
-      example: a batch for shapes.
       assigned: `i32[K]`, submodel level of each client.
-      levels: G submodels.
-      client_state: what clients of each level keep between rounds; () = nothing.
-      layers: the layer table.
-      wire: what clients exchange of each layer.
       predicted: bytes that a run keeps besides its model.
       epsilon: rounds -> epsilon of differential privacy; None = no privacy.
     """
@@ -61,16 +80,10 @@ class Spec:
     clients: Partition
     cohorts: Cohorts
     seed: int
-    variables: Variables | None
     exposure: Exposure | None
     plan: Plan
     width_is_open: bool
-    example: Batch
     assigned: np.ndarray
-    levels: tuple[Submodel, ...]
-    client_state: tuple[ClientState, ...]
-    layers: LayerTable
-    wire: Wire
     predicted: dict[str, float]
     epsilon: Callable[[int], float] | None
 
@@ -92,8 +105,12 @@ def specify(
     plan: Plan | None = None,
     variables: Variables | None = None,
     faults: Faults | None = None,
+    fit: Fit | None = None,
 ) -> Spec:
     """Checks the inputs of a run and resolves its plan; the arguments are those of `simulate`.
+
+    `fit` is that of a run which differs in its seed or in who holds which examples; None = not
+    known yet.
 
     Raises:
       FedLPError: bad input, with the numbers and a way out.
@@ -108,43 +125,54 @@ def specify(
         checks.check_faults(algorithm, faults, cohort)
         exposure = Exposure(faults, root, population, cohorts.size, data.num_classes)
         cohorts = cohorts.enlarged(exposure.chosen)
-    example = example_of(on_host(data.train, data.normalize))
-    assigned = _assigned(algorithm, clients, example, data, root)
+    if fit is None:
+        fit = _fit(algorithm, data, clients, root, variables)
+    algorithm.check(fit.model, clients.sizes)
+    assigned = algorithm.assign(root, population)
     resolved = _resolve(plan, cohorts.size, algorithm, data)
     width_is_open = plan is None or plan.width is None
     if width_is_open:
         resolved = with_even_chunks(resolved, cohorts.size, assigned)
-    shapes = checks.initial_state(algorithm, example, root, population).variables
-    checks.check_size(shapes)
     checks.check_steps(algorithm, clients)
+    predicted = _predicted(algorithm, data, fit, assigned, cohorts, resolved)
+    epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
+    spec = Spec(
+        **{field.name: getattr(fit, field.name) for field in dataclasses.fields(Fit)},
+        algorithm=algorithm,
+        data=data,
+        clients=clients,
+        cohorts=cohorts,
+        seed=seed,
+        exposure=exposure,
+        plan=resolved,
+        width_is_open=width_is_open,
+        assigned=assigned,
+        predicted=predicted,
+        epsilon=epsilon,
+    )
+    return _with_arrivals(spec)
+
+
+def _fit(
+    algorithm: Algorithm,
+    data: Dataset,
+    clients: Partition,
+    root: Array,
+    variables: Variables | None,
+) -> Fit:
+    """Traces the model, which must fit the data, and the initial model, if there is one."""
+    example = example_of(on_host(data.train, data.normalize))
+    model = checks.check_model(algorithm, example, data, root)
+    shapes = checks.initial_state(algorithm, example, root, clients.clients).variables
+    checks.check_size(shapes)
     layers, begun = layer_table(shapes, algorithm.layers), shapes
     if variables is not None:  # NumPy's float64 becomes what jax computes in
         checks.check_variables(algorithm.of_server(variables), shapes)
         begun = variables = jax.tree.map(jnp.asarray, variables)
     # Client state takes the dtype of the given variables.
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
-    predicted = _predicted(algorithm, data, shapes, layers, kept, assigned, cohorts, resolved)
-    epsilon = accountant(algorithm.privacy, population, cohorts.size, sampled=not callable(cohort))
-    spec = Spec(
-        algorithm,
-        data,
-        clients,
-        cohorts,
-        seed,
-        variables,
-        exposure,
-        resolved,
-        width_is_open,
-        example,
-        assigned,
-        levels,
-        kept,
-        layers,
-        exchanged(algorithm, layers, begun, levels),
-        predicted,
-        epsilon,
-    )
-    return _with_arrivals(spec, shapes)
+    wire = exchanged(algorithm, layers, begun, levels)
+    return Fit(example, model, shapes, variables, levels, kept, layers, wire)
 
 
 def _cohorts(
@@ -163,20 +191,11 @@ def _cohorts(
     return Arrivals(algorithm.asynchrony, cohorts, clients, seed)
 
 
-def _with_arrivals(spec: Spec, variables: Variables) -> Spec:
+def _with_arrivals(spec: Spec) -> Spec:
     """The same once it is known how long clients take, where the server does not wait."""
     if isinstance(spec.cohorts, Arrivals):
-        spec.cohorts.begin(*modelled_work(spec, variables))
+        spec.cohorts.begin(*modelled_work(spec, spec.shapes))
     return spec
-
-
-def _assigned(
-    algorithm: Algorithm, clients: Partition, example: Batch, data: Dataset, root: Array
-) -> np.ndarray:
-    """The submodel level of each client, `i32[K]`, of a model that fits the data."""
-    model = checks.check_model(algorithm, example, data, root)
-    algorithm.check(model, clients.sizes)
-    return algorithm.assign(root, clients.clients)
 
 
 def _client_state(
@@ -188,9 +207,7 @@ def _client_state(
 def _predicted(
     algorithm: Algorithm,
     data: Dataset,
-    shapes: Variables,
-    layers: LayerTable,
-    client_state: tuple[ClientState, ...],
+    fit: Fit,
     assigned: np.ndarray,
     cohorts: Cohorts,
     plan: Plan,
@@ -198,13 +215,13 @@ def _predicted(
     """Bytes that a run keeps besides its model; refuses what does not fit."""
     predicted: dict[str, float] = {}
     if algorithm.stacked:
-        predicted["stacked_bytes"] = checks.check_stack(shapes, layers, cohorts.size, plan)
+        predicted["stacked_bytes"] = checks.check_stack(fit.shapes, fit.layers, cohorts.size, plan)
     if algorithm.asynchrony is not None:
-        predicted["version_bytes"] = (algorithm.asynchrony.most + 1) * size_bytes(shapes)
-    if client_state:
+        predicted["version_bytes"] = (algorithm.asynchrony.most + 1) * size_bytes(fit.shapes)
+    if fit.client_state:
         train = 0 if plan.data == HOST else data.train.nbytes
-        beside = size_bytes(shapes) + train + data.test.nbytes
-        kept = check_memory(client_state, assigned, cohorts.size, plan, beside)
+        beside = size_bytes(fit.shapes) + train + data.test.nbytes
+        kept = check_memory(fit.client_state, assigned, cohorts.size, plan, beside)
         predicted["client_state_bytes"] = kept
     return predicted
 

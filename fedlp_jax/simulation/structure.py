@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from fedlp_jax.algorithms.base import Algorithm
+from fedlp_jax.execution.compilation import Same
 from fedlp_jax.simulation.evaluation import evaluator
-from fedlp_jax.simulation.program import Same, rounds_of
+from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Run
 
 _CONSTANTS = (type(None), bool, int, str, bytes, np.dtype)

@@ -35,7 +35,7 @@ from fedlp_jax.simulation.lanes import (
 from fedlp_jax.simulation.loop import listening_to_ctrl_c, simulate
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import RoundRecord, Run
-from fedlp_jax.simulation.spec import Spec, specify
+from fedlp_jax.simulation.spec import Fit, Spec, specify
 from fedlp_jax.simulation.structure import structures
 from fedlp_jax.types import Variables
 
@@ -290,7 +290,9 @@ class _Member:
         )
         if processes.count() == 1:
             plan = dataclasses.replace(plan, devices=1)
-        spec = specify(**settings, seed=seed, first_round=first, plan=plan)
+        fit = models.fits.get(alike := _of_fit(settings))
+        spec = specify(**settings, seed=seed, first_round=first, plan=plan, fit=fit)
+        models.fits[alike] = spec
         checks.check_tested("early_stop", early_stop, spec)
         if spec.plan.data == HOST:
             self.reason = "the data lie on the host"
@@ -420,11 +422,16 @@ class _Member:
 
 
 class _Models:
-    """What the seeds of an algorithm share: how its first model is drawn, and its MACs."""
+    """What runs share: what an algorithm makes of the data, and the MACs of a model.
+
+    Attributes:
+      fits: of the points before, by `_of_fit`.
+    """
 
     def __init__(self, at_once: int | None) -> None:
         self._at_once = at_once
-        self._macs: dict[int, int] = {}
+        self._macs: dict[int, int] = {}  # by task, which `fits` keep alive
+        self.fits: dict[Hashable, Fit] = {}
 
     def gain(self, spec: Spec) -> bool:
         """Whether runs of this kind are to be side by side: by the user's choice, or its speed."""
@@ -434,11 +441,17 @@ class _Models:
 
     def _forward_macs(self, spec: Spec) -> int:
         """Of one example."""
-        if id(spec.algorithm) not in self._macs:
-            task = spec.levels[-1].task
+        task = spec.levels[-1].task
+        if id(task) not in self._macs:
             shapes = checks.initial_shapes(task, spec.root, spec.example)
-            self._macs[id(spec.algorithm)] = sum(forward_macs(task, shapes, spec.example).values())
-        return self._macs[id(spec.algorithm)]
+            self._macs[id(task)] = sum(forward_macs(task, shapes, spec.example).values())
+        return self._macs[id(task)]
+
+
+def _of_fit(settings: Mapping[str, Any]) -> Hashable:
+    """What points have in common that differ in their seed or in who holds which examples."""
+    alike = [id(settings.get(name)) for name in ("algorithm", "data", "variables")]
+    return *alike, getattr(settings["clients"], "clients", None)
 
 
 def _members(points: Sequence[Point], at_once: int | None) -> list[_Member]:
