@@ -33,7 +33,7 @@ from fedlp_jax.execution.plan import (
 from fedlp_jax.nn import conv
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import traceable_rounds
-from fedlp_jax.simulation.run import Pending, RoundRecord, Run
+from fedlp_jax.simulation.run import Pending, RoundRecord, Run, records_of
 from fedlp_jax.types import Array, Cohort, RoundMetrics
 
 _SLOTS = 1  # the axis of runs in arrays of slots, `[P, R, ...]`
@@ -282,18 +282,17 @@ class Lanes:
         rounds = len(next(iter(lanes.values())))
         now = time.perf_counter()
         seconds, self._clock = (now - self._clock) / (rounds * len(lanes)), now
+        leaves, tree = jax.tree.flatten(metrics._replace(halted=cast(Any, ())))
         found = {}
         for lane, cohorts in lanes.items():
-            of_slots = jax.tree.map(
-                lambda x, lane=lane: x[:, lane], metrics._replace(halted=cast(Any, ()))
-            )
-            own = Pending(
+            own = jax.tree.unflatten(tree, [x[:, lane] for x in leaves])
+            of_lane = Pending(
                 pending.first,
                 cohorts,
-                of_slots._replace(halted=metrics.halted[lane]),
+                own._replace(halted=metrics.halted[lane]),
                 jax.tree.map(lambda x, lane=lane: x[lane], tested),
             )
-            found[lane] = self.runs[lane].records(own, seconds)
+            found[lane] = records_of(of_lane, seconds)
         return found
 
     def settle(self, lane: int) -> Run:

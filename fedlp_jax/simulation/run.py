@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,34 +237,10 @@ class Run:
           seconds: of each round; None = those since the call before.
         """
         metrics, tested = jax.device_get((pending.metrics, pending.tested))
-        now, count = time.perf_counter(), len(pending.cohorts)
-        since, self.clock = (now - self.clock) / count, now
-        seconds = since if seconds is None else seconds
-        found = []
-        for place, cohort in enumerate(pending.cohorts):
-            slots = np.flatnonzero(np.asarray(cohort.client) >= 0)
-            slots = slots[np.argsort(np.asarray(cohort.client)[slots])]
-            of_round: RoundMetrics = jax.tree.map(
-                lambda x, slots=slots, place=place: x[slots, place],
-                metrics._replace(halted=cast(Any, ())),
-            )
-            arrived = np.ones(len(slots), bool)
-            if of_round.outcomes:
-                arrived = np.asarray(of_round.outcomes.status) == ClientStatus.ARRIVED
-            found.append(
-                RoundRecord(
-                    pending.first + place,
-                    np.asarray(cohort.client)[slots],
-                    np.asarray(cohort.level)[slots],
-                    of_round,
-                    arrived,
-                    tested if place == count - 1 else None,
-                    bool(metrics.halted[place]),
-                    seconds,
-                    pending.variables if place == count - 1 else None,
-                )
-            )
-        return found
+        now = time.perf_counter()
+        since, self.clock = (now - self.clock) / len(pending.cohorts), now
+        read = pending._replace(metrics=metrics, tested=tested)
+        return records_of(read, since if seconds is None else seconds)
 
     def book(self, record: RoundRecord) -> Row:
         """Adds a round to the ledger and the histories.
@@ -275,9 +251,13 @@ class Run:
         metrics, arrived = record.metrics, record.arrived
         outcomes: Outcomes | None = metrics.outcomes or None
         row: Row = {"round": record.round}
+        of_clients, level = metrics.client, record.level
+        if not arrived.all():
+            of_clients = jax.tree.map(lambda x: x[arrived], of_clients)
+            level = level[arrived]
         row |= evaluation.train_metrics(
-            jax.tree.map(lambda x: x[arrived], metrics.client),
-            record.level[arrived],
+            of_clients,
+            level,
             [level.name for level in self.spec.levels if not level.idle],
             self.algorithm.train_loss,
         )
@@ -403,6 +383,40 @@ class Simulation(Run):
             faults=faults,
         )
         super().__init__(spec, rounds=rounds, first_round=first_round, eval_every=eval_every)
+
+
+def records_of(pending: Pending, seconds: float) -> list[RoundRecord]:
+    """The rounds of a dispatch, each with the clients that ran.
+
+    Args:
+      pending: whose numbers are numpy's.
+      seconds: of each round.
+    """
+    halted, last = pending.metrics.halted, len(pending.cohorts) - 1
+    leaves, tree = jax.tree.flatten(pending.metrics._replace(halted=()))
+    found = []
+    for place, cohort in enumerate(pending.cohorts):
+        client = np.asarray(cohort.client)
+        slots = np.flatnonzero(client >= 0)
+        slots = slots[np.argsort(client[slots])]
+        metrics: RoundMetrics = jax.tree.unflatten(tree, [x[slots, place] for x in leaves])
+        arrived = np.ones(len(slots), bool)
+        if metrics.outcomes:
+            arrived = np.asarray(metrics.outcomes.status) == ClientStatus.ARRIVED
+        found.append(
+            RoundRecord(
+                pending.first + place,
+                client[slots],
+                np.asarray(cohort.level)[slots],
+                metrics,
+                arrived,
+                pending.tested if place == last else None,
+                bool(halted[place]),
+                seconds,
+                pending.variables if place == last else None,
+            )
+        )
+    return found
 
 
 def _shapes_of(tree: Any) -> Any:

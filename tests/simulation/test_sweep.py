@@ -15,6 +15,7 @@ DATA = dataset(120)
 EVEN = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
 TASK = fl.classification(Steps(depth=2))
 SHARED = {"rounds": 3, "cohort": 4, "eval_every": 2}
+SGD = {"client_optimizer": optax.sgd(0.1), "epochs": 2, "batch_size": 4}
 
 
 def uneven(seed):
@@ -96,13 +97,16 @@ def test_three_rounds_in_float64_are_those_of_the_run_alone():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"algorithm": fl.scaffold(TASK, client_optimizer=optax.sgd(0.1), epochs=2, batch_size=4)},
+        {"algorithm": fl.scaffold(TASK, **SGD)},
         {
             "algorithm": fl.fedlp_hetero(
                 TASK, depths="uniform", heads="persist", client_optimizer=optax.sgd(0.1)
             ),
             "at_once": 3,
         },
+        {"algorithm": fl.freeze(TASK, keep=0.5, **SGD)},
+        {"algorithm": fl.fedpart(TASK, full_rounds=1, group_rounds=1, **SGD)},
+        {"algorithm": fl.heterofl(TASK, widths=[1.0, 0.5], keep=0.5, **SGD), "at_once": 3},
         {"algorithm": homo(aggregator="median")},
         {"algorithm": homo(server_optimizer=optax.adam(0.01))},
         {"algorithm": homo(), "faults": fl.Faults(dropout=0.3)},
@@ -110,7 +114,19 @@ def test_three_rounds_in_float64_are_those_of_the_run_alone():
         {"algorithm": homo(), "plan": fl.Plan(width=2, devices=2)},
         {"algorithm": homo(), "cohort": lambda seed, round, clients: range(round), "max_cohort": 4},
     ],
-    ids=["client state", "submodels", "stacked", "server", "faults", "rounds", "width", "cohorts"],
+    ids=[
+        "client state",
+        "submodels",
+        "frozen",
+        "turns",
+        "widths",
+        "stacked",
+        "server",
+        "faults",
+        "rounds",
+        "width",
+        "cohorts",
+    ],
 )
 def test_whatever_a_run_has_it_has_in_a_lane(settings, programs):
     settings = SHARED | settings
@@ -250,6 +266,16 @@ def test_runs_with_data_on_the_host_follow_each_other(programs):
         done = fl.sweep(homo(), DATA, EVEN, seeds=2, plan=fl.Plan(1, data="host"), **SHARED)
     assert not programs
     assert_same_run(done.runs[1], alone(done.runs[1], homo(), EVEN))
+
+
+@pytest.mark.slow
+def test_runs_whose_clients_keep_layers_follow_each_other(programs):
+    algorithm = fl.fedper(TASK, head="head2", **SGD)
+    reason = "runs follow each other, because clients are tested with layers of their own"
+    with pytest.warns(UserWarning, match=reason):
+        done = fl.sweep(algorithm, DATA, EVEN, seeds=2, plan=fl.Plan(1), **SHARED)
+    assert not programs
+    assert_same_run(done.runs[1], alone(done.runs[1], algorithm, EVEN))
 
 
 def test_on_a_cpu_large_models_follow_each_other(programs, monkeypatch):
