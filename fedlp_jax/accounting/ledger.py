@@ -138,12 +138,15 @@ class Ledger:
         self.receivers.append(self._by_level(download, level))
         self.clients.append(int(arrived.sum()))
         if bits is None:
-            bits = np.broadcast_to(8 * (wire.upload - wire.beside), upload.shape)
-        bits = upload * bits.astype(np.int64)
-        beside = upload * wire.beside
-        sent = -(-bits.sum(axis=1) // 8) + beside.sum(axis=1) + wire.header * arrived
+            whole = upload * wire.upload.astype(np.int64)
+            sent = whole.sum(axis=1) + wire.header * arrived
+            self.layer_upload_bits += 8 * whole.sum(axis=0)
+        else:
+            bits = upload * bits.astype(np.int64)
+            beside = upload * wire.beside
+            sent = -(-bits.sum(axis=1) // 8) + beside.sum(axis=1) + wire.header * arrived
+            self.layer_upload_bits += bits.sum(axis=0) + 8 * beside.sum(axis=0)
         self.upload_bytes.append(int(sent.sum()))
-        self.layer_upload_bits += bits.sum(axis=0) + 8 * beside.sum(axis=0)
         self.client_upload_bytes[client] += sent
         self.client_download_bytes[client] += (download * wire.download).sum(axis=1)
         row = modelled_traffic(

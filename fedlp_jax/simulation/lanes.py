@@ -225,8 +225,9 @@ class Lanes:
         self._plan, self._one_segment = program.plan, _one_segment(runs[0])
         # Spare lanes repeat the first run, and nobody reads them.
         lanes = [*runs, *[runs[0]] * (program.runs - len(runs))]
-        states, keys = _stacked([(run.state, run.stage.key) for run in lanes])
+        states = jax.tree.map(_stacked, *(run.state for run in lanes))
         self._state = processes.put(states, self._plan.sharded(0))
+        keys = jnp.stack([run.stage.key for run in lanes])
         self._key = processes.put(keys, self._plan.sharded(0))
         everywhere = replicated(self._plan)
         self._examples = processes.put(runs[0].stage.train, everywhere)
@@ -331,9 +332,11 @@ class Lanes:
         return processes.put(stack, self._plan.sharded(_SLOTS)) if stack else {}
 
 
-@jax.jit  # one program, not one for each array
-def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+def _stacked(*arrays: Array) -> Any:
+    """Arrays of runs on a new first axis: on the host, where this compiles nothing."""
+    if jnp.issubdtype(arrays[0].dtype, jax.dtypes.extended):  # keys, which NumPy does not have
+        return jnp.stack(arrays)
+    return np.stack(jax.device_get(arrays))
 
 
 @jax.jit
