@@ -10,6 +10,7 @@ the server, and each layer is averaged over the clients that hold it.
 Left out are the ramp of the consistency over the first rounds, FedDyn's regulariser, and the test
 of all exits as one ensemble. Each exit runs the layers below it by itself: the MACs of a step of
 depth d are about those of the steps of depths 1 to d, though XLA may compute once what they share.
+The ledger's MACs are those of exit d alone.
 """
 
 from __future__ import annotations
