@@ -16,6 +16,8 @@ Examples:
 
   fedlp compare runs/fedavg-* runs/homo-* --target 0.85 --format latex > table.tex
 
+  fedlp compare sweeps/keep --target 0.85 --columns "final,upload,rounds to" --format latex
+
   fedlp compare runs/* --target 0.85 --plots figures
 """
 
@@ -30,6 +32,10 @@ def compare(
     metric: Annotated[
         str | None,
         typer.Option(help="Key of a row of metrics.jsonl; by default the test accuracy."),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Show these columns alone, by how their titles begin."),
     ] = None,
     format: Annotated[
         Literal["table", "md", "latex", "csv"], typer.Option(help="What to print.")
@@ -49,7 +55,12 @@ def compare(
 
     paths = [Path(run).expanduser() for run in runs]
     experiments = comparing.by_configuration(paths)
-    table = comparing.compare(experiments, target=target, metric=metric)
+    table = comparing.compare(
+        experiments,
+        target=target,
+        metric=metric,
+        columns=None if columns is None else [word.strip() for word in columns.split(",")],
+    )
     if plots is not None:
         rows = [row for seeds in experiments.values() for run in seeds for row in run]
         metric = metric or headline_of(rows)

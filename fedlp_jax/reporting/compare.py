@@ -124,6 +124,7 @@ def compare(
     *,
     target: float | None = None,
     metric: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Comparison:
     """Sets runs next to each other.
 
@@ -135,6 +136,8 @@ def compare(
       target: a value of the metric; adds what it took to reach it: rounds, upload and time.
       metric: key of a row; None = test accuracy, of personal models where there is no other, or
         else the test loss. Smaller is better for losses and errors, greater for everything else.
+      columns: titles, or how they begin, of the columns to show, in this order, such as
+        `("final", "upload", "rounds to")`; None = all.
 
     Returns:
       The table; print it, or see `to_markdown`, `to_latex` and `to_csv`. Traffic, MACs (of
@@ -142,7 +145,8 @@ def compare(
       sums over the rounds.
 
     Raises:
-      FedLPError: a path holds no run, no run has the metric, or there is nothing to compare.
+      FedLPError: a path holds no run, no run has the metric, a column is unknown, or there is
+        nothing to compare.
     """
     if not runs:
         raise FedLPError("there is nothing to compare; give at least one run.")
@@ -158,7 +162,8 @@ def compare(
         raise FedLPError(
             f"no run has {metric!r}{nearest(metric, keys) or '.'} They have {', '.join(keys)}."
         )
-    return Comparison(grouped, _columns(metric, target, set(keys)))
+    every = _columns(metric, target, set(keys))
+    return Comparison(grouped, every if columns is None else _chosen(every, columns))
 
 
 def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
@@ -299,6 +304,21 @@ def _columns(metric: str, target: float | None, keys: set[str]) -> list[Column]:
         title = f"{title} to {target:g}"
         columns.append(Column(title, unit, None, _sum_of(key, factor, reached)))
     return columns
+
+
+def _chosen(columns: Sequence[Column], titles: Sequence[str]) -> list[Column]:
+    """The columns of these titles, or that begin so where none has the whole title."""
+    chosen: list[Column] = []
+    for title in titles:
+        same = [column for column in columns if column.title == title]
+        found = same or [column for column in columns if column.title.startswith(title)]
+        if not found:
+            raise FedLPError(
+                f"the table has no column {shown(title)}; there are: "
+                f"{', '.join(column.title for column in columns)}."
+            )
+        chosen += [column for column in found if column not in chosen]
+    return chosen
 
 
 def _values(rows: Rows, key: str) -> list[float]:

@@ -103,12 +103,18 @@ class Sweep:
             ]
         )
 
-    def table(self, *, target: float | None = None, metric: str = "test_accuracy") -> Comparison:
+    def table(
+        self,
+        *,
+        target: float | None = None,
+        metric: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Comparison:
         """A line for each algorithm, with mean and deviation over its seeds; see `fl.compare`."""
         runs: dict[str, list[Result]] = {}
         for run in self.runs:
             runs.setdefault(run.label, []).append(run)
-        return compare(runs, target=target, metric=metric)
+        return compare(runs, target=target, metric=metric, columns=columns)
 
 
 def sweep(

@@ -56,6 +56,15 @@ def test_a_loss_is_better_when_smaller():
     assert cells(table, "a")["rounds to 0.25"].mean == 2
 
 
+def test_columns_are_chosen_by_their_titles():
+    runs = {"a": rows(0.2, 0.8)}
+    table = fl.compare(runs, target=0.5, columns=("upload", "final", "rounds to"))
+    assert table.header == ["run", "runs", "upload [MB]", "final test accuracy", "rounds to 0.5"]
+    assert table.lines() == [["a", "1", "2.00", "0.8000", "2"]]
+    with pytest.raises(fl.FedLPError, match="no column 'MACs'; there are: rounds, final test"):
+        fl.compare(runs, columns=["MACs"])
+
+
 def test_every_format_holds_the_same_numbers():
     table = fl.compare({"A_1 | x": [rows(0.5), rows(0.7)]})
     head, rule, line = table.to_markdown().splitlines()
@@ -119,5 +128,7 @@ def test_the_command_groups_seeds_and_names_what_differs(tmp_path, monkeypatch):
         "test_accuracy_by_round.png",
         "test_accuracy_by_upload_megabytes.png",
     ]
+    narrow = call(cli.app, [*words, "--columns", "final, rounds to", "--format", "csv"]).output
+    assert narrow.count("\n") == 3 and narrow.startswith("run,runs,final test accuracy,")
     refused = call(cli.app, ["compare", "nowhere"])
     assert refused.exit_code == 2 and "nowhere holds no run" in refused.output
