@@ -8,7 +8,7 @@ from small import Steps
 SHUFFLE, MASK, HEAD, DEPTH, UPLOAD = 1, 3, 4, 5, 16
 SEED, BATCH, EPOCHS = 3, 4, 2
 CLIENTS = 9
-COHORTS = {1: [0, 2, 5, 7], 2: [1, 2, 3, 8], 3: [2, 4, 5, 6]}
+COHORTS = {1: [0, 2, 5, 7], 2: [1, 2, 3, 8], 3: [2, 4, 5, 6], 4: [2, 4, 5, 8], 5: [0, 2, 4, 8]}
 
 
 def key(round, client, purpose):

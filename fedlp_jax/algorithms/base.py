@@ -55,6 +55,7 @@ class Algorithm(NamedTuple):
     # variables of a whole model -> the part that the server holds
     of_server: Callable[[Variables], Variables] = lambda variables: variables
     asynchrony: Asynchrony | None = None  # `round` reads `cohort.staleness`
+    cohort_rounds: int = 1  # rounds for which a drawn cohort stays together
     faults: bool = False  # `round` reads `cohort.conditions`
     stacked: bool = False  # `round` keeps the updates of all clients side by side
     senders: int = 1  # clients that the server asks for each layer; a cohort has no fewer

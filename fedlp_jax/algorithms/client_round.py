@@ -80,7 +80,9 @@ class Parts:
         return dataclasses.replace(
             self,
             submodels=self.submodels._replace(init=_before_rounds, assign=_before_rounds),
-            policy=self.policy._replace(init=_before_rounds, expected=always, received=always),
+            policy=self.policy._replace(
+                init=_before_rounds, expected=always, received=always, cohort_rounds=1
+            ),
             server_rule=None if rule is None else rule._replace(init=_before_rounds),
             client_schedule=1.0 if number else self.client_schedule,
         )

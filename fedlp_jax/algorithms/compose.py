@@ -178,6 +178,7 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
         of_server=parts.submodels.of_server,
         asynchrony=parts.asynchrony
         and parts.asynchrony._replace(examples=lambda sizes: examples_seen(sizes, parts.work)),
+        cohort_rounds=parts.policy.cohort_rounds,
         faults=parts.asynchrony is None,
         stacked=parts.pipeline.reducer.stacked,
         senders=parts.pipeline.reducer.senders,

@@ -341,6 +341,8 @@ def _learned(
         senders=_senders(metrics),
         client=cohort.client,
         counted=metrics.client.finite,
+        extras=aggregate.extras,
+        round=old.round + 1,
         layers=table,
     )
     return parts.policy.learn(policy, feedback)

@@ -388,6 +388,7 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedasync: (),
     algorithms.fedrep: ("steps",),
     algorithms.fedbabu: (),
+    algorithms.fedlama: ("aggregator", "upload"),
     algorithms.fedldf: ("aggregator", "upload"),
     algorithms.fedluar: (),
     algorithms.freeze: (),

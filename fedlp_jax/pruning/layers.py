@@ -96,12 +96,22 @@ def layer_table(
 
 def squared_norms(params: PyTree, layers: LayerTable) -> Array:
     """`f[L]`, the sum of squares of the parameters of each layer."""
-    leaves, index = jax.tree.leaves(params), jax.tree.leaves(layers.index["params"])
-    sums = [jnp.square(x.astype(wide(x.dtype))).sum() for x in leaves]
-    none = jnp.zeros_like(sums[0])
+    return sums(jax.tree.map(lambda x: jnp.square(x.astype(wide(x.dtype))), params), layers)
+
+
+def sums(tree: PyTree, layers: LayerTable) -> Array:
+    """`f[L]`, the sum of all entries of each layer.
+
+    Args:
+      tree: like the parameters, with arrays of any shape.
+      layers: the layer table.
+    """
+    index = jax.tree.leaves(layers.index["params"])
+    totals = [x.sum() for x in jax.tree.leaves(tree)]
+    none = jnp.zeros_like(totals[0])
     return jnp.stack(
         [
-            sum((s for s, of in zip(sums, index, strict=True) if of == layer), none)
+            sum((s for s, of in zip(totals, index, strict=True) if of == layer), none)
             for layer in range(len(layers))
         ]
     )

@@ -22,8 +22,8 @@ from fedlp_jax.errors import (
     warn,
 )
 from fedlp_jax.prng import SERVER, Purpose, client_key
-from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern, squared_norms
-from fedlp_jax.types import Array, Cohort, PyTree
+from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern, squared_norms, sums
+from fedlp_jax.types import Array, Cohort, PyTree, Terms
 
 Keep = float | Mapping[str, float] | Sequence[Any] | np.ndarray | Callable[[Array], Any]
 
@@ -51,6 +51,8 @@ class Feedback(NamedTuple):
     senders: Array  # f32[L], clients that sent a layer and count
     client: Array  # i32[C], client ids; -1 = empty slot
     counted: Array  # bool[C], False = the client was lost or sent a NaN, and keeps what it had
+    extras: Terms  # what the aggregate has besides
+    round: Array  # i32[], from 1
     layers: LayerTable
 
 
@@ -69,6 +71,7 @@ class MaskPolicy(NamedTuple):
     learn: Callable[[PyTree, Feedback], PyTree] | None = None
     # Clients keep their model, and train on with their own of a layer that they do not receive.
     keeps_models: bool = False
+    cohort_rounds: int = 1  # rounds for which a drawn cohort stays together
 
 
 def full() -> MaskPolicy:
@@ -436,6 +439,72 @@ def recycling(recycled: int) -> MaskPolicy:
         return rates
 
     return MaskPolicy(init, sample, expected, learn=learn)
+
+
+def lazy(interval: int) -> MaskPolicy:
+    """Layers in which clients agree are sent once in some rounds: FedLAMA (arXiv:2110.10302).
+
+    A block is `interval` rounds of one cohort. Its last round sends every layer; the others leave
+    out the lazy ones, of which each client trains on with its own. After a block,
+
+        d_l = sum_k a_k |w_{k,l} - w_l|^2 / (sum_k a_k  t_l  n_l)
+
+    is the discrepancy of layer l, w_l the mean of the cohort, n_l its parameters and t_l the rounds
+    since it was last sent. Then layers become lazy in ascending order of d_l, until the lazy ones'
+    share of the sum of n_l d_l exceeds the other layers' share of the parameters. In the first
+    block, no layer is lazy, and never one without a parameter of two dimensions.
+
+    A client that was not in the round before receives every layer. On the devices lies a model per
+    client of the population.
+
+    Args:
+      interval: phi, rounds of a block, from 1.
+
+    Raises:
+      FedLPError: an interval below 1.
+    """
+    interval = check_number("interval", interval, ge=1, integer=True)
+
+    def init(layers: LayerTable, clients: int) -> PyTree:
+        return (
+            jnp.asarray(interval, jnp.int32),
+            jnp.zeros(len(layers), bool),
+            jnp.zeros(clients, jnp.int32),  # the last round of each client
+        )
+
+    def sample(
+        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+    ) -> tuple[Masks, PyTree]:
+        del key
+        rounds, rests, last = state
+        stays = (round % rounds != 1 % rounds) & (last[jnp.maximum(cohort.client, 0)] == round - 1)
+        upload = jnp.where((rests & (round % rounds != 0))[None], 0.0, coverage)
+        download = jnp.where(stays[:, None] & rests[None], 0.0, coverage)
+        return Masks(download, upload, jnp.ones_like(upload)), state
+
+    def learn(state: PyTree, feedback: Feedback) -> PyTree:
+        rounds, rests, last = state
+        kept = jnp.where(feedback.counted, feedback.client, -1)
+        last = last.at[jnp.where(kept < 0, len(last), kept)].set(feedback.round, mode="drop")
+        squares = sums(feedback.extras.trees["squares"], feedback.layers)
+        spread = jnp.maximum(squares - squared_norms(feedback.update, feedback.layers), 0)
+        spread = spread / jnp.where(rests, rounds, 1).astype(spread.dtype)  # n_l d_l
+        due = (feedback.round % rounds == 0) & (spread.sum() > 0)
+        return rounds, jnp.where(due, _lazy(spread, feedback.layers), rests), last
+
+    return MaskPolicy(init, sample, learn=learn, keeps_models=True, cohort_rounds=interval)
+
+
+def _lazy(spread: Array, layers: LayerTable) -> Array:
+    """`bool[L]`, the layers that become lazy where `n_l d_l` is `f[L]`."""
+    able = np.isin(np.arange(len(layers)), list(layers.matrices))
+    params = np.where(able, layers.params, 0)
+    size = jnp.asarray(params / max(params.sum(), 1), spread.dtype)
+    order = jnp.argsort(jnp.where(able, spread / jnp.where(able, size, 1.0), jnp.inf))
+    differing = jnp.cumsum(spread[order]) / spread.sum()
+    enough = differing > 1 - jnp.cumsum(size[order])
+    chosen = ~jnp.roll(enough, 1).at[0].set(False)  # up to the layer with which it is enough
+    return jnp.zeros(len(layers), bool).at[order].set(chosen) & able
 
 
 def _is_group(group: Any) -> bool:

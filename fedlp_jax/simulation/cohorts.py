@@ -88,6 +88,7 @@ class Cohorts:
         seed: int,
         first_round: int = 1,
         max_cohort: int | None = None,
+        rounds: int = 1,
     ):
         """Finds C.
 
@@ -98,12 +99,13 @@ class Cohorts:
           first_round: the number of the run's first round.
           max_cohort: the largest cohort of a function, whose cohorts may then differ in size;
             None = every round has as many clients as the first.
+          rounds: for which a drawn cohort stays together.
 
         Raises:
           FedLPError: C is impossible, `max_cohort` comes without a function, or the function's
             first cohort has unknown or repeated ids.
         """
-        self.rule, self._clients, self._seed = rule, clients, seed
+        self.rule, self._clients, self._seed, self._rounds = rule, clients, seed, rounds
         self.fixed = max_cohort is None
         self._first: tuple[int, np.ndarray] | None = None
         if not callable(rule):
@@ -127,7 +129,7 @@ class Cohorts:
         """The same with drawn cohorts of this size, as over-selection needs."""
         if callable(self.rule) or size == self.size:
             return self
-        return Cohorts(size, self._clients, self._seed)
+        return Cohorts(size, self._clients, self._seed, rounds=self._rounds)
 
     def members(self, round: int) -> np.ndarray:
         """The cohort of a round, `i64[C]` ascending.
@@ -137,7 +139,8 @@ class Cohorts:
             without `max_cohort`, or a wrong id.
         """
         if not callable(self.rule):
-            return sample(self._seed, round, self._clients, self.size)
+            begun = round - (round - 1) % self._rounds
+            return sample(self._seed, begun, self._clients, self.size)
         first, self._first = self._first, None
         if first is not None and first[0] == round:
             return first[1]

@@ -184,7 +184,7 @@ def _cohorts(
     max_cohort: int | None,
 ) -> Cohorts:
     """Who takes part: the cohorts of the rule, or those who arrive."""
-    cohorts = Cohorts(cohort, clients, seed, first_round, max_cohort)
+    cohorts = Cohorts(cohort, clients, seed, first_round, max_cohort, algorithm.cohort_rounds)
     checks.check_cohorts(algorithm, cohorts.size, max_cohort)
     if algorithm.asynchrony is None:
         return cohorts

@@ -243,6 +243,48 @@ class Download(FedAvg):
         return np.asarray(draws)[self.layers.index(layer)] < 0.5
 
 
+class FedLAMA(FedAvg):
+    layers = ("head3", "hidden1", "hidden2", "hidden3")
+
+    def __init__(self):
+        super().__init__()
+        self.lazy, self.spread, self.rounds, self.seen = set(), {}, 0, set()
+
+    def exits(self, client):
+        return [3]
+
+    def receives(self, layer, client, round):
+        self.seen.add((client, round))
+        return round % 2 or (client, round - 1) not in self.seen or layer not in self.lazy
+
+    def sends(self, layer, drawn, round):
+        return round % 2 == 0 or layer not in self.lazy
+
+    def sent(self, leaf, d, own, steps):
+        return d, (d**2).sum(), own
+
+    def step(self, leaf, d, extra, senders):
+        self.spread[leaf] = extra.mean() - (d**2).sum()
+        return d
+
+    def moves(self, x, steps):
+        self.rounds += 1
+        if self.rounds % 2 == 0:
+            spread, size = (
+                {layer: of[layer, 0] + of[layer, 1] for layer in self.layers}
+                for of in (self.spread, {leaf: array.size for leaf, array in x.items()})
+            )
+            spread = {n: value / (2 if n in self.lazy else 1) for n, value in spread.items()}
+            self.lazy = set()
+            for layer in sorted(self.layers, key=lambda name: spread[name] / size[name]):
+                self.lazy.add(layer)
+                others = sum(size[name] for name in self.layers if name not in self.lazy)
+                share = sum(spread[name] for name in self.lazy) / sum(spread.values())
+                if share > others / sum(size.values()):
+                    break
+        return steps
+
+
 class FedBABU(FedAvg):
     def sends(self, layer, drawn, round):
         return drawn and layer != "head1"
@@ -367,6 +409,7 @@ class Row(NamedTuple):
     plan: tuple = (2, 2)  # devices and width; frozen layers are left out at width 1
     task: Any = TASK
     alone: Any = None  # the task of FedAvg with the neutral setting; None = `task`
+    rounds: int = ROUNDS
 
 
 ADAPTIVE = {"server_learning_rate": 0.125, "b1": 0.5, "tau": 2**-6}
@@ -415,6 +458,15 @@ ROWS = {
     ),
     "download": Row(
         fl.fedlp_homo, Download, {"download": 0.5}, {"download": 0.25}, {"download": 1.0}
+    ),
+    "fedlama": Row(
+        fl.fedlama,
+        FedLAMA,
+        {"interval": 2},
+        {"interval": 3},
+        {"interval": 1},
+        task=DEEP,
+        rounds=5,
     ),
     "fedluar": Row(fl.fedluar, FedLUAR, {"recycled": 1}, {"recycled": 0}, {"recycled": 0}),
     "personal": Row(fl.fedprox, FedProx, {"mu": 0.25, "personal": "head"}, private=("head1",)),
@@ -474,7 +526,7 @@ LOCAL = {"client_optimizer": optax.sgd(RATE), "epochs": EPOCHS, "batch_size": BA
 def algorithm(name, **settings):
     row = ROWS[name]
     settings = {"keep": KEEP} | row.settings | settings
-    if name in ("fedldf", "fedluar", "fedpart"):
+    if name in ("fedlama", "fedldf", "fedluar", "fedpart"):
         settings = {k: v for k, v in settings.items() if k != "keep"}
     settings.setdefault("weighting", row.weigh)
     sgd = optax.sgd(RATE, momentum=row.oracle.rho or None)
@@ -603,7 +655,7 @@ def plain(name, start, keep=KEEP):
     private = {leaf: x.pop(leaf) for leaf in leaves(row.private)}
     mine = {client: rule.own(client, private) for client in range(CLIENTS)}
     residual, uploaded, downloaded = defaultdict(float), [], []
-    cohorts = [dict.fromkeys(COHORTS[round], 0) for round in range(1, ROUNDS + 1)]
+    cohorts = [dict.fromkeys(COHORTS[round], 0) for round in range(1, row.rounds + 1)]
     cohorts, models = list(arrivals(rule.buffer)) if rule.buffer else cohorts, []
     for round, cohort in enumerate(cohorts, 1):
         models.append(x.copy())
@@ -674,7 +726,7 @@ def made(request, runs={}):  # noqa: B006, shared by the tests of this file
     name = request.param
     if name not in runs:
         one = algorithm(name)
-        runs[name] = one, *simulate(one, ROWS[name].plan)
+        runs[name] = one, *simulate(one, ROWS[name].plan, ROWS[name].rounds)
     return name, *runs[name]
 
 
@@ -702,7 +754,7 @@ def test_rounds_equal_a_plain_loop(made):
     if name != "fedldf":  # which always has senders
         assert 0 in senders or len(senders[0]) == 1  # a layer that nobody sent is in it
     close(result, expected)
-    by_level = np.stack(result.costs.senders).reshape(ROUNDS, -1, senders.shape[1])
+    by_level = np.stack(result.costs.senders).reshape(len(senders), -1, senders.shape[1])
     np.testing.assert_array_equal(by_level.sum(axis=1), senders)
     for client in range(CLIENTS) if ROWS[name].private else ():
         got = arrays(result.models[client])
@@ -737,7 +789,8 @@ def test_a_run_resumes_to_the_bit(made, tmp_path):
     name, one, _, whole = made
     plan, checkpoint = ROWS[name].plan, fl.Checkpoint(tmp_path, every=2, minutes=None)
     simulate(one, plan, rounds=2, checkpoint=checkpoint)
-    _, resumed = simulate(one, plan, checkpoint=checkpoint, resume=checkpoint.latest())
+    rest = {"rounds": ROWS[name].rounds, "resume": checkpoint.latest()}
+    _, resumed = simulate(one, plan, checkpoint=checkpoint, **rest)
     np.testing.assert_array_equal(flat(resumed.state), flat(whole.state))
 
 
@@ -748,7 +801,7 @@ def test_a_run_resumes_to_the_bit(made, tmp_path):
 )
 def test_a_plan_changes_no_more_than_the_order_of_sums(made):
     name, one, _, expected = made
-    _, other = simulate(one, (1, 3 - ROWS[name].plan[1]))
+    _, other = simulate(one, (1, 3 - ROWS[name].plan[1]), ROWS[name].rounds)
     np.testing.assert_allclose(flat(other.state), flat(expected.state), rtol=1e-9, atol=1e-12)
 
 
@@ -805,6 +858,7 @@ LEARNS = {
     "freeze": {"keep": 0.7},
     "fedpart": {"full_rounds": 5},
     "download": {"keep": 0.7, "download": 0.9},
+    "fedlama": {"interval": 2},
     "fedluar": {"recycled": 1},
     "personal": {"mu": 0.01, "personal": "fc2/bias"},
     "fedlp_hetero": {"depths": "uniform"},
@@ -824,7 +878,8 @@ LEARNS = {
 def test_it_learns_the_digits(name):
     data = fl.load("digits")
     clients = fl.partition.dirichlet(data.train.labels, clients=50, alpha=0.5, seed=0)
-    of_layers = {"depths", "download", "full_rounds", "head", "personal", "recycled", "widths"}
+    of_layers = {"depths", "download", "full_rounds", "head", "interval"}
+    of_layers |= {"personal", "recycled", "widths"}
     deep = of_layers & {*LEARNS[name]}
     hidden = (64, 64) if "depths" in deep else (64,)
     task = fl.classification(fl.models.MLP(hidden=hidden) if deep else fl.models.Logistic())

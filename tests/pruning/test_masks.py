@@ -14,11 +14,12 @@ from fedlp_jax.pruning.masks import (
     freeze,
     full,
     in_turn,
+    lazy,
     only,
     receive,
     recycling,
 )
-from fedlp_jax.types import Cohort
+from fedlp_jax.types import NO_TERMS, Cohort, Terms
 
 LAYERS = LayerTable(
     ("a", "b", "c", "d"), {}, params=np.array([1, 2, 3, 4]), statistics=np.zeros(4, np.int64)
@@ -237,12 +238,23 @@ MOVES = {
 }  # of 1, 1/2, 1/4 and 1/1000 of their layers
 
 
+def feedback(senders=(1, 1, 1, 1), ids=(0, 4, 7), counted=True, rule="by_module", **more):
+    """What a policy learns of a round in which the layers moved by `MOVES`."""
+    return Feedback(
+        PARAMS,
+        MOVES,
+        jnp.asarray(senders, jnp.float32),
+        jnp.asarray(ids, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(counted), (len(ids),)),
+        **{"extras": NO_TERMS, "round": jnp.int32(1)} | more,
+        layers=layer_table({"params": PARAMS}, rule),
+    )
+
+
 def recycled(policy, senders, rule="by_module"):
     """The policy's state after a round, and the layers."""
-    table = layer_table({"params": PARAMS}, rule)
-    ids, counted = jnp.asarray([0, 4, 7]), jnp.ones(3, bool)
-    feedback = Feedback(PARAMS, MOVES, jnp.asarray(senders, jnp.float32), ids, counted, table)
-    return policy.learn(policy.init(table, 9), feedback), table
+    seen = feedback(senders, rule=rule)
+    return policy.learn(policy.init(seen.layers, 9), seen), seen.layers
 
 
 def resting(policy, state, table, rounds=1):
@@ -297,9 +309,7 @@ def test_clients_receive_layers_at_a_rate_once_they_have_a_model():
     assert first.download.all()
     np.testing.assert_array_equal(first.upload, draw(bernoulli(0.5), np.arange(1000)).upload)
     odd = jnp.arange(1000) % 2 == 1  # the others are lost
-    table = layer_table({"params": PARAMS})
-    feedback = Feedback(PARAMS, MOVES, jnp.ones(4), clients.client, odd, table)
-    state = policy.learn(state, feedback)
+    state = policy.learn(state, feedback(ids=np.arange(1000), counted=odd))
     second = np.asarray(policy.sample(KEY, state, clients, jnp.int32(2), ones)[0].download)
     assert second[::2].all()
     assert abs(second[1::2].mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)
@@ -308,10 +318,37 @@ def test_clients_receive_layers_at_a_rate_once_they_have_a_model():
 
 def test_an_empty_slot_is_no_client():
     policy = receive(0.0, full())
-    slots, table = jnp.asarray([2, -1]), layer_table({"params": PARAMS})
-    feedback = Feedback(PARAMS, MOVES, jnp.ones(4), slots, jnp.ones(2, bool), table)
-    state = policy.learn(policy.init(LAYERS, 4), feedback)
+    state = policy.learn(policy.init(LAYERS, 4), feedback(ids=(2, -1)))
     masks = policy.sample(KEY, state, cohort(range(4)), jnp.int32(2), jnp.ones((4, 4)))[0]
     assert masks.download.all(axis=1).tolist() == [True, True, False, True]
     with pytest.raises(FedLPError, match=r"the rate of received layers=1.5"):
         receive(1.5, full())
+
+
+def test_layers_in_which_clients_agree_become_lazy():
+    """Of 4, 4 and 1 parameters; norms are never lazy. The numbers are n_l d_l."""
+    spread = {"a": 3.2, "b": 5.0, "c": 1.2, "norm": 0.1}  # d_l: .8, 1.25 and 1.2
+    moved = {"a": 18.0, "b": 1.0, "c": 0.0625, "norm": 3e-6}  # |mean of the updates|^2
+    squares = {
+        layer: {name: jnp.float32(spread[layer] + moved[layer]) / len(parts) for name in parts}
+        for layer, parts in PARAMS.items()
+    }
+    policy, chosen = lazy(2), []
+    state = policy.init(feedback().layers, 9)
+    for round in range(1, 6):
+        seen = feedback(
+            extras=Terms({}, {"squares": squares}), round=jnp.int32(round), ids=(0, 4, 7)
+        )
+        masks, state = policy.sample(KEY, state, cohort([0, 4, 8]), seen.round, jnp.ones((3, 4)))
+        chosen.append(state[1].tolist())
+        resting = ~np.asarray(state[1] if round % 2 else np.zeros(4, bool))
+        np.testing.assert_array_equal(masks.upload, np.broadcast_to(resting, (3, 4)))
+        # In the second round of a block, clients 0 and 4 have trained lazy layers; 8 is new.
+        own = ~np.asarray(state[1] if round % 2 == 0 else np.zeros(4, bool))
+        np.testing.assert_array_equal(masks.download, [own, own, np.ones(4, bool)])
+        state = policy.learn(state, seen)
+    # a and c: 4.4 of 9.5 exceeds b's 4 of 9. Then theirs is over two rounds: 2.2 of 7.3 does not.
+    none, two, three = [False] * 4, [True, False, True, False], [True, True, True, False]
+    assert chosen == [none, none, two, two, three]
+    with pytest.raises(FedLPError, match="interval=0"):
+        lazy(0)

@@ -8,7 +8,7 @@ import pytest
 
 import fedlp_jax as fl
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.simulation.cohorts import CohortBuilder, cohort_size, sample
+from fedlp_jax.simulation.cohorts import CohortBuilder, Cohorts, cohort_size, sample
 
 
 def test_a_sample_is_sorted_distinct_and_a_function_of_seed_and_round():
@@ -21,6 +21,15 @@ def test_a_sample_is_sorted_distinct_and_a_function_of_seed_and_round():
     assert not np.array_equal(ids, sample(3, 6, 100, 10))
     assert not np.array_equal(ids, sample(4, 5, 100, 10))
     assert np.array_equal(sample(0, 1, 7, 7), np.arange(7))
+
+
+def test_a_cohort_stays_for_some_rounds():
+    cohorts = Cohorts(4, 50, seed=3, rounds=3)
+    drawn = [cohorts.members(round).tolist() for round in range(1, 8)]
+    firsts = [sample(3, round, 50, 4).tolist() for round in (1, 4, 7)]
+    assert drawn == 3 * firsts[:1] + 3 * firsts[1:2] + firsts[2:]
+    assert len(cohorts.enlarged(6).members(3)) == 6
+    assert (cohorts.enlarged(6).members(3) == sample(3, 1, 50, 6)).all()
 
 
 def test_a_cohort_draws_nothing_that_a_partition_has_drawn():
