@@ -53,6 +53,7 @@ _TINY = {"data.name": "synthetic", "partition.clients": 12, "cohort": 6}
 FAMILY: dict[str, dict[str, Any]] = {
     "FedAvg": {"name": "fedavg"},
     "FedLP-Homo(0.5)": {"name": "fedlp_homo", "keep": 0.5},
+    "FedLP-Homo(0.5), download 0.9": {"name": "fedlp_homo", "keep": 0.5, "download": 0.9},
     "FedLP-Hetero(u)": {"name": "fedlp_hetero", "depths": "uniform"},
     "FedLP-Q(0.5), 15 levels": {"name": "fedlp_q", "keep": 0.5, "levels": 15},
     "FedProx": {"name": "fedprox", "mu": 0.01},
@@ -79,6 +80,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "FedLP-Homo(0.5), mask first": {"name": "freeze", "keep": 0.5},
     "FedPart": {"name": "fedpart"},
     "FedLDF(5)": {"name": "fedldf", "senders": 5},
+    "FedLUAR(1)": {"name": "fedluar", "recycled": 1},
+    "FedLAMA(2)": {"name": "fedlama", "interval": 2},
     "FedBuff(5)": {"name": "fedbuff", "buffer": 5, "profile": _DEVICES},
     "FedAsync": {"name": "fedasync", "alpha": 0.6, "profile": _DEVICES},
     "FedPer": {"name": "fedper", "head": "fc3"},
