@@ -69,6 +69,9 @@ class Parts:
     server_rule: ServerRule | None
     upload: Upload | None
     asynchrony: Asynchrony | None = None
+    # Trees that a client sends and reads besides the model, and numbers that it sends; None = not
+    # counted yet.
+    exchanged: tuple[int, int, int] | None = None
 
     def in_rounds(self) -> Parts:
         """The parts without what is called before the first round, and numbers in the state.
@@ -85,6 +88,7 @@ class Parts:
             ),
             server_rule=None if rule is None else rule._replace(init=_before_rounds),
             client_schedule=1.0 if number else self.client_schedule,
+            exchanged=self._exchanged(),
         )
 
     def wire(self, layers: LayerTable) -> Wire:
@@ -93,15 +97,18 @@ class Parts:
         Args:
           layers: the layer table, or `layers_of_levels` where clients hold slices.
         """
-        variables = {"params": {"any": jax.ShapeDtypeStruct((), jnp.float32)}}
-        read, sent = jax.eval_shape(self._terms_exchanged, variables)
+        sent, read, numbers = self.exchanged or self._exchanged()
         sizes = None
         if self.upload is not None:
             sizes = np.array([expected_bits(self.upload, int(n)) / 8 for n in layers.params.flat])
             sizes = sizes.reshape(layers.params.shape)
         feedback = len(layers) if self.pipeline.reducer.select is not None else 0
-        numbers = len(sent.numbers) + feedback
-        return wire_of(layers, len(sent.trees), len(read.trees), numbers, sizes)
+        return wire_of(layers, sent, read, numbers + feedback, sizes)
+
+    def _exchanged(self) -> tuple[int, int, int]:
+        variables = {"params": {"any": jax.ShapeDtypeStruct((), jnp.float32)}}
+        read, sent = jax.eval_shape(self._terms_exchanged, variables)
+        return len(sent.trees), len(read.trees), len(sent.numbers)
 
     def _terms_exchanged(self, variables: Variables) -> tuple[Terms, Terms]:
         """What a client reads besides the model, and sends with its update."""

@@ -815,6 +815,15 @@ def test_other_numbers_are_the_same_program(name):
     assert program(algorithm(name)) == program(algorithm(name, keep=0.25, **ROWS[name].other))
 
 
+def test_rounds_know_what_is_exchanged():
+    """Transfers are modelled within rounds, from parts that have lost their beginnings."""
+    model = {n: {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)} for n in FedAvg.layers}
+    table = fl.layers.layer_table({"params": model})
+    for name in ROWS:
+        one = algorithm(name)
+        np.testing.assert_equal(one.round.args[0].wire(table), one.wire(table), err_msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.neutral])
 def test_its_neutral_setting_is_fedavg(name):
