@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fedlp_jax.errors import FedLPError, check_array
 from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.submodels import Submodel, Submodels, draw_levels, full, whole
-from fedlp_jax.tasks.task import Task
+from fedlp_jax.tasks.task import Aux, Task
 from fedlp_jax.types import Array, Batch, Variables
 
 Widths = float | Sequence[float] | np.ndarray
@@ -62,6 +62,7 @@ def by_width(
     order: Order | None = None,
     *,
     rescale: bool = False,
+    per_batch: bool = False,
 ) -> Submodels:
     """A fixed width for each client.
 
@@ -70,6 +71,8 @@ def by_width(
       shares: the probability of each of several rates; None = all alike.
       order: which units a client holds, such as `rolling`; None = the first.
       rescale: the outputs of cut layers are divided by r in training, as by HeteroFL's Scaler.
+      per_batch: every batch trains a width drawn from the rates up to the client's own, as in
+        FjORD. The other units stand still, but are computed.
 
     Raises:
       FedLPError: a rate outside (0, 1], too many of them, or shares that do not fit.
@@ -87,7 +90,16 @@ def by_width(
 
     def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
         held = tuple(
-            width_slice(task, float(rate), variables, example, order, rescale) for rate in rates
+            width_slice(
+                task,
+                float(rate),
+                variables,
+                example,
+                order,
+                rescale,
+                narrower=[float(p) for p in rates[rates < rate]] if per_batch else (),
+            )
+            for rate in rates
         )
         if rates[-1] == 1:
             return held
@@ -115,6 +127,7 @@ def width_slice(
     example: Batch,
     order: Order | None = None,
     rescale: bool = False,
+    narrower: Sequence[float] = (),
 ) -> Submodel:
     """The submodel of one width.
 
@@ -125,6 +138,7 @@ def width_slice(
       example: a batch, for shapes.
       order: as in `by_width`.
       rescale: as in `by_width`.
+      narrower: rates below r, ascending; each batch trains one of them or r itself.
 
     Raises:
       FedLPError: the model has no widths, or narrower models have other variables.
@@ -143,6 +157,9 @@ def width_slice(
             if path[-1] == "kernel" and x.ndim - 1 in cuts.get(path, {})
         }
         part = part._replace(loss=_rescaled(part, linear, 1 / rate))
+    if narrower:
+        below = [_cuts(task, task.at_width(p), p, variables, example) for p in narrower]
+        part = part._replace(loss=_narrowed(part, [*below, cuts]))
 
     def at(orders: dict[int, Array]) -> Submodel:
         def extract(variables: Variables) -> Variables:
@@ -242,6 +259,46 @@ def _rescaled(task: Task, modules: set[tuple[str, ...]], factor: float) -> Calla
             if path[:-1] in modules:
                 leaves[path] = x * jnp.asarray(factor, x.dtype)
         return task.loss(unflatten_dict(leaves), batch, key)
+
+    return loss
+
+
+def _narrowed(
+    task: Task, choices: Sequence[dict[tuple[str, ...], dict[int, Cut]]]
+) -> Callable[..., Any]:
+    """The loss of a task at a width that is drawn for each batch.
+
+    Units beyond that width have weights 0, so they change no output and get no gradient. That is
+    the narrower network unless the model normalises over units.
+
+    Args:
+      task: of the widest.
+      choices: the cut axes at each width, from the narrowest, which cuts all that any other does.
+    """
+
+    def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
+        draw = jax.random.fold_in(key, Purpose.UNITS)
+        choice = jax.random.randint(draw, (), 0, len(choices), jnp.int32)
+
+        def trained(path: tuple[str, ...], x: Array) -> Array:
+            mask = jnp.ones((1,) * x.ndim, bool)
+            for axis, cut in choices[0].get(path, {}).items():
+                at = [
+                    cuts.get(path, {}).get(axis, cut._replace(held=cut.units)) for cuts in choices
+                ]
+                held = jnp.asarray([one.held for one in at], jnp.int32)[choice]
+                unit = jnp.arange(x.shape[axis], dtype=jnp.int32) % (x.shape[axis] // cut.blocks)
+                mask &= jnp.expand_dims(unit < held, [i for i in range(x.ndim) if i != axis])
+            return mask
+
+        old = flatten_dict(variables)
+        masks = {path: trained(path, x) for path, x in old.items()}
+        masked = {path: jnp.where(masks[path], x, jnp.zeros_like(x)) for path, x in old.items()}
+        value, aux = task.loss(unflatten_dict(masked), batch, key)
+        statistics = flatten_dict(aux.statistics)
+        for path, new in statistics.items():
+            statistics[path] = jnp.where(masks[path], new, old[path])
+        return value, aux._replace(statistics=unflatten_dict(statistics))
 
     return loss
 

@@ -41,7 +41,7 @@ POPULATION = fl.partition.dirichlet(
 TASK, DEEP = fl.classification(Steps(depth=1)), fl.classification(Steps(depth=3))
 FLIGHT = 4  # clients in flight, where the server does not wait
 UNITS, DRAWN_UNITS = 8, 17  # of the hidden layer; the purpose of their draws
-DOWNLOAD = 18
+TRAIN, DOWNLOAD = 2, 18  # purposes of draws
 SERVER = 2**31 - 1  # the client id of the server's draws
 DEPTHS = [1, 3, 2, 3, 1, 2, 3, 1, 2]  # of the clients
 
@@ -110,6 +110,10 @@ class FedAvg:
     def held(self, client, round):
         """Array -> entries that a client holds; what outputs of hidden layers are divided by."""
         return dict.fromkeys(leaves(self.layers), ...), 1.0
+
+    def narrowed(self, leaf, client, round, step):
+        """1 for the entries of a client's array that a step trains; the others count as 0."""
+        return 1.0
 
     def own(self, client, private):
         """The arrays that a client begins with and never sends."""
@@ -371,6 +375,14 @@ class FedRolex(HeteroFL):
 class Fjord(HeteroFL):
     rescales = False
 
+    def narrowed(self, leaf, client, round, step):
+        draw = jax.random.fold_in(jax.random.fold_in(key(round, client, TRAIN), step), DRAWN_UNITS)
+        widths = sorted({width for width in WIDTHS if width <= WIDTHS[client]})
+        width = widths[jax.random.randint(draw, (), 0, len(widths), jnp.int32)]
+        trained, held = int(np.ceil(width * UNITS)), int(np.ceil(WIDTHS[client] * UNITS))
+        mask = 1.0 * (np.arange(held) < trained)
+        return {("head1", 0): mask[:, None], ("head1", 1): 1.0}.get(leaf, mask)
+
 
 class FederatedDropout(HeteroFL):
     def units(self, client, round):
@@ -583,13 +595,14 @@ def trained(rule, x, own, client, round, rate, private, sends):
         order = shuffled(rows, round, client, epoch)
         for first in range(0, len(order), BATCH):
             batch = order[first : first + BATCH]
-            pairs = {n: [w[n, i] * factor[n, i] for i in (0, 1)] for n, _ in w}
+            mask = {leaf: rule.narrowed(leaf, client, round, steps) * factor[leaf] for leaf in w}
+            pairs = {n: [w[n, i] * mask[n, i] for i in (0, 1)] for n, _ in w}
             inputs = DATA.train.inputs[batch].astype(np.float64)
             labels = DATA.train.labels[batch]
             grads, _ = gradient(pairs, rule.exits(client), inputs, labels, rule.consistency)
             moving = [leaf for leaf in w if rule.trains(leaf[0], sends, steps, whole)]
             for leaf in moving:
-                g = factor[leaf] * grads[leaf[0]][leaf[1]]
+                g = mask[leaf] * grads[leaf[0]][leaf[1]]
                 if leaf not in private:
                     g = rule.gradient(leaf, g, w[leaf], x[leaf], own[leaf])
                 speed[leaf] = rule.rho * speed[leaf] + g

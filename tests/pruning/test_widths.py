@@ -63,6 +63,39 @@ def test_a_slice_computes_what_the_whole_model_does_without_the_other_units(modu
     assert 0 < ours.sum() == flat(held).size < ours.size
 
 
+def test_a_batch_trains_the_narrower_network_that_it_draws():
+    """Its loss, gradient and batch statistics are those of the slice, and the rest stands still."""
+    task, example, variables = prepared(Steps(depth=2, norm=True), (4,))
+    rates = [0.25, 0.5, 1.0]
+    widest = fl.widths.by_width(rates, per_batch=True).levels(task, variables, example)[-1]
+    slices = fl.widths.by_width(rates).levels(task, variables, example)
+
+    def step(task):
+        return jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+
+    drawn, known = set(), [(level, level.extract(variables), step(level.task)) for level in slices]
+    together = step(widest.task)
+    for seed in range(8):
+        (value, aux), gradient = together(variables, example, jax.random.key(seed))
+        losses = [run(held, example, KEY)[0][0] for _, held, run in known]
+        choice = int(np.argmin(np.abs(np.asarray(losses) - value)))
+        level, held, run = known[choice]
+        (expected, statistics), slope = run(held, example, KEY)
+        moved = jax.tree.map(
+            jnp.subtract, statistics.statistics, {n: held[n] for n in statistics.statistics}
+        )
+        whole = level.embed(moved, variables)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            flat(gradient["params"]), flat(level.embed(slope, variables)["params"]), atol=1e-5
+        )
+        for name, new in aux.statistics.items():
+            old = flat(variables[name])
+            np.testing.assert_allclose(flat(new), old + flat(whole[name]), rtol=1e-4, atol=1e-6)
+        drawn.add(choice)
+    assert drawn == {0, 1, 2}
+
+
 def test_a_narrow_model_computes_less():
     task, example, variables = prepared(fl.models.MLP(hidden=(64, 64)), (8,))
     levels = fl.widths.by_width([0.25, 0.5, 1.0]).levels(task, variables, example)
