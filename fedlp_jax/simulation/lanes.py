@@ -105,7 +105,8 @@ def _lower(run: Run, count: int, plan: LanesPlan) -> _Lowered:
 def _compile(lowered: _Lowered) -> LanesProgram:
     start, program = time.perf_counter(), lowered.program
     devices = tuple(program.plan.mesh.devices.flat)
-    rounds, test = (executable(one, devices) for one in (program.round, program.test))
+    with ThreadPoolExecutor() as pool:
+        rounds, test = pool.map(lambda one: executable(one, devices), (program.round, program.test))
     seconds = program.seconds + time.perf_counter() - start
     return program._replace(round=rounds, test=test, seconds=seconds)
 
