@@ -8,6 +8,7 @@ import warnings
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from numpy.typing import ArrayLike
 
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
@@ -15,6 +16,13 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the kernels of notebooks, which run elsewhere
 
 import fedlp_jax  # noqa: E402, the path has to be set first
+
+
+def name_of_type(annotation, config):
+    """Names NumPy's ArrayLike, which would be a union of seven types; None = as usual."""
+    del config
+    return "``ArrayLike``" if annotation == ArrayLike else None
+
 
 project = "fedlp_jax"
 author = "The fedlp_jax authors"
@@ -54,8 +62,10 @@ autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Other Arguments", "params_style")]
 typehints_defaults = "comma"
+typehints_formatter = name_of_type
 warnings.filterwarnings("ignore", module="sphinx_autodoc_typehints")  # it calls Sphinx's old API
 suppress_warnings = [
+    "config.cache",  # a function, `name_of_type`, among the settings
     "sphinx_autodoc_typehints.forward_reference",  # flax evaluates the types of fields late
     "sphinx_autodoc_typehints.guarded_import",  # of an extra that is not installed
 ]
@@ -101,16 +111,22 @@ def markdown_to_rst(app, what, name, obj, options, lines):
     del app, what, name, obj, options
     parts = re.split(r"``?([^`]+)``?", "\n".join(lines))  # every second one is code
     parts[::2] = [re.sub(r"(?<!\n)([*|])(?! )|\|", r"\\\g<0>", part) for part in parts[::2]]
+    parts[::2] = [
+        re.sub(r"(?m)^(\s+\w+: [A-Z])\.$", r"\1\\.", part) for part in parts[::2]
+    ]  # no list
     parts[1::2] = [f"``{part}``" for part in parts[1::2]]
     lines[:] = []
-    above = ""  # the last line that is not blank
+    above, literal = "", False  # the last line that is not blank; whether this one is code
     for line in "".join(parts).splitlines():
         after_blank, begins = not (lines and lines[-1]), line.startswith(" " * 4)
         if after_blank and begins and above and not above.startswith(" "):
             lines += ["::", ""]
-        elif line.lstrip().startswith("* ") and not after_blank:
+            literal = True
+        elif line and not begins:
+            literal = False
+        if line.lstrip().startswith("* ") and not after_blank:
             lines.append("")
-        lines.append(line)
+        lines.append(re.sub(r"\\([*|])", r"\1", line) if literal else line)
         above = line or above
 
 
