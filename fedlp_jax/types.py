@@ -78,6 +78,8 @@ class Cohort:
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
     # The largest size of each bucket, ascending, where trip counts must be known; else none.
     buckets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    # How many clients of each level run at once, where levels run side by side; else none.
+    widths: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 class Mean(NamedTuple):

@@ -31,6 +31,7 @@ from fedlp_jax.clients.local_training import (
 )
 from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
 from fedlp_jax.execution.client_state import ClientState
+from fedlp_jax.execution.loops import RunLoops, run_loops
 from fedlp_jax.execution.map_clients import entry
 from fedlp_jax.execution.packing import Packed, pack, unpack
 from fedlp_jax.nn.gated import Gate
@@ -178,6 +179,7 @@ def train_client(
     packed: Packed,
     active: Array,
     bounds: Bounds | None,
+    run: RunLoops = run_loops,
 ) -> tuple[PyTree, tuple[ClientMetrics, PyTree, PyTree, PyTree], Packed]:
     """ONE client's round: train its submodel and prepare its upload.
 
@@ -189,6 +191,7 @@ def train_client(
       active: `bool[]`, False = an idle lane.
       bounds: loop bounds of the clients that are vmapped together; None = those of
         `program.largest`.
+      run: runs the loops of its training.
 
     Returns:
       What is summed over clients; its metrics, what is stacked, the bits of each layer, and its
@@ -212,8 +215,8 @@ def train_client(
     if head is None:
         key = parts.submodels.private_key(broadcast.key, inputs.client.id)
         head = level.private(key, program.example)
-    begin = _received(program, inputs, start, kept)
-    end, metrics = _trained(program, broadcast, inputs, bounds, level.merge(begin, head), kept)
+    begin = level.merge(_received(program, inputs, start, kept), head)
+    end, metrics = _trained(program, broadcast, inputs, bounds, begin, kept, run)
     end, new_head = level.split(end)
 
     # Send the update, unless the client is lost or its result is not finite.
@@ -291,6 +294,7 @@ def _trained(
     bounds: Bounds | None,
     variables: Variables,
     kept: dict[str, PyTree],
+    run: RunLoops,
 ) -> tuple[Variables, ClientMetrics]:
     """The variables of ONE client, its head included, after its local training."""
     parts, task = program.parts, program.submodel.task
@@ -315,6 +319,7 @@ def _trained(
         broadcast.key,
         broadcast.round,
         broadcast.scale,
+        run,
     )
 
 

@@ -132,9 +132,8 @@ def run_round(
     outcomes = None
     if cohort.conditions is not None:
         wire = parts.wire(layers_of_levels(table, tables) if parts.submodels.slices else table)
-        outcomes = draw_outcomes(
-            key, number, cohort, masks, wire, levels, tables, parts.work, example
-        )
+        work = parts.work
+        outcomes = draw_outcomes(key, number, cohort, masks, wire, levels, tables, work, example)
     a = cohort.size.astype(jnp.float32)
     uploads = UploadInfo(a if parts.by_examples else jnp.ones_like(a), masks.upload, masks.keep)
     broadcast = _broadcast(parts, state, number, examples, key)
@@ -151,6 +150,7 @@ def run_round(
         plan,
         sharded=_sharded(plan),
         client_state=clients,
+        widths=cohort.widths,
     )
 
     # Reduce the cohort, and step the server.

@@ -7,7 +7,6 @@ sends and keeps at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.errors import FedLPError, check_number
+from fedlp_jax.execution.loops import Loops, RunLoops, run_loops
 from fedlp_jax.nn import gated
 from fedlp_jax.nn.gated import Gate
 from fedlp_jax.prng import Purpose, client_key
@@ -187,8 +187,8 @@ def local_update(
       gate_rule: which parameters a step trains; None = all.
 
     Returns:
-      `train(variables, examples, client, bounds, key, round, scale) -> (variables, metrics)`;
-      `scale` is `f32[]`, a factor on the optimizer's updates, or None.
+      `train(variables, examples, client, bounds, key, round, scale, run) -> (variables, metrics)`;
+      `scale` is `f32[]`, a factor on the optimizer's updates, or None; `run` runs the loops.
     """
     batch_size = work.batch_size
     full_batches = even_size is not None and even_size % batch_size == 0
@@ -204,6 +204,7 @@ def local_update(
         key: Array,
         round: Array,
         scale: Array | None,
+        run: RunLoops = run_loops,
     ) -> tuple[Variables, ClientMetrics]:
         key_shuffle = client_key(key, round, client.id, Purpose.SHUFFLE)
         key_train = client_key(key, round, client.id, Purpose.TRAIN)
@@ -227,61 +228,67 @@ def local_update(
             due = (in_epoch < per_epoch) & (number < steps)
             return jax.tree.map(lambda n, o: jnp.where(due, n, o), new, carry)
 
-        with jax.numpy_dtype_promotion("standard"):
-            state = optimizer.init(variables["params"])
-        carry = (variables, state, _zero_metrics(task.metrics))
         if largest is not None and work.steps is not None:
             epochs = bounds.epochs if even_size is not None else None
-            carry = _count_steps(step, order_of, work.steps, per_epoch, epochs, carry)
+            loops = _counting_steps(step, order_of, work.steps, per_epoch, epochs)
         else:
             ends_early = fixed is None or work.steps is not None
-            carry = _count_epochs(step, order_of, bounds, ends_early, carry)
+            loops = _counting_epochs(step, order_of, bounds, ends_early)
+        carry = run(loops, _first_carry(task, optimizer, variables))
         return carry[0], carry[2]
 
     return train
 
 
-def _count_epochs(
+def _first_carry(
+    task: Task, optimizer: optax.GradientTransformation, variables: Variables
+) -> tuple[Variables, PyTree, ClientMetrics]:
+    """What the first step starts from."""
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(variables["params"])
+    return variables, state, _zero_metrics(task.metrics)
+
+
+def _counting_epochs(
     step: Callable[..., Any],
     order_of: Callable[[Array], Array],
     bounds: Bounds,
     ends_early: bool,
-    carry: Any,
-) -> Any:
+) -> Loops:
     """Epoch after epoch; where the last `ends_early`, the device computes how long it is."""
 
-    def epoch(index: Array, carry: Any) -> Any:
-        trips = bounds.longest
-        if ends_early:
-            trips = jnp.minimum(trips, bounds.steps - index * bounds.shortest)
-        return jax.lax.fori_loop(0, trips, partial(step, order_of(index), index), carry)
+    def steps(index: Array) -> Array | int:
+        if not ends_early:
+            return bounds.longest
+        return jnp.minimum(bounds.longest, bounds.steps - index * bounds.shortest)
 
-    return jax.lax.fori_loop(0, bounds.epochs, epoch, carry)
+    return Loops(bounds.epochs, steps, order_of, step)
 
 
-def _count_steps(
+def _counting_steps(
     step: Callable[..., Any],
     order_of: Callable[[Array], Array],
     steps: int,
     per_epoch: Array,
     epochs: Array | int | None,
-    carry: Any,
-) -> Any:
+) -> Loops:
     """One loop over a known number of steps; `epochs` = how many begin, if all clients are even.
 
     Then their orders are drawn before the loop. Uneven clients draw theirs anew in each step.
     """
-    orders = None
-    if epochs is not None:
-        orders = jax.vmap(order_of)(jnp.arange(epochs, dtype=jnp.int32))
     per_epoch = per_epoch.clip(1)  # an empty slot has none
 
-    def numbered(number: Array, carry: Any) -> Any:
+    def orders(_: int) -> Array | None:
+        if epochs is None:
+            return None
+        return jax.vmap(order_of)(jnp.arange(epochs, dtype=jnp.int32))
+
+    def numbered(orders: Array | None, _: int, number: Array, carry: Any) -> Any:
         index, in_epoch = number // per_epoch, number % per_epoch
         order = order_of(index) if orders is None else orders[index]
         return step(order, index, in_epoch, carry)
 
-    return jax.lax.fori_loop(0, steps, numbered, carry)
+    return Loops(None, lambda _: steps, orders, numbered)
 
 
 def optimizer_step(

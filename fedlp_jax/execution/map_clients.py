@@ -7,7 +7,7 @@ client.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.execution import processes
+from fedlp_jax.execution.loops import side_by_side
 from fedlp_jax.execution.plan import AXIS, Plan, over_clients
 from fedlp_jax.types import Array, PyTree
 
@@ -46,8 +47,9 @@ class Level(NamedTuple):
     run: Callable[[PyTree, PyTree, PyTree, Array, PyTree], tuple[PyTree, PyTree, PyTree]]
     bounds: Callable[[PyTree], PyTree]  # clients of a chunk -> loop bounds they share
     embed: Callable[[PyTree, PyTree], PyTree]  # (shared, sum) -> sum in the common structure
-    # Where bounds must be constants: `run` for each bucket of clients, without its bounds, ...
-    buckets: Sequence[Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree, PyTree]]] = ()
+    # Where bounds must be constants: `run` for each bucket of clients, without its bounds; beside
+    # other levels it also gets, as `run`, what runs its `Loops`, ...
+    buckets: Sequence[Callable[..., tuple[PyTree, PyTree, PyTree]]] = ()
     # ... and clients of a chunk -> its bucket, i32[]
     bucket: Callable[[PyTree], Array] = lambda clients: jnp.zeros((), jnp.int32)
 
@@ -60,6 +62,7 @@ def map_sum(
     plan: Plan,
     sharded: PyTree = False,
     client_state: PyTree = (),
+    widths: Sequence[int] = (),
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every client at its level, in chunks of W, and sums over all of them.
 
@@ -78,35 +81,20 @@ def map_sum(
         the devices, `[D * R, ...]`, so that each reads its own R entries.
       client_state: tree of `[D * P, ...]`; each client changes its own entry, in place if the
         compiled program donates the tree.
+      widths: how many clients of each level run at once, where levels run side by side; levels that
+        idle may follow. () = the levels run in turn, each W clients at once.
 
     Returns:
       `(sum over clients, outputs [D * P, ...], client_state)`. A slot that did not run has zeros as
       its output and keeps its state.
     """
-    width = plan.width or 1
-    # Traced once, for the shapes of its results and for the loop; then no call remains.
-    levels = [
-        level._replace(
-            run=jax.jit(level.run, inline=True),
-            buckets=[jax.jit(run, inline=True) for run in level.buckets],
-        )
-        for level in levels
-    ]
-    chunks = partial(_known_chunks, only=len(levels) == 1) if plan.known_trip_counts else _chunks
+    if widths and len(levels) > 1:
+        run_levels = partial(_side_by_side, levels, widths[: len(levels)])
+    else:
+        run_levels = partial(_in_turn, levels, plan)
 
     def on_device(shared: PyTree, clients: PyTree, state: PyTree, segment: Array) -> Any:
-        slots = jax.tree.leaves(clients)[0].shape[0]
-        total, outputs = None, None
-        for g, level in enumerate(levels):
-            one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, state))
-            shapes = jax.eval_shape(partial(_run_one, level), shared, *one)
-            outputs = _zeros(shapes[1], slots) if outputs is None else outputs
-            carry = (_zeros(shapes[0]), outputs, state)
-            part, outputs, state = chunks(
-                level, shared, clients, segment[0, g], segment[0, g + 1], width, carry
-            )
-            part = level.embed(shared, part)
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        total, outputs, state = run_levels(shared, clients, state, segment[0])
         return _sum_over_devices(total), outputs, state
 
     mapped = on_each_device(on_device, plan, (sharded, True, True, True), (False, True, True))
@@ -161,6 +149,92 @@ def summed_bytes(program: Any) -> int:
             count += sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
         count += sum(map(summed_bytes, jaxprs_in_params(equation.params)))
     return count
+
+
+def _in_turn(
+    levels: Sequence[Level],
+    plan: Plan,
+    shared: PyTree,
+    clients: PyTree,
+    state: PyTree,
+    segment: Array,
+) -> Any:
+    """Runs the slots of one device, level after level, W at a time."""
+    slots, width = jax.tree.leaves(clients)[0].shape[0], plan.width or 1
+    # Traced once, for the shapes of its results and for the loop; then no call remains.
+    levels = [
+        level._replace(
+            run=jax.jit(level.run, inline=True),
+            buckets=[jax.jit(run, inline=True) for run in level.buckets],
+        )
+        for level in levels
+    ]
+    chunks = partial(_known_chunks, only=len(levels) == 1) if plan.known_trip_counts else _chunks
+    total, outputs = None, None
+    for g, level in enumerate(levels):
+        shapes = _shapes(level, shared, clients, state)
+        outputs = _zeros(shapes[1], slots) if outputs is None else outputs
+        carry = (_zeros(shapes[0]), outputs, state)
+        part, outputs, state = chunks(
+            level, shared, clients, segment[g], segment[g + 1], width, carry
+        )
+        part = level.embed(shared, part)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total, outputs, state
+
+
+def _side_by_side(
+    levels: Sequence[Level],
+    widths: Sequence[int],
+    shared: PyTree,
+    clients: PyTree,
+    state: PyTree,
+    segment: Array,
+) -> Any:
+    """Runs the slots of one device, some of every level at a time, with known trip counts."""
+    slots = jax.tree.leaves(clients)[0].shape[0]
+    shapes = [_shapes(level, shared, clients, state) for level in levels]
+    stops = [segment[g + 1] for g in range(len(levels))]
+
+    def chunk(i: Array, carry: Any) -> Any:
+        firsts = [segment[g] + i * width for g, width in enumerate(widths)]
+        places = list(zip(firsts, stops, widths, strict=True))
+
+        def branch(bucket: int) -> Callable[[Any], Any]:
+            runs = [level.buckets[bucket] for level in levels]
+
+            def run(carry: Any) -> Any:
+                totals, outputs, states = carry
+                lanes = [_taken(clients, states, *place) for place in places]
+                results = side_by_side(runs, shared, lanes)
+                ends = []
+                for total, place, result in zip(totals, places, results, strict=True):
+                    end, outputs, states = _added((total, outputs, states), result, slots, *place)
+                    ends.append(end)
+                return ends, outputs, states
+
+            return run
+
+        due = jnp.stack([first < stop for first, stop, _ in places])
+        buckets = [
+            level.bucket(_lanes(clients, *place))
+            for level, place in zip(levels, places, strict=True)
+        ]
+        index = jnp.where(due, 1 + jnp.stack(buckets), 0).max()  # of the longest; 0 = all are idle
+        branches = [branch(bucket) for bucket in range(len(levels[0].buckets))]
+        return jax.lax.switch(index, [lambda carry: carry, *branches], carry)
+
+    carry = [_zeros(of_level[0]) for of_level in shapes], _zeros(shapes[0][1], slots), state
+    # As many chunks as there are if all clients are of the level that runs the fewest at once.
+    totals, outputs, state = jax.lax.fori_loop(0, -(-slots // min(widths)), chunk, carry)
+    parts = [level.embed(shared, total) for level, total in zip(levels, totals, strict=True)]
+    return reduce(partial(jax.tree.map, jnp.add), parts), outputs, state
+
+
+def _shapes(level: Level, shared: PyTree, clients: PyTree, state: PyTree) -> Any:
+    """Of what one client of a level returns."""
+    one = jax.tree.map(lambda x: jax.typeof(x[0]), (clients, state))
+    return jax.eval_shape(partial(_run_one, level), shared, *one)
 
 
 def _run_one(level: Level, shared: PyTree, client: PyTree, state: PyTree) -> Any:
@@ -245,14 +319,30 @@ def _run_chunk(
 ) -> Any:
     """Runs W slots from `first` on; those past `stop` are idle."""
     slots = jax.tree.leaves(clients)[0].shape[0]
-    total, outputs, states = carry
-    lanes = first + jnp.arange(width, dtype=jnp.int32)
-    active = lanes < stop
+    lanes = _taken(clients, carry[2], first, stop, width)
+    result = jax.vmap(run, (None, 0, 0, 0))(shared, *lanes)
+    return _added(carry, result, slots, first, stop, width)
+
+
+def _taken(
+    clients: PyTree, states: PyTree, first: Array, stop: Array, width: int
+) -> tuple[PyTree, PyTree, Array]:
+    """The clients of W slots from `first` on, what they keep, and which of them are active."""
     client, state = _lanes((clients, states), first, stop, width)
-    part, *new = jax.vmap(run, (None, 0, 0, 0))(shared, client, state, active)
+    return client, state, first + jnp.arange(width, dtype=jnp.int32) < stop
+
+
+def _added(
+    carry: Any, result: Any, slots: int, first: Array, stop: Array, width: int
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The carry with the results of the clients that `_taken` takes."""
+    total, outputs, states = carry
+    part, *new = result
+    lanes = first + jnp.arange(width, dtype=jnp.int32)
     # Idle lanes write past the end, each to its own place: if places could repeat, a GPU that must
     # repeat to the bit would write one after the other.
-    lanes = jnp.where(active, lanes, slots + jnp.arange(width, dtype=jnp.int32))
+    idle = slots + jnp.arange(width, dtype=jnp.int32)
+    lanes = jnp.where(lanes < stop, lanes, idle)
     outputs, states = jax.tree.map(
         lambda s, x: s.at[lanes].set(x, mode="drop", unique_indices=True),
         (outputs, states),

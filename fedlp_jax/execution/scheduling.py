@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fedlp_jax.execution.plan import Plan
+from fedlp_jax.execution.plan import SIDE_BY_SIDE, Plan
 
 # Each bucket of sizes is compiled by itself, and an accelerator takes seconds for each.
 _BUCKETS = 4
@@ -65,6 +66,24 @@ def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
     return dataclasses.replace(plan, width=-(-most // -(-most // width)))
 
 
+def widths_by_level(plan: Plan, assigned: np.ndarray, levels: int) -> tuple[int, ...]:
+    """How many clients of each level run at once; none where the plan has the levels in turn.
+
+    W of the most common level, and of the others in proportion, so that a cohort like the
+    population needs equally many chunks of every level.
+
+    Args:
+      plan: resolved.
+      assigned: `i32[K]`, submodel level of each client.
+      levels: G.
+    """
+    if plan.levels != SIDE_BY_SIDE or levels == 1:
+        return ()
+    counts = np.bincount(assigned, minlength=levels)
+    widths = -(-(plan.width or 1) * counts // counts.max())
+    return tuple(np.maximum(widths, 1).tolist())
+
+
 def size_buckets(sizes: np.ndarray, steps: np.ndarray) -> tuple[int, ...]:
     """Sizes at which the clients of a population are cut into buckets of like work.
 
@@ -91,6 +110,7 @@ def lay_out(
     plan: Plan,
     largest: int | None = None,
     bounds: np.ndarray | None = None,
+    widths: Sequence[int] = (),
 ) -> Layout:
     """Assigns clients to devices by modelled work, longest first, each to the least busy device.
 
@@ -102,6 +122,7 @@ def lay_out(
       largest: clients of the largest cohort, which fixes the slots; None = of this one.
       bounds: `i64[]` ascending, the steps that the clients of each bucket compute; None = a chunk
         computes those of its longest client.
+      widths: see `widths_by_level`; () = W clients at once, level after level.
 
     Returns:
       The layout. Within a device, clients are ordered by level, then longest first, then by id, so
@@ -121,14 +142,28 @@ def lay_out(
         local = local[np.lexsort((local, -steps[local], level[local]))]
         member[d, : len(local)] = local
         segment[d, 1:] = np.cumsum(np.bincount(level[local], minlength=levels))
-        for a, b in zip(segment[d, :-1], segment[d, 1:], strict=True):
-            # Longest first: the first client of a chunk sets its trip count.
-            longest = steps[local[a:b]][::width]
+        for lanes, longest in _chunks(steps[local], segment[d], width, widths):
             if bounds is not None:
                 longest = bounds[np.searchsorted(bounds, longest)]
-            computed += width * int(longest.sum())
+            computed += lanes * int(longest.sum())
     padded = 1.0 - steps.sum() / computed if computed else 0.0
     return Layout(member.ravel(), segment, float(padded), float(load.max() * devices / load.sum()))
+
+
+def _chunks(
+    steps: np.ndarray, segment: np.ndarray, width: int, widths: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Of the chunks of one device, with equally many lanes: these, and the longest client of each.
+
+    Longest first: the first client of a chunk sets its trip count.
+    """
+    levels = [steps[a:b] for a, b in itertools.pairwise(segment)]
+    if not widths:
+        yield from ((width, of_level[::width]) for of_level in levels)
+        return
+    firsts = [of_level[::w] for of_level, w in zip(levels, widths, strict=True)]
+    longest = map(max, itertools.zip_longest(*firsts, fillvalue=0))
+    yield sum(widths), np.fromiter(longest, np.int64)
 
 
 def _to_the_least_busy(

@@ -11,7 +11,13 @@ import numpy as np
 from fedlp_jax.data.partition import Partition
 from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.execution.scheduling import Layout, lay_out, most_clients, size_buckets
+from fedlp_jax.execution.scheduling import (
+    Layout,
+    lay_out,
+    most_clients,
+    size_buckets,
+    widths_by_level,
+)
 from fedlp_jax.types import Cohort
 
 # Partitions draw from the same generator under small numbers of their own.
@@ -224,6 +230,7 @@ class CohortBuilder:
         if plan.known_trip_counts:
             buckets = size_buckets(sizes, local_steps(sizes))
             self._buckets = buckets if widest is None else (widest,)
+        self._widths = widths_by_level(plan, assigned, len(level_cost))
 
     def most_rows(self, cohort: int) -> int:
         """An upper bound on the rows of one device in any round: those of the largest clients.
@@ -244,7 +251,13 @@ class CohortBuilder:
         level = self._assigned[ids]
         bounds = self._local_steps(np.array(self._buckets)) if self._buckets else None
         layout = lay_out(
-            self._local_steps(size), level, self._level_cost, self._plan, self._largest, bounds
+            self._local_steps(size),
+            level,
+            self._level_cost,
+            self._plan,
+            self._largest,
+            bounds,
+            self._widths,
         )
         member, filled = layout.member, layout.member >= 0
 
@@ -262,4 +275,5 @@ class CohortBuilder:
             "rows": rows.astype(np.int32),
             "segment": layout.segment,
         }
-        return Cohort(**columns, even_size=self._even, buckets=self._buckets), layout
+        fixed: dict[str, Any] = {"buckets": self._buckets, "widths": self._widths}
+        return Cohort(**columns, even_size=self._even, **fixed), layout

@@ -115,6 +115,11 @@ CASES = {
     "homo-server-momentum": {"keep": 0.5, "server_momentum": 0.7},
     "hetero-persist": {"heads": "persist", "depth_probability": [0.4, 0.3, 0.3]},
     "hetero-reset": {"heads": "reset_to_init", "depth_probability": [0.4, 0.3, 0.3]},
+    "hetero-side-by-side": {
+        "heads": "persist",
+        "depth_probability": [0.4, 0.3, 0.3],
+        "levels": "side_by_side",
+    },
     "hetero-shared-keep": {"heads": "shared", "keep": 0.6, "depth_probability": [0.4, 0.3, 0.3]},
 }
 
@@ -124,7 +129,8 @@ def compared(request):
     """Settings of a case, its clients, first variables and result: a fixture, for its compiling."""
     case = request.param
     settings = {"keep": 1.0, "by_tensor": False, "weigh": "examples", "server_momentum": 0.0}
-    settings |= {"heads": None} | CASES[case]
+    settings |= {"heads": None, "levels": "in_turn"} | CASES[case]
+    plan = fl.Plan(2, 2, levels=settings.pop("levels"))
     probability = settings.pop("depth_probability", None)
     depths = drawn_depths(probability) if probability else [DEEPEST] * CLIENTS
     data = dataset()
@@ -154,12 +160,12 @@ def compared(request):
         run = {"cohort": lambda seed, round, clients: COHORTS[round], "seed": SEED}
         start = in_float64(fl.simulate(algorithm, data, clients, rounds=0, **run).state.variables)
         result = fl.simulate(
-            algorithm, data, clients, rounds=ROUNDS, variables=start, plan=fl.Plan(2, 2), **run
+            algorithm, data, clients, rounds=ROUNDS, variables=start, plan=plan, **run
         )
     return settings | {"depths": depths}, data, clients, start, result
 
 
-SLOW = ("hetero-reset", "hetero-shared-keep")
+SLOW = ("hetero-reset", "hetero-side-by-side", "hetero-shared-keep")
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,21 @@ def test_loops_of_levels_have_constant_bounds(accelerator):
     assert loops(text) and all(loops(text))
 
 
+def test_levels_side_by_side_share_their_loops(accelerator):
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=12, seed=0)
+    algorithm = fl.fedlp_hetero(
+        fl.classification(Steps(depth=2)),
+        depths="uniform",
+        heads="shared",
+        client_optimizer=optax.sgd(0.1),
+        batch_size=5,
+    )
+    text = program(algorithm, data, clients, fl.Plan(1, 4, levels="side_by_side"), 8)
+    assert text.count("stablehlo.dot_general") > 10  # of both levels
+    assert loops(text) == 4 * [True]  # chunks, epochs, steps; and one that finds a bucket
+
+
 def test_the_check_finds_a_bound_that_the_device_computes(uneven):
     text = program(small(epochs=2), *uneven, fl.Plan(devices=2, width=4), 10)
     assert not all(loops(text))
