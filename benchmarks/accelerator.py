@@ -51,6 +51,7 @@ _PROCESS = ("flags", "platform")
 _FIXED, _TUNED = (f"{GPU_KERNELS[name]}=true" for name in ("fixed", "tuned"))
 _ANY = " ".join(f"{flag}=false" for flag in GPU_KERNELS.values())
 _SMALL_GRAPHS = "--xla_gpu_graph_min_graph_size=1"
+_LEVELS = ("in_turn", "side_by_side")
 _CONCURRENT = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT_REGIONS"
 
 
@@ -117,6 +118,7 @@ def _smoke_cells() -> list[Cell]:
 
 def _cpu_cells() -> list[Cell]:
     few = {"kind": "rounds", "steps": 5}
+    depths = {"kind": "mixed depths", "cohort": 20, "steps": 5, "small": True}
     return [
         {"kind": "peak", "precision": "default"},
         {"kind": "bandwidth"},
@@ -125,7 +127,7 @@ def _cpu_cells() -> list[Cell]:
         *(few | {"workload": "W3", "cohort": cohort} for cohort in (16, 64, 256)),
         few | {"workload": "W2", "uneven": True},
         {"kind": "masked mean", "model": "MLP", "cohort": 10},
-        {"kind": "levels", "model": "stairs", "steps": 5, "cohort": 20},
+        *(depths | {"levels": levels} for levels in _LEVELS),
     ]
 
 
@@ -160,11 +162,11 @@ def _lanes() -> list[Cell]:
 def _arms() -> list[Cell]:
     """Each changes one thing of a workload at its own cohort, or of 100 clients."""
     small, large = ({"kind": "rounds", "workload": w, "steps": _STEPS[w]} for w in ("W2", "W1"))
-    levels = {"kind": "levels", "model": "reference CNN", "steps": 5, "cohort": 100}
+    depths = {"kind": "mixed depths", "cohort": 100, "steps": 20}
     return [
         *({"kind": "equality", "workload": name} for name in ("W2", "W1", "W4")),
         *(arm | {"flags": flags} for flags in (_FIXED, _ANY, _TUNED) for arm in (small, large)),
-        levels,
+        *(depths | {"levels": levels} for levels in _LEVELS),
         *(arm | {"uneven": True} for arm in (small, large)),
         small | {"rounds_at_once": 16},
         *({"kind": "sweep", "workload": "W2", "runs": runs, "rounds": 30} for runs in (1, 10)),
@@ -173,7 +175,7 @@ def _arms() -> list[Cell]:
         small | {"flags": _SMALL_GRAPHS},
         large | {"flags": _SMALL_GRAPHS},
         small | {"flags": _CONCURRENT},
-        levels | {"flags": _CONCURRENT},
+        depths | {"levels": "side_by_side", "flags": _CONCURRENT},
         {"kind": "masked mean", "model": "reference CNN", "cohort": 1000},
     ]
 
@@ -241,7 +243,7 @@ def smaller(cell: Cell, late: bool) -> Cell | None:
       cell: what failed.
       late: it was killed, probably while it compiled; XLA then takes kernels without timing them.
     """
-    if cell["kind"] not in ("rounds", "naive", "levels"):
+    if cell["kind"] not in ("rounds", "naive", "mixed depths"):
         return None
     sizes = {key: -(-cell[key] // 4) for key in ("cohort", "width") if key in cell}
     sizes = sizes or {"cohort": _FEW}
@@ -348,9 +350,8 @@ def _result_in_words(row: Row) -> str:
         return f"{result['difference']:.1e} of the update apart"
     if kind == "masked mean":
         return f"{result['ours_of_copy']:.0%} of a copy's speed"
-    if kind == "levels":
-        ratios = (f"{k} {m['ratio_to_fedavg']:.2f}" for k, m in result["mixtures"].items())
-        return "over FedAvg: " + ", ".join(ratios)
+    if kind == "mixed depths":
+        return f"{result['ratio_to_fedavg']:.2f} of FedAvg's time"
     return "done"
 
 

@@ -22,16 +22,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import fedlp_jax as fl
 from benchmarks import aggregate, hetero, kernels, parts, peaks, stage, step
 from benchmarks.machine import machine
-from benchmarks.timing import Rounds, spread
+from benchmarks.timing import Rounds, alternate, spread
 from benchmarks.workloads import WORKLOADS, Workload, made_up
 
 _SECONDS = 4.0  # of timed rounds, but at least _LEAST of them and at most _MOST
 _LEAST, _MOST = 3, 20
 _READING, _TOGETHER = 0.5, 50  # seconds of a reading, and the most rounds in it
+_BATCH = 10
 _ROUNDING = 1e-2  # of the update, that few steps in float32 may differ by
 
 
@@ -202,13 +204,41 @@ def masked_mean(model: str, cohort: int) -> dict[str, Any]:
     return aggregate.measure(*aggregate.models()[model], cohort, repeats=3)
 
 
-def levels(model: str, steps: int, cohort: int) -> dict[str, Any]:
-    """FedLP-Hetero against the sum of its levels, and against FedAvg."""
-    if model == "stairs":
-        return hetero.measure(hetero.Stairs(), (8, 8, 1), steps, "reset_to_init", 3, cohort)
-    module = fl.models.FedLPCNN(num_classes=10, init="pytorch")
-    # Persistent heads of that many clients would fill a small device.
-    return hetero.measure(module, (32, 32, 3), steps, "reset_to_init", 4, cohort)
+def mixed_depths(
+    cohort: int, steps: int, levels: str = "in_turn", small: bool = False
+) -> dict[str, Any]:
+    """Rounds of FedLP-Hetero(1), in which all clients take part, against rounds of FedAvg.
+
+    Args:
+      cohort: C; 60% of them have depth 1.
+      steps: S, of each client.
+      levels: of the plan.
+      small: a small network in place of the reference CNN.
+    """
+    module: Any = fl.models.FedLPCNN(num_classes=10, init="pytorch")
+    module, image = (hetero.Stairs(), (8, 8, 1)) if small else (module, (32, 32, 3))
+    counts = hetero.mixtures(module.depth, cohort)["Hetero(1)"]
+    depths = np.repeat(np.arange(1, len(counts) + 1), counts)
+    data = fl.load("synthetic", examples=cohort * steps * _BATCH, shape=image, num_classes=10)
+    clients = fl.partition.iid(data.train.labels, clients=cohort, seed=0)
+    task = fl.classification(module)
+    local: dict[str, Any] = {"client_optimizer": optax.adam(1e-3), "batch_size": _BATCH}
+    mixed = fl.fedlp_hetero(task, depths=depths, heads="reset_to_init", **local)
+    contenders = {
+        "fedavg": Rounds(fl.fedavg(task, **local), data, clients, cohort=cohort),
+        "hetero": Rounds(mixed, data, clients, cohort=cohort, plan=fl.Plan(levels=levels)),
+    }
+    for once in contenders.values():
+        for _ in range(2):  # a GPU records its graphs
+            once()
+    times = alternate(contenders, repeats=4)
+    seconds = {name: spread(of_one) for name, of_one in times.items()}
+    return {
+        "plan": dataclasses.asdict(contenders["hetero"].run.plan),
+        "measured_seconds": seconds,
+        "compile_seconds": {name: once.compile_seconds for name, once in contenders.items()},
+        "ratio_to_fedavg": seconds["hetero"]["median"] / seconds["fedavg"]["median"],
+    }
 
 
 def fill(gibibytes: int) -> dict[str, int]:
@@ -285,7 +315,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "update": update,
     "sweep": sweep,
     "masked mean": masked_mean,
-    "levels": levels,
+    "mixed depths": mixed_depths,
     "fill": fill,
 }
 

@@ -72,10 +72,7 @@ def reached(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if name == "W1":
             table = _ratio(_least(many), 1e3 / _TABLE_STEPS)
             add("the paper's table, modelled from W1's steps, s", _TABLE_SECONDS, table)
-    hetero = [
-        row["result"]["mixtures"]["Hetero(1)"]["ratio_to_fedavg"]
-        for row in _results(rows, "levels")
-    ]
+    hetero = [row["result"]["ratio_to_fedavg"] for row in _results(rows, "mixed depths")]
     add("FedLP-Hetero(1) over FedAvg", _HETERO_TO_FEDAVG, min(hetero, default=None))
     add("programs with other bits the second time", 0, _other_bits(rows))
     return found

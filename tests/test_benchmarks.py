@@ -675,6 +675,13 @@ def test_seeds_side_by_side_are_timed(run, monkeypatch):
     assert is_spread(cells.sweep("W2", 2, 1)["measured_ms_per_client_step"])
 
 
+@pytest.mark.parametrize("levels", ["in_turn", "side_by_side"])
+def test_mixed_depths_are_timed_beside_fedavg(run, levels):
+    result = cells.mixed_depths(5, 1, levels, small=True)
+    assert result["plan"]["levels"] == levels and result["ratio_to_fedavg"] > 0
+    assert all(map(is_spread, result["measured_seconds"].values()))
+
+
 def test_the_cells_that_other_commands_measure(run):
     assert cells.masked_mean("MLP", 4)["ours_of_copy"] > 0
     assert cells.bandwidth(smoke=True)["bytes_per_second"] > 0
