@@ -140,7 +140,7 @@ def test_what_a_function_refuses_is_refused(settings, sentence):
         ({"keep": [0.5, 0.5, 0.5]}, "keep has shape"),
         ({"keep": {"nobody": 0.5}}, "unknown layers"),
         ({"layers": "by_modul"}, "by_module"),
-        ({"name": "fedlp_hetero", "keep": 1, "depths": 7}, "depths=7 is outside 1 to 1"),
+        ({"name": "fedlp_hetero", "keep": 1, "depths": 7}, "this model has no depths"),
         ({"faults": {"dropout": 1.5}}, r"faults.dropout=1.5 must be a number in \[0, 1\]"),
         ({"faults": {"corruption": {"kind": "sign-flip", "share": 0}}}, "did you mean 'sign_flip'"),
         ({"faults": {"over_selection": 0.5}}, "faults.over_selection=0.5"),
