@@ -103,10 +103,11 @@ def main() -> None:
     also = _MODELS[options.model] | (_TINY if options.smoke else {})
     seeds, rounds = (1, 2) if options.smoke else (options.seeds, options.rounds)
     runs, commits = _already(options.json, seeds, rounds, options.only)
+    commit = machine()["commit"]  # first, because writing the file changes the tree
     for label in options.only:
         if label not in runs:
             runs[label] = [measure(label, seed, rounds, also) for seed in range(seeds)]
-            commits[label] = machine()["commit"]
+            commits[label] = commit
         runs, commits = ({x: of[x] for x in FAMILY if x in of} for of in (runs, commits))
         result = {"rounds": rounds, "seeds": seeds, "target": TARGET, "commits": commits}
         command.write(options.json, result | {"runs": runs})
