@@ -483,6 +483,11 @@ def lazy(interval: int) -> MaskPolicy:
         return Masks(download, upload, jnp.ones_like(upload)), state
 
     def learn(state: PyTree, feedback: Feedback) -> PyTree:
+        if "squares" not in feedback.extras.trees:
+            raise FedLPError(
+                "masks.lazy compares the updates of clients, which a mean alone does not show; use "
+                "fl.fedlama, or aggregator=with_squares(masked_mean())."
+            )
         rounds, rests, last = state
         kept = jnp.where(feedback.counted, feedback.client, -1)
         last = last.at[jnp.where(kept < 0, len(last), kept)].set(feedback.round, mode="drop")

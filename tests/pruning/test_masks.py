@@ -352,3 +352,5 @@ def test_layers_in_which_clients_agree_become_lazy():
     assert chosen == [none, none, two, two, three]
     with pytest.raises(FedLPError, match="interval=0"):
         lazy(0)
+    with pytest.raises(FedLPError, match="use fl.fedlama"):
+        policy.learn(state, feedback())
