@@ -190,6 +190,9 @@ def draw_curves(
     # The last tick is the last point, which is no round number of megabytes or seconds.
     axes.set_xticks(ticks, [f"{t:,.10g}" for t in (*ticks[:-1], _three_digits(last))])
     if "accuracy" in y:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # few decimals
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
 
 
