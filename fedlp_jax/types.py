@@ -76,6 +76,10 @@ class Cohort:
     # The size of every client of the population, if all are equal: the round then omits the masks
     # that uneven clients need.
     even_size: int | None = flax.struct.field(pytree_node=False, default=None)
+    # A size with which a client takes as many steps an epoch as every other, if there is one and
+    # runs share a program. Their loops then have one length, which the program knows; else JAX
+    # selects the carry of each run in every step.
+    like_size: int | None = flax.struct.field(pytree_node=False, default=None)
     # The largest size of each bucket, ascending, where trip counts must be known; else none.
     buckets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     # How many clients of each level run at once, where levels run side by side; else none.

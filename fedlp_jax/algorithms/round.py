@@ -182,6 +182,7 @@ def _level(
 ) -> Level:
     """The work of one level, as `map_sum` runs it."""
     kept = client_state(parts, level, separated(payload)[0], example)
+    by_epochs = parts.work.steps is None and not _lost_skip(cohort, plan)
     program = ClientProgram(
         parts,
         level,
@@ -192,6 +193,7 @@ def _level(
         even_size=cohort.even_size,
         alone=plan.width == 1 and not plan.known_trip_counts,
         lost_skip=_lost_skip(cohort, plan),
+        largest=cohort.like_size if by_epochs else None,
     )
     sizes = jnp.asarray(cohort.buckets, jnp.int32)
 

@@ -214,7 +214,7 @@ class CohortBuilder:
           plan: resolved.
           largest: C, which fixes the slots; None = each cohort's own size.
           widest: M, at least the examples of the largest client, and then the size of the only
-            bucket; None = as many. It changes no draw.
+            bucket, or of `Cohort.like_size`; None = as many. It changes no draw.
         """
         self._partition = partition
         self._assigned = assigned
@@ -227,9 +227,13 @@ class CohortBuilder:
         self._widest = widest or most
         self._even = most if int(sizes.min()) == most else None
         self._buckets: tuple[int, ...] = ()
+        self._like: int | None = None
         if plan.known_trip_counts:
             buckets = size_buckets(sizes, local_steps(sizes))
             self._buckets = buckets if widest is None else (widest,)
+        elif widest is not None:
+            least, largest = local_steps(np.array([sizes.min(), widest]))
+            self._like = widest if least == largest else None
         self._widths = widths_by_level(plan, assigned, len(level_cost))
 
     def most_rows(self, cohort: int) -> int:
@@ -276,4 +280,5 @@ class CohortBuilder:
             "segment": layout.segment,
         }
         fixed: dict[str, Any] = {"buckets": self._buckets, "widths": self._widths}
-        return Cohort(**columns, even_size=self._even, **fixed), layout
+        fixed |= {"even_size": self._even, "like_size": self._like}
+        return Cohort(**columns, **fixed), layout

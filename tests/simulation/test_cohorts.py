@@ -101,3 +101,21 @@ def test_clients_of_one_size_are_known_to_be():
     clients = fl.partition.iid(np.zeros(60, np.int64), clients=12)
     builder = CohortBuilder(clients, np.zeros(12, np.int32), lambda n: n, [1.0], Plan(1, 1))
     assert builder.build(np.arange(3))[0].even_size == 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "widest", "like"), [(4, 7, 7), (4, 8, 8), (4, 9, None), (2, 7, None), (4, None, None)]
+)
+def test_clients_that_take_as_many_steps_are_known_to_in_a_sweep(batch, widest, like):
+    clients = fl.partition.iid(np.zeros(80, np.int64), clients=12)
+    assert set(clients.sizes) == {6, 7}
+    builder = CohortBuilder(
+        clients,
+        np.zeros(12, np.int32),
+        lambda n: 2 * -(-n // batch),
+        [1.0],
+        Plan(1, 1),
+        None,
+        widest,
+    )
+    assert builder.build(np.arange(3))[0].like_size == like

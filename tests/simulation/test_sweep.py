@@ -84,6 +84,18 @@ def test_each_seed_may_have_a_partition_of_its_own(programs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "work", [{"epochs": 2}, {"epochs": None, "steps": 4}], ids=["epochs", "steps"]
+)
+def test_runs_whose_clients_take_as_many_steps(work, programs):
+    near = fl.partition.iid(DATA.train.labels, clients=11, seed=0)
+    assert set(near.sizes) == {10, 11}  # in batches of 4
+    done = fl.sweep(homo(**work), DATA, near, seeds=2, **SHARED)
+    assert programs == [(2, 2)]
+    assert_same_run(done.runs[1], alone(done.runs[1], homo(**work), near))
+
+
+@pytest.mark.slow
 def test_three_rounds_in_float64_are_those_of_the_run_alone():
     with jax.enable_x64(True):
         first = fl.simulate(homo(), DATA, EVEN, rounds=0, cohort=4).variables
