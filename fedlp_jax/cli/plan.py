@@ -83,6 +83,7 @@ def plan(
     from fedlp_jax.simulation.scaling import Link
 
     numbers = _numbers(devices, step_seconds)
+    _check_link(bandwidth, latency)
     loaded = load(*split_words([config, *context.args]))
     arguments = build(loaded)
     if step_seconds is None:
@@ -111,10 +112,12 @@ def _model(
 
 def _numbers(devices: str | None, step_seconds: float | None) -> list[int]:
     """The numbers in "8,64,256"."""
-    from fedlp_jax.errors import FedLPError
+    from fedlp_jax.errors import FedLPError, check_number
 
     if devices is None and step_seconds is not None:
         raise FedLPError("--step-seconds is for other devices; say how many with --devices 8,64.")
+    if step_seconds is not None:
+        check_number("--step-seconds", step_seconds, gt=0)
     try:
         numbers = [int(word) for word in (devices or "").split(",") if devices is not None]
     except ValueError:
@@ -125,6 +128,13 @@ def _numbers(devices: str | None, step_seconds: float | None) -> list[int]:
             "such as 8,64,256."
         )
     return numbers
+
+
+def _check_link(bandwidth: float, latency: float) -> None:
+    from fedlp_jax.errors import check_number
+
+    check_number("--bandwidth", bandwidth, gt=0)
+    check_number("--latency", latency, ge=0)
 
 
 def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[Table | Text]:

@@ -72,7 +72,7 @@ def by_width(
       order: which units a client holds, such as `rolling`; None = the first.
       rescale: the outputs of cut layers are divided by r in training, as by HeteroFL's Scaler.
       per_batch: every batch trains a width drawn from the rates up to the client's own, as in
-        FjORD. The other units stand still, but are computed.
+        FjORD. The other units get no gradient, but are computed.
 
     Raises:
       FedLPError: a rate outside (0, 1], too many of them, or shares that do not fit.

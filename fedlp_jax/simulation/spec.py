@@ -185,10 +185,10 @@ def _cohorts(
 ) -> Cohorts:
     """Who takes part: the cohorts of the rule, or those who arrive."""
     cohorts = Cohorts(cohort, clients, seed, first_round, max_cohort, algorithm.cohort_rounds)
+    if algorithm.asynchrony is not None:
+        cohorts = Arrivals(algorithm.asynchrony, cohorts, clients, seed)
     checks.check_cohorts(algorithm, cohorts.size, max_cohort)
-    if algorithm.asynchrony is None:
-        return cohorts
-    return Arrivals(algorithm.asynchrony, cohorts, clients, seed)
+    return cohorts
 
 
 def _with_arrivals(spec: Spec) -> Spec:

@@ -13,6 +13,7 @@ import types
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -22,7 +23,8 @@ from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Run
 
-_CONSTANTS = (type(None), bool, int, str, bytes, np.dtype)
+_CONSTANTS = (type(None), bool, int, str, bytes)
+_OF_LINEN = {"_id", "_parent_ref", "_state"}  # what flax keeps in each module
 
 
 def structures(runs: Sequence[Run]) -> list[Hashable]:
@@ -107,7 +109,17 @@ def _parts(value: Any) -> Sequence[Any] | None:
         return value.func, value.args, tuple(value.keywords.items())
     if isinstance(value, tuple):
         return value
-    immutable = getattr(type(value), "__hash__", None) is not None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and immutable:
+    if _is_frozen(value):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
     return None
+
+
+def _is_frozen(value: Any) -> bool:
+    """Whether a value is a dataclass that cannot change and has nothing but its fields."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return False
+    linen = isinstance(value, nn.Module)
+    fields = {field.name for field in dataclasses.fields(value)}
+    others = getattr(value, "__dict__", {}).keys() - fields - (_OF_LINEN if linen else set())
+    parameters: Any = getattr(value, "__dataclass_params__", None)
+    return not others and (linen or parameters.frozen)

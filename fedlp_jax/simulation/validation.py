@@ -21,6 +21,7 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.reporting.metrics import headline
 from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, describe
 from fedlp_jax.simulation.early_stop import EarlyStop
 from fedlp_jax.simulation.keep_best import KeepBest
@@ -102,12 +103,12 @@ def check_kinds(**arguments: Any) -> None:
 
 
 def check_tested(name: str, rule: EarlyStop | KeepBest | None, spec: Spec) -> None:
-    """Refuses a rule for a metric that evaluations do not measure.
+    """Refuses a rule for a metric that evaluations do not measure, or for none if none is known.
 
     Raises:
       FedLPError: with those that they do.
     """
-    if rule is None or rule.metric is None or not rule.metric.startswith("test_"):
+    if rule is None or (rule.metric is not None and not rule.metric.startswith("test_")):
         return
     algorithm, example = spec.algorithm, spec.example
     variables = initial_shapes(algorithm.task, spec.root, example)
@@ -115,7 +116,13 @@ def check_tested(name: str, rule: EarlyStop | KeepBest | None, spec: Spec) -> No
     depths = [f"_{level.name}" for level in spec.levels] if algorithm.shared_heads else []
     suffixes = ["_personal"] if algorithm.personal else ["", *depths]
     keys = [f"test_{metric}{suffix}" for suffix in suffixes for metric in measured]
-    if rule.metric not in keys:
+    if rule.metric is None:
+        if headline(dict.fromkeys(keys, 0.0)) is None:
+            raise FedLPError(
+                f"{name} has no metric, and the task has neither accuracy nor loss to take; give "
+                f"{name}.metric, one of {', '.join(keys)}."
+            )
+    elif rule.metric not in keys:
         raise FedLPError(
             f"{name}.metric={shown(rule.metric)} is not measured{nearest(rule.metric, keys) or '.'}"
             f" Evaluations measure {', '.join(keys)}."
@@ -248,17 +255,18 @@ def check_cohorts(algorithm: Algorithm, size: int, max_cohort: int | None) -> No
 
     Args:
       algorithm: any.
-      size: C, of the largest cohort.
+      size: C, of the largest cohort, or of the buffer of a server that does not wait.
       max_cohort: as in `simulate`.
 
     Raises:
       FedLPError: the server asks more clients than there are, or the accountant needs cohorts of
         one size.
     """
+    enlarged = "cohort" if algorithm.asynchrony is None else "buffer"
     if algorithm.senders > size:
         raise FedLPError(
-            f"senders={algorithm.senders} exceeds the {size} clients of a cohort; lower senders to "
-            f"at most {size}, or raise cohort."
+            f"senders={algorithm.senders} exceeds the {size} clients of a server step; lower "
+            f"senders to at most {size}, or raise {enlarged}."
         )
     if max_cohort is not None and algorithm.privacy is not None:
         raise FedLPError(

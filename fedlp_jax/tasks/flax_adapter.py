@@ -26,7 +26,8 @@ def network(module: Any) -> Network:
     batch statistics or dropout and uses neither in training costs a warning.
 
     A linen module with an integer field `depth` offers submodels: `module.clone(depth=c)` for c
-    from 1 to `depth`. Sub-modules that depths share have the same names in all of them.
+    from 1 to `depth`, or to its property `deepest` if the field is None. Sub-modules that depths
+    share have the same names in all of them.
 
     One with a float field `width_rate` offers narrower networks: `module.clone(width_rate=r)` has
     `ceil(r x channels)` channels in its hidden layers, under the same names, and the same inputs

@@ -72,6 +72,8 @@ def linen_network(module: nn.Module) -> Network:
         return outputs, kept, sentences
 
     depth = getattr(module, "depth", None)
+    if depth is None and hasattr(module, "depth"):
+        depth = getattr(module, "deepest", None)
     found = Network(init, with_warnings(run))
     if isinstance(depth, int) and not isinstance(depth, bool):
         found = found._replace(at_depth=lambda d: linen_network(module.clone(depth=d)), depth=depth)

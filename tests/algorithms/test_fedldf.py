@@ -29,5 +29,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(fl.FedLPError, match="omit upload, or use fl.fedlp_q"):
         fl.fedldf(TASK, senders=1, upload=fl.quantize(levels=3), **COMMON)
     made = fl.fedldf(TASK, senders=4, **COMMON)
-    with pytest.raises(fl.FedLPError, match="senders=4 exceeds the 3 clients of a cohort; lower"):
+    with pytest.raises(
+        fl.FedLPError, match="senders=4 exceeds the 3 clients of a server step; lower"
+    ):
         fl.Simulation(made, DATA, CLIENTS, rounds=1, cohort=3)

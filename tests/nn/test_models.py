@@ -19,6 +19,7 @@ from fedlp_jax.nn import dense
 from fedlp_jax.nn.models import MLP, MNISTCNN, BatchNorm, FedLPCNN, Logistic, ResNet, cnn
 from fedlp_jax.nn.models import base as initial_values
 from fedlp_jax.nn.pooling import max_pool
+from fedlp_jax.tasks.flax_adapter import network
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -89,14 +90,19 @@ def test_depths_share_layers_by_name_and_heads_are_private(depth):
     assert private == (set() if depth == 5 else {f"exit{depth}_fc1", f"exit{depth}_fc2"})
 
 
+def test_the_depth_of_an_mlp_follows_its_layers():
+    assert network(MLP().clone(hidden=(9, 8))).depth == 2
+    assert len(shapes(MLP(hidden=(9,)).clone(hidden=(9, 8)), (5,))["params"]) == 3
+
+
 @pytest.mark.parametrize(
     ("whole", "shape"),
     [(MLP(hidden=(9, 8, 7)), (5,)), (ResNet(), (8, 8, 3))],
     ids=["mlp", "resnet"],
 )
 def test_depths_are_prefixes_with_an_exit_of_their_own(whole, shape):
-    assert whole.depth == 3
-    assert whole.clone(depth=3) == whole
+    assert network(whole).depth == 3
+    assert shapes(whole.clone(depth=3), shape).keys() == shapes(whole, shape).keys()
     one, two, three = (set(shapes(whole.clone(depth=d), shape)["params"]) for d in (1, 2, 3))
     assert (one - three, two - three) == ({"exit1_fc"}, {"exit2_fc"})
     assert one - {"exit1_fc"} < two - {"exit2_fc"} < three

@@ -7,6 +7,7 @@ import pytest
 from small import flat
 
 import fedlp_jax as fl
+from fedlp_jax.aggregation.divergence import largest
 from fedlp_jax.clients.asynchrony import asynchrony
 from fedlp_jax.simulation.arrivals import Arrivals
 from fedlp_jax.simulation.cohorts import Cohorts
@@ -135,3 +136,19 @@ def test_the_mixing_rate_is_refused_by_its_name():
     task = fl.classification(fl.models.Logistic())
     with pytest.raises(fl.FedLPError, match="alpha=2 must be a number in"):
         fl.fedasync(task, alpha=2, profile=PROFILE, client_optimizer=optax.sgd(0.1))
+
+
+def test_a_server_cannot_ask_more_clients_than_arrive_together():
+    data = fl.load("digits")
+    clients = fl.partition.iid(data.train.labels, clients=20, seed=0)
+    one = fl.fedbuff(
+        fl.classification(fl.models.Logistic()),
+        buffer=2,
+        profile=PROFILE,
+        client_optimizer=optax.sgd(0.1),
+        aggregator=largest(3),
+    )
+    with pytest.raises(
+        fl.FedLPError, match="exceeds the 2 clients of a server step.* raise buffer"
+    ):
+        fl.Simulation(one, data, clients, rounds=1, cohort=4)

@@ -97,6 +97,22 @@ def test_what_no_run_can_follow_is_refused_before_anything_compiles(options, sen
         simulate(compiled=lambda plan: pytest.fail("compiled"), **options)
 
 
+@pytest.mark.parametrize(
+    "rule", [{"early_stop": fl.EarlyStop(patience=1)}, {"keep_best": fl.KeepBest()}]
+)
+def test_a_rule_without_a_metric_needs_an_accuracy_or_a_loss(rule):
+    task = fl.classification(Steps(depth=1))
+
+    def evaluate(variables, batch):
+        return {"brier": task.evaluate(variables, batch)["loss"]}
+
+    made = fl.fedavg(
+        task._replace(evaluate=evaluate), client_optimizer=optax.sgd(0.1), batch_size=8
+    )
+    with pytest.raises(fl.FedLPError, match=r"no metric, .*metric, one of test_brier\."):
+        fl.simulate(made, DATA, CLIENTS, rounds=1, cohort=2, **rule)
+
+
 def test_the_metrics_of_a_rule_are_those_of_the_algorithm():
     settings = {"client_optimizer": optax.sgd(0.1), "batch_size": 8}
     task = fl.classification(Steps(depth=1))

@@ -1,5 +1,6 @@
 """Which runs are one program: by what their rounds are made of, or by their text."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,28 @@ def scaled(by, then=None):
     return function
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A value."""
+
+    by: float
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Mutable:
+    """Has a hash, but its method may read what changes."""
+
+    by: float
+
+
+class Noted(Steps):
+    """A linen module with an attribute that is not a field."""
+
+    def __post_init__(self):
+        self.note = object()
+        super().__post_init__()
+
+
 @pytest.fixture
 def lowered(monkeypatch):
     """Counts the runs that are lowered."""
@@ -47,6 +70,7 @@ def test_values_made_alike_have_one_content():
         lambda: functools.partial(scaled, by=2),
         lambda: optax.adam(0.1),
         lambda: Steps(depth=2),
+        lambda: Frozen(2.0),
         lambda: (float("nan"), "a", (1,)),
     ):
         assert content(make()) == content(make())
@@ -67,6 +91,9 @@ def test_values_made_alike_have_one_content():
         (Steps(depth=2), Steps(depth=3)),
         ([1], [1]),  # a function may change what it closes over
         (object(), object()),
+        (Frozen(1), Frozen(2)),
+        (Mutable(1), Mutable(1)),
+        (Noted(), Noted()),
     ],
 )
 def test_values_that_differ_have_different_contents(one, other):

@@ -25,9 +25,8 @@ class MLP(WidthModel):
     depth: int | None = None  # hidden layers; None = all
 
     def __post_init__(self) -> None:
-        if self.depth is None:
-            self.depth = self.deepest
-        check_number("depth", self.depth, ge=1, le=self.deepest, integer=True)
+        if self.depth is not None:
+            check_number("depth", self.depth, ge=1, le=self.deepest, integer=True)
         super().__post_init__()
 
     @property
@@ -42,7 +41,7 @@ class MLP(WidthModel):
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(map(self.scaled, self.hidden[: self.depth]), 1):
             x = nn.relu(dense(features, x.shape[-1], self.initial, f"fc{i}", self.dtype)(x))
-        whole = self.depth == self.deepest
+        whole = self.depth in (None, self.deepest)
         head = f"fc{len(self.hidden) + 1}" if whole else f"exit{self.depth}_fc"
         return dense(self.num_classes, x.shape[-1], self.initial, head, self.dtype)(x)
 
