@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from fedlp_jax.reporting.metrics import headline_of
 from fedlp_jax.reporting.plots import AXES, axes_of
 from fedlp_jax.reporting.run_directory import CLIENTS, CONFIG, PARTITION, SUMMARY, read_metrics
 
-_METRICS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+_METRICS = re.compile("(test|train)_(?!macs|.*_depth_)")  # keys that are drawn by round
 _WIDE = 3  # heat maps that take the whole width; more share it
 _COLUMNS = 7  # experiments that are columns of the table; more are lines
 _PLAIN = Mark("#888888", "solid", "circle", "")  # of bars that belong to all experiments
@@ -83,12 +84,13 @@ def report(
     metric = metric or headline_of(row for seeds in rows.values() for run in seeds for row in run)
     table = compare(rows, target=target, metric=metric)
     of = charts.marks(list(found))
+    tested = [k for k, v in rows.items() if any(metric in row for run in v for row in run)]
     body = [
         _section("Summary", _table(_upright([table.header, *table.lines()]))),
         _section("Learning curves", _legend(of) + _charts(_by_round(rows, of), "curve")),
         _section(
             f"{metric.replace('_', ' ').capitalize()} against cost",
-            _legend(of) + _charts(_by_cost(rows, metric, of), "cost"),
+            _legend({k: of[k] for k in tested}) + _charts(_by_cost(rows, metric, of), "cost"),
             "Traffic and modelled time are counted from masks and layer tables; measured time is "
             "read from a clock and leaves out compilation.",
         ),
@@ -180,10 +182,17 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _by_round(rows: Mapping[str, Sequence[Rows]], of: dict[str, Mark]) -> list[_Chart]:
+    measured = {
+        key: None
+        for seeds in rows.values()
+        for run in seeds
+        for row in run
+        for key, value in row.items()
+        if value is not None and _METRICS.match(key)
+    }
     return [
         _Chart(f"{y.replace('_', ' ').capitalize()} by round", charts.curves(rows, "round", y, of))
-        for y in _METRICS
-        if any(row.get(y) is not None for seeds in rows.values() for run in seeds for row in run)
+        for y in sorted(measured)
     ]
 
 

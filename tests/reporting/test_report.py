@@ -82,6 +82,16 @@ def test_results_and_rows_are_reported_without_what_they_lack(tmp_path):
     assert "<h2>Layers kept by round</h2>" not in page and "<h2>Partition</h2>" not in page
 
 
+def test_curves_are_of_every_metric_of_the_task_and_of_no_cost(tmp_path):
+    row = {"round": 1, "upload_bytes": 1, "train_macs": 5, "test_accuracy_depth_1": 0.5}
+    row |= {"test_accuracy_personal": 0.5, "train_absolute_error": 1.0, "test_loss": None}
+    page = without_library(fl.report({"a": [row]}, tmp_path / "r.html"))
+    assert re.findall(r"<figcaption>(.*?) by round", page) == [
+        "Test accuracy personal",
+        "Train absolute error",
+    ]
+
+
 def test_a_run_that_has_not_ended_says_so(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "part"}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(0.5)))
