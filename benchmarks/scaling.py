@@ -5,8 +5,11 @@
 The contenders of each question alternate in one process, after an untimed turn, and are compared by
 medians:
 
-* population: the same 100 clients per round out of 1,000 and out of 1,000,000, with the data on the
-  devices and on the host. A round must not depend on the population.
+* population: 100 clients of 20 steps per round out of 1,000 and out of 1,000,000, with the data on
+  the devices and on the host. A round must not depend on the population: the ratio of two rounds is
+  that of a turn, so what slows the machine slows both. What the host does in a round is timed
+  apart, in milliseconds: drawing the cohort, laying it out, staging (both of these, and sending the
+  arrays), reading the clients' numbers, and booking them in ledger and histories.
 * cohort: 8 to 512 clients per round on one device, in a loop (width 1) and 8 at a time. The time of
   a round must be linear in the cohort: `slope` is the cost of one more client in milliseconds, from
   each size to the next.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +37,7 @@ from benchmarks.memory import peak_of
 from benchmarks.timing import Rounds, alternate, spread
 from fedlp_jax.execution.plan import needed_bytes
 from fedlp_jax.simulation.cohorts import CohortBuilder, sample
+from fedlp_jax.simulation.run import Run
 
 Rows = list[dict[str, Any]]
 
@@ -63,30 +68,58 @@ def main() -> None:
 
 
 def population(smoke: bool) -> Rows:
-    """Seconds of a round of 100 clients out of K."""
+    """Seconds of a round of 100 clients out of K, and milliseconds of the host's parts of it."""
     sizes = (1_000, 20_000 if smoke else 1_000_000)
+    cases = [(clients, data) for data in ("device", "host") for clients in sizes]
     runs = {
-        (clients, data): _rounds(clients, cohort=100, plan=fl.Plan(width=1, data=data))
-        for clients in sizes
-        for data in ("device", "host")
+        (clients, data): rounds_of_mlp(
+            clients, 100, fl.Plan(width=1, data=data), epochs=1 if smoke else 10
+        )
+        for clients, data in cases
     }
-    times = alternate(runs, _repeats(smoke))
-    return [
-        {
-            "clients": clients,
-            "data": data,
-            "seconds": spread(seconds),
-            "ratio_to_smallest": _ratio(seconds, times[sizes[0], data]),
-        }
-        for (clients, data), seconds in times.items()
-    ]
+    times = alternate(runs, 3 if smoke else 40)
+    host: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
+    for number in range(1, 4 if smoke else 41):
+        for case in cases:
+            host[case].append(_host_parts(runs[case].run, number))
+    rows = []
+    for clients, data in cases:
+        seconds, smallest = times[clients, data], times[sizes[0], data]
+        ratios = [a / b for a, b in zip(seconds, smallest, strict=True)]
+        parts = host[clients, data]
+        rows.append(
+            {"clients": clients, "data": data, "seconds": spread(seconds)}
+            | {"ratio_to_smallest": spread(ratios)}
+            | {"host_ms": {name: spread([p[name] for p in parts], 1e3) for name in parts[0]}}
+        )
+    return rows
+
+
+def _host_parts(run: Run, round: int) -> dict[str, float]:
+    """Seconds of what the host does in a round; the round itself is waited for, not counted."""
+    found = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        found[name] = time.perf_counter() - start
+        return result
+
+    ids = timed("draw", lambda: run.spec.cohorts.members(round))
+    timed("layout", lambda: run.stage.builder.build(ids))
+    timed("staging", lambda: jax.block_until_ready(run.stage(round).cohorts))
+    pending = run.dispatch(round)
+    jax.block_until_ready(pending.metrics)
+    (record,) = timed("reading", lambda: run.records(pending))
+    timed("booking", lambda: run.book(record))
+    return found
 
 
 def cohorts(smoke: bool) -> Rows:
     """Seconds of a round of C clients on one device, one and eight at a time."""
     sizes = (4, 8) if smoke else (8, 32, 128, 512)
     runs = {
-        (size, width): _rounds(
+        (size, width): rounds_of_mlp(
             1_000, cohort=size, plan=fl.Plan(devices=1, width=width), examples=64
         )
         for size in sizes
@@ -122,7 +155,7 @@ def plans(smoke: bool) -> Rows:
         for data in ("device", "host")
     ]
     runs = {
-        plan_words(plan): _rounds(1_000, cohort, plan, features=784, hidden=(hidden,))
+        plan_words(plan): rounds_of_mlp(1_000, cohort, plan, features=784, hidden=(hidden,))
         for plan in chosen
     }
     times = alternate(runs, _repeats(smoke))
@@ -184,13 +217,14 @@ def _ratio(seconds: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
-def _rounds(
+def rounds_of_mlp(
     clients: int,
     cohort: int,
     plan: fl.Plan,
     features: int = _FEATURES,
     examples: int = _PER_CLIENT,
     hidden: tuple[int, ...] = (128, 64),
+    epochs: int = 1,
 ) -> Rounds:
     """A small model and few examples per client, so that the round itself dominates."""
     data = fl.load(
@@ -199,7 +233,7 @@ def _rounds(
     partition = fl.partition.iid(data.train.labels, clients=clients, seed=0)
     task = fl.classification(fl.models.MLP(hidden=hidden, num_classes=10))
     algorithm = fl.fedlp_homo(
-        task, keep=0.5, client_optimizer=optax.sgd(0.1), epochs=1, batch_size=4
+        task, keep=0.5, client_optimizer=optax.sgd(0.1), epochs=epochs, batch_size=4
     )
     return Rounds(algorithm, data, partition, cohort=cohort, plan=plan)
 

@@ -24,6 +24,7 @@ from benchmarks import (
     convolutions,
     curves,
     dense,
+    devices,
     family,
     frozen,
     goals,
@@ -192,8 +193,11 @@ def test_aggregate_times_nothing_that_is_wrong(monkeypatch):
 
 def test_scaling(run):
     result = run(scaling)
-    assert [row["clients"] for row in result["population"]] == [1_000, 1_000, 20_000, 20_000]
-    assert [row["data"] for row in result["population"]] == 2 * ["device", "host"]
+    assert [row["clients"] for row in result["population"]] == 2 * [1_000, 20_000]
+    assert [row["data"] for row in result["population"]] == ["device", "device", "host", "host"]
+    for row in result["population"]:
+        assert list(row["host_ms"]) == ["draw", "layout", "staging", "reading", "booking"]
+        assert all(map(is_spread, [row["ratio_to_smallest"], *row["host_ms"].values()]))
     sizes = [(4, 1), (4, 4), (8, 1), (8, 4)]
     assert [(row["cohort"], row["width"]) for row in result["cohort"]] == sizes
     assert ["slope" in row for row in result["cohort"]] == [False, False, True, True]
@@ -205,6 +209,23 @@ def test_scaling(run):
     for row in result["uneven"]:
         assert 0 <= row["padded_share"] < 1 <= row["imbalance"] < 1.1
         assert row["padded_share"] == 0 or row["width"] > 1
+
+
+def test_devices(run):
+    result = run(devices)
+    *rounds, inputs = result["cohort"]
+    cases = [(kind, count) for kind in ("strong", "weak") for count in (1, 2, 4)]
+    assert [(row["kind"], row["devices"]) for row in rounds] == cases
+    assert [row["clients"] for row in rounds] == [8, 8, 8, 4, 8, 16]
+    assert inputs["pace"]["step"] > 0 and inputs["link"]["bandwidth"] > 0
+    for row in rounds:
+        assert row["predicted_to_measured"] * row["seconds"]["min"] == pytest.approx(
+            row["predicted_seconds"]
+        )
+    assert [(row["kind"], row["devices"]) for row in result["sweep"]] == cases
+    assert all(is_spread(row["seconds"]) for row in [*rounds, *result["sweep"]])
+    assert [row["devices"] for row in result["memory"]] == [1, 2, 4]
+    assert all(row["predicted_bytes"] > 0 for row in result["memory"])
 
 
 def test_the_memory_of_a_call_is_what_it_holds_at_most():

@@ -270,3 +270,20 @@ def test_the_table_of_the_family_is_the_measured_one():
     for label, (run,) in resnet.items():
         tested = " | ".join(f"{accuracy:.3f}" for accuracy in run["test_accuracy"])
         assert f"| {label} | {tested} | {sum(run['upload_bytes']) / 1e6:.1f} |" in page
+
+
+def test_the_tables_of_devices_are_the_measured_ones():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
+    for row in found["cohort"][:-1] + found["sweep"]:
+        work = row.get("clients") or row["runs"]
+        cells = [row["kind"], row["devices"], work, f"{1e3 * row['seconds']['min']:.1f} ms"]
+        cells.append(f"{row['speedup']:.2f}")
+        if "predicted_seconds" in row:
+            cells.append(f"{1e3 * row['predicted_seconds']:.1f} ms")
+            cells.append(f"{row['predicted_to_measured']:.2f}")
+        assert f"| {' | '.join(map(str, cells))} |" in page
+    for row in found["memory"]:
+        sizes = (row["predicted_bytes"], row["measured_bytes"])
+        cells = [row["width"], row["devices"], *(f"{size / 1e6:.1f} MB" for size in sizes)]
+        assert f"| {' | '.join(map(str, cells))} |" in page
