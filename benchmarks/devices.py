@@ -8,12 +8,13 @@ after an untimed turn, and are compared by their shortest turns: the devices of 
 each other, so a neighbour on one core delays them all, and the more devices the more often. For the
 same reason rounds are short.
 
-* memory: what a round takes on each device, predicted by the compiled program, and measured as the
-  growth of the process over the number of devices.
 * cohort: strong scaling, 16 clients on every number of devices, and weak scaling, 12 on each. The
   prediction is the model's, from three measurements on two devices: rounds of 16 clients, of one on
   each, and sums. Devices that share a core are predicted to take turns.
 * sweep: the same with runs of 10 clients, which devices share among them: 12 in all, and 3 on each.
+* memory: what a round takes on each device, predicted by the compiled program, and measured as the
+  growth of the process over the number of devices. Best in a process of its own, `--only memory`:
+  what other questions have freed is reused unseen, and large blocks are slower to allocate then.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def main() -> None:
     """Answers all questions, or one, and prints a line for each contender."""
     parser = command.parser(__doc__)
     questions: dict[str, Callable[[bool], Rows]] = {
-        "memory": memory,  # first, while little was allocated and freed
         "cohort": cohort,
         "sweep": sweep,
+        "memory": memory,
     }
     parser.add_argument("--only", choices=questions, help="one of the questions")
     options = parser.parse_args()

@@ -44,7 +44,7 @@ def peak_of(call: Callable[[], object]) -> int | None:
 def _return_freed() -> None:
     """Makes glibc return what is freed to the system, where a call could reuse it unseen.
 
-    Blocks of over 256 KiB are slower to allocate from now on.
+    Large blocks are slower to allocate from now on.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
