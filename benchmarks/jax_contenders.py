@@ -118,6 +118,10 @@ class Naive(_Jax):
         jax.block_until_ready(self.program(self.variables, self._rows(0)))
         self.compile_seconds = time.perf_counter() - start
 
+    def compiled(self) -> Any:
+        """The executable of a round."""
+        return self.program.lower(self.variables, self._rows(0)).compile()
+
     def check(self) -> dict[str, np.ndarray]:
         """The weights after a few steps of one client, in float64."""
         rows = self.order.reshape(-1, self.workload.batch_size)

@@ -2,25 +2,30 @@
 
     python -m benchmarks.kernels [--workload W1|W2|W3|W4|all] [--width 10] [--json FILE] [--smoke]
 
-No time is measured. A round of each workload is compiled for this machine with `width` clients
-vmapped, as on an accelerator. A kernel is an instruction of the optimised program that computes or
-moves data: a fusion, a product, a library call. A step is one iteration of the loop that passes
-the most memory. XLA's GPU compiler fuses differently from that of a CPU, so a CPU's numbers show
-what a change of the code does, not how many kernels a GPU launches.
+No time is measured. A round of each workload is compiled for this machine in the form that
+accelerators get: `width` clients vmapped, constant bounds, convolutions as products of patches.
+Beside it stands naive JAX, `vmap(scan)` with `lax.conv`. A kernel is an instruction of the
+optimised program that computes or moves data: a fusion, a product, a library call. A step is one
+iteration of the loop that passes the most memory. XLA's GPU compiler fuses differently from that of
+a CPU, so a CPU's numbers show what a change of the code does, not how many kernels a GPU launches.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fedlp_jax as fl
-from benchmarks import command
+from benchmarks import command, stage
+from benchmarks.jax_contenders import Naive
 from benchmarks.timing import rounds_of
 from benchmarks.workloads import WORKLOADS, Workload, made_up
+from fedlp_jax.nn import conv
 
 _STEPS = 2
 # Instructions that launch nothing; the computations of some of them are counted in their place.
@@ -44,17 +49,28 @@ def main() -> None:
     rows = {}
     for name in ["W2"] if options.smoke else names:
         rows[name] = measure(WORKLOADS[name], 2 if options.smoke else options.width)
-        print(name, ", ".join(f"{key} {value}" for key, value in rows[name].items()), flush=True)
+        for label, row in rows[name].items():
+            print(
+                f"{name} {label:6} {row['kernels_a_step']:4} kernels a step, "
+                f"{row['bytes_a_client_step'] / 1e6:.1f} MB a client-step",
+                flush=True,
+            )
     command.write(options.json, {"width": options.width, "workloads": rows})
 
 
-def measure(workload: Workload, width: int) -> dict[str, Any]:
-    """The step of a workload, with all its clients in one chunk on one device."""
+def measure(workload: Workload, width: int) -> dict[str, dict[str, Any]]:
+    """The step of a workload with all its clients in one chunk on one device, ours and naive."""
     chosen = dataclasses.replace(
         made_up(workload), clients=width, cohort=width, per_client=_STEPS * workload.batch_size
     )
-    program = rounds_of(chosen, fl.Plan(devices=1, width=width)).run.program
-    return described(program.round.as_text(), width)
+    # One level alone is beside none, but has the constant bounds of levels side by side.
+    plan = fl.Plan(devices=1, width=width, levels="side_by_side")
+    with conv.using("patches"):
+        ours = rounds_of(chosen, plan).run.program.round.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        stage.write(chosen, Path(folder))
+        naive = Naive(Path(folder), {}).compiled().as_text()
+    return {"ours": described(ours, width), "naive": described(naive, width)}
 
 
 def described(text: str, width: int) -> dict[str, Any]:
