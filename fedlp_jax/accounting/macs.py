@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,8 +34,12 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
       example: a batch.
 
     Returns:
-      `{"conv1/conv": macs, ...}`; operations outside any module are under "".
+      `{"conv1/conv": macs, ...}`; operations outside any module are under "". What several exits
+      share counts once.
     """
+    if task.exits:
+        each = [forward_macs(exit, variables, example) for exit in task.exits]
+        return functools.reduce(operator.or_, each)
     shapes = jax.eval_shape(lambda v: v, variables)
     # Count the convolutions as written, whatever lowering a run takes. The lambda is new in every
     # call because jax caches traces by function. A recording around this call does not see

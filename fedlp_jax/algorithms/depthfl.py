@@ -8,9 +8,9 @@ p_i the class probabilities of exit i, constants where they come first in KL. Th
 the server, and each layer is averaged over the clients that hold it.
 
 Left out are the ramp of the consistency over the first rounds, FedDyn's regulariser, and the test
-of all exits as one ensemble. Each exit runs the layers below it by itself: the MACs of a step of
-depth d are about those of the steps of depths 1 to d, though XLA may compute once what they share.
-The ledger's MACs are those of exit d alone.
+of all exits as one ensemble. Each exit runs the layers below it by itself, so a step of depth d
+takes about as long as the steps of depths 1 to d, though XLA may compute once what they share. The
+ledger's MACs count once what exits share.
 """
 
 from __future__ import annotations

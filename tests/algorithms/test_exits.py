@@ -7,6 +7,7 @@ import pytest
 from small import Steps, dataset, flat
 
 import fedlp_jax as fl
+from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.types import Examples
 
@@ -29,6 +30,15 @@ def test_exits_update_the_statistics_they_share_once():
     np.testing.assert_allclose(value, sum(loss for loss, _ in parts), rtol=1e-6)
     np.testing.assert_array_equal(flat(aux.statistics), flat(parts[2][1].statistics))
     np.testing.assert_array_equal(flat(aux.metrics), flat(parts[2][1].metrics))
+
+
+def test_layers_that_exits_share_count_once():
+    made = fl.depthfl(TASK, depths="uniform", **LOCAL)
+    variables = made.init(jax.random.key(0), EXAMPLE, CLIENTS, None).variables
+    levels = made.levels(variables, EXAMPLE)
+    macs = [sum(forward_macs(x.task, variables, EXAMPLE).values()) for x in levels]
+    hidden, head = np.array([4 * 8, 8 * 8, 8 * 8]), 8 * 3
+    np.testing.assert_array_equal(macs, hidden.cumsum() + head * np.arange(1, 4))
 
 
 def test_what_makes_no_sense_is_refused():
