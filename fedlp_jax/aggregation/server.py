@@ -30,9 +30,9 @@ class Reduced(NamedTuple):
 class ServerRule(NamedTuple):
     """What an algorithm keeps on the server, lets clients read, and makes of the aggregate.
 
-    The engine sees to the rest: a layer that nobody sent keeps its value, unless the rule
-    `moves_all`, and its part of every tree; a run that halted keeps all; and the server optimizer
-    gets the update that `step` returns.
+    The engine sees to the rest: a layer that nobody sent keeps its value, unless it rests and the
+    rule `moves_resting`, and its part of every tree; a run that halted keeps all; and the server
+    optimizer gets the update that `step` returns.
     """
 
     init: Callable[[PyTree, int], Terms]  # (params, K) -> terms before the first round
@@ -40,8 +40,9 @@ class ServerRule(NamedTuple):
     broadcast: Callable[[Terms], Terms]
     # (terms, what the cohort sent) -> (update, terms); None = the update as it is, fixed terms
     step: Callable[[Terms, Reduced], tuple[Variables, Terms]] | None = None
-    # The update of `step` moves every layer, also one that nobody sent.
-    moves_all: bool = False
+    # The update of `step` also moves layers that clients of the cohort hold, but that the mask
+    # policy let none of them send.
+    moves_resting: bool = False
 
 
 def gated(terms: Terms, old: Terms, opened: PyTree) -> Terms:

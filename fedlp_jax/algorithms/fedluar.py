@@ -3,9 +3,12 @@
 arXiv:2503.11146. In every round the server draws some layers, those whose updates are small for
 their weights most often. Nobody sends them, and the server applies their last update again:
 
-    s_l = |d_l| / |x_l|                                 d_l the last update of layer l that was sent
+    s_l = |d_l| / |x_l|                                  of the round in which layer l was last sent
     R drawn without replacement, P(l) proportional to 1 / s_l         as many layers as are recycled
-    x'_l = x_l + d_l                                    d_l the mean over the cohort for l not in R
+    x'_l = x_l + d_l                           d_l the mean over the cohort, for l in R its last one
+
+The paper divides by the weights of the newest model; here a layer that rests keeps its score. A
+layer that no client of the cohort holds, or whose senders are lost, stands still.
 
 Here a layer is a module, and rests with its bias and its norm. The authors draw single weights and
 always send biases and norms: `layers="by_tensor"`. Batch statistics of a layer that rests stand
@@ -38,7 +41,9 @@ def fedluar(
 ) -> Algorithm:
     """FedLUAR: in every round some layers are not sent, and their last update is applied again.
 
-    Clients train the whole model, and uploads shrink. The server keeps a second model.
+    Clients train all that they hold, and uploads shrink. The server keeps a second model of last
+    updates. An update that is applied again passes through `server_optimizer` as a new one would,
+    momentum included.
 
     Args:
       task: what is learnt.
@@ -61,7 +66,7 @@ def fedluar(
         task,
         client_optimizer=client_optimizer,
         policy=masks.recycling(recycled),
-        server_rule=ServerRule(_first, lambda terms: NO_TERMS, _again, moves_all=True),
+        server_rule=ServerRule(_first, lambda terms: NO_TERMS, _again, moves_resting=True),
         **settings,
     )
 

@@ -127,6 +127,7 @@ def run_round(
     tables = [_layers_of(level, state.variables, table, parts.layers) for level in levels]
     coverage = jnp.stack([jnp.asarray(part.covered) for part in tables])[cohort.level]
     masks, policy = parts.policy.sample(key, state.policy, cohort, number, coverage)
+    rests = _resting(parts, masks, coverage, cohort)
 
     # Train every client at its level, unless it is lost. Sum or stack what they send.
     outcomes = None
@@ -166,7 +167,10 @@ def run_round(
     aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
     policy = _learned(parts, policy, state, aggregate, reported, cohort, table)
-    state = _step_server(parts, state, number, policy, aggregate, reported, outcomes, table)
+    gate = aggregate.gate
+    if rests is not None:  # single entries are gated where clients hold slices
+        gate = jax.tree.map(jnp.logical_or, table.expand(gate), table.expand(rests))
+    state = _step_server(parts, state, number, policy, aggregate, gate, reported, outcomes, table)
     reported = reported._replace(halted=state.halted)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
 
@@ -277,19 +281,17 @@ def _step_server(
     number: Array,
     policy: PyTree,
     aggregate: Aggregate,
+    gate: Array,
     metrics: RoundMetrics,
     outcomes: Outcomes | None,
     table: LayerTable,
 ) -> ServerState:
-    """The server's step, unless the run has halted.
+    """The server's step on the layers of the open gate, unless the run has halted.
 
     A round halts the run if nobody counted or its result is not finite. Everything then stands
     still until the host, which reads metrics a round late, finds it as it was.
     """
     update, terms = _apply_rule(parts, old.algorithm, aggregate, metrics, table)
-    gate = aggregate.gate
-    if parts.server_rule is not None and parts.server_rule.moves_all:
-        gate = jax.tree.map(jnp.ones_like, gate)
     variables, optimizer = server_step(
         parts.server_optimizer, old.optimizer, old.variables, update, gate, table
     )
@@ -309,6 +311,14 @@ def _step_server(
     halted = old.halted | nobody | ~is_finite((variables, terms))
     new, old = (x._replace(halted=halted) for x in (new, old))
     return jax.tree.map(lambda n, o: jnp.where(halted, o, n), new, old)
+
+
+def _resting(parts: Parts, masks: Masks, coverage: Array, cohort: Cohort) -> Array | None:
+    """`bool[L]`, layers that move though clients were told not to send them; None = none does."""
+    if parts.server_rule is None or not parts.server_rule.moves_resting:
+        return None
+    held = (coverage > 0) & (cohort.client >= 0)[:, None]
+    return held.any(axis=0) & ~(masks.upload > 0).any(axis=0)
 
 
 def _apply_rule(
