@@ -201,13 +201,20 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
 
     Args:
       pattern: a regular expression, searched in the path of each variable ("conv1/norm/scale").
-      policy: of the other layers.
+      policy: of the other layers; not one by which clients keep models.
 
     Raises:
-      FedLPError: no regular expression; from `init`, one that matches no layer, all, or a part of
-        one.
+      FedLPError: no regular expression, or such a policy; from `init`, one that matches no layer,
+        all, or a part of one.
     """
     expression = path_pattern(pattern)
+    if policy.keeps_models:
+        raise FedLPError(
+            f"masks.fixed({pattern!r}, ...) never sends a layer to the clients, but under this "
+            "policy they keep models that begin with what they receive; use a policy that sends "
+            "every layer down, such as masks.bernoulli."
+        )
+    draw, learn_rest = policy.sample, policy.learn  # as in `freeze`
 
     def moving(layers: LayerTable) -> np.ndarray:
         matches: dict[int, set[bool]] = {}
@@ -235,7 +242,7 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
         key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
     ) -> tuple[Masks, PyTree]:
         moves, inner = state
-        masks, inner = policy.sample(key, inner, cohort, round, coverage * moves)
+        masks, inner = draw(key, inner, cohort, round, coverage * moves)
         train = coverage * moves if masks.train is None else masks.train * moves
         return masks._replace(train=train), (moves, inner)
 
@@ -246,15 +253,15 @@ def fixed(pattern: str, policy: MaskPolicy) -> MaskPolicy:
         return policy.received(layers, clients) * moving(layers)
 
     def learn(state: PyTree, feedback: Feedback) -> PyTree:
-        assert policy.learn is not None
-        return state[0], policy.learn(state[1], feedback)
+        assert learn_rest is not None
+        return state[0], learn_rest(state[1], feedback)
 
     return policy._replace(
         init=init,
         sample=sample,
         expected=expected,
         received=received,
-        learn=policy.learn and learn,
+        learn=learn_rest and learn,
     )
 
 
@@ -263,18 +270,24 @@ def receive(rate: float, policy: MaskPolicy) -> MaskPolicy:
 
     `w_{k,l} = x_l` with probability `rate`, else what client k had of layer l at the end of the
     last round in which it took part, even if it did not send that. A client's first round has no
-    such model, so that it receives every layer. On the devices lies a model per client of the
-    population.
+    such model, so that it receives every layer; modelled traffic leaves that out. On the devices
+    lies a model per client of the population.
 
     Args:
       rate: the probability, from 0; another one compiles nothing.
-      policy: of the layers to send. What a client sends of a layer is its model, whatever it began
-        with: the aggregate is the mean of `w_{k,l} - x_l`.
+      policy: of the layers to send; one that leaves the download whole. What a client sends of a
+        layer is its model, whatever it began with: the aggregate is the mean of `w_{k,l} - x_l`.
 
     Raises:
-      FedLPError: a rate outside [0, 1].
+      FedLPError: a rate outside [0, 1], or a policy that leaves layers out of the download.
     """
     rate = check_number("the rate of received layers", rate, ge=0, le=1)
+    if policy.keeps_models or policy.received is not always:
+        raise FedLPError(
+            f"masks.receive({rate}, ...) draws what clients receive, but its policy leaves layers "
+            "out of the download too, so that a client may never have received one; give a policy "
+            "of uploads alone, such as masks.bernoulli."
+        )
     uploads, learn_uploads = policy.sample, policy.learn
 
     def init(layers: LayerTable, clients: int) -> PyTree:
@@ -298,13 +311,13 @@ def receive(rate: float, policy: MaskPolicy) -> MaskPolicy:
 
     def learn(state: PyTree, feedback: Feedback) -> PyTree:
         probability, first, inner = state
-        kept = jnp.where(feedback.counted, feedback.client, -1)
-        first = first.at[jnp.where(kept < 0, len(first), kept)].set(False, mode="drop")
+        first = _mark(first, feedback, False)
         inner = inner if learn_uploads is None else learn_uploads(inner, feedback)
         return probability, first, inner
 
     def received(layers: LayerTable, clients: int) -> np.ndarray:
-        return np.float32(rate) * policy.received(layers, clients)  # but for first rounds
+        del layers, clients
+        return np.full((1, 1), rate, np.float32)  # but for first rounds
 
     return policy._replace(
         init=init, sample=sample, received=received, learn=learn, keeps_models=True
@@ -421,8 +434,9 @@ def recycling(recycled: int) -> MaskPolicy:
         layers = feedback.layers
         moved = jnp.sqrt(squared_norms(feedback.update, layers))
         size = jnp.sqrt(squared_norms(feedback.params, layers))
-        matrix = np.isin(np.arange(len(layers)), list(layers.matrices))
-        new = jnp.where(matrix & (feedback.senders > 0), (moved / size).astype(score.dtype), score)
+        new = jnp.where(
+            _able(layers) & (feedback.senders > 0), (moved / size).astype(score.dtype), score
+        )
         return count, new
 
     def expected(layers: LayerTable, clients: int) -> np.ndarray:
@@ -452,16 +466,20 @@ def lazy(interval: int) -> MaskPolicy:
     is the discrepancy of layer l, w_l the mean of the cohort, n_l its parameters and t_l the rounds
     since it was last sent. Then layers become lazy in ascending order of d_l, until the lazy ones'
     share of the sum of n_l d_l exceeds the other layers' share of the parameters. In the first
-    block, no layer is lazy, and never one without a parameter of two dimensions.
+    block, no layer is lazy, and never one without a parameter of two dimensions; such layers are in
+    neither share. A discrepancy within float rounding counts as 0, and if all are 0, as they are
+    where one client sends, the lazy layers stay.
 
     A client that was not in the round before receives every layer. On the devices lies a model per
-    client of the population.
+    client of the population. Which layers become lazy is known after the training, so modelled
+    traffic (`fedlp info`, `fedlp plan`) is that of FedAvg: an upper bound.
 
     Args:
-      interval: phi, rounds of a block, from 1.
+      interval: phi, rounds of a block, from 1. The aggregator has to report squared norms, as
+        `fl.fedlama` makes it.
 
     Raises:
-      FedLPError: an interval below 1.
+      FedLPError: an interval below 1; (before anything compiles) an aggregator that does not.
     """
     interval = check_number("interval", interval, ge=1, integer=True)
 
@@ -477,7 +495,8 @@ def lazy(interval: int) -> MaskPolicy:
     ) -> tuple[Masks, PyTree]:
         del key
         rounds, rests, last = state
-        stays = (round % rounds != 1 % rounds) & (last[jnp.maximum(cohort.client, 0)] == round - 1)
+        begins = round % rounds == 1 % rounds  # a block: in every round, if the interval is 1
+        stays = ~begins & (last[jnp.maximum(cohort.client, 0)] == round - 1)
         upload = jnp.where((rests & (round % rounds != 0))[None], 0.0, coverage)
         download = jnp.where(stays[:, None] & rests[None], 0.0, coverage)
         return Masks(download, upload, jnp.ones_like(upload)), state
@@ -489,20 +508,41 @@ def lazy(interval: int) -> MaskPolicy:
                 "fl.fedlama, or aggregator=with_squares(masked_mean())."
             )
         rounds, rests, last = state
-        kept = jnp.where(feedback.counted, feedback.client, -1)
-        last = last.at[jnp.where(kept < 0, len(last), kept)].set(feedback.round, mode="drop")
-        squares = sums(feedback.extras.trees["squares"], feedback.layers)
-        spread = jnp.maximum(squares - squared_norms(feedback.update, feedback.layers), 0)
+        spread = _spread(feedback)
         spread = spread / jnp.where(rests, rounds, 1).astype(spread.dtype)  # n_l d_l
         due = (feedback.round % rounds == 0) & (spread.sum() > 0)
-        return rounds, jnp.where(due, _lazy(spread, feedback.layers), rests), last
+        lazy = jnp.where(due, _lazy(spread, feedback.layers), rests)
+        return rounds, lazy, _mark(last, feedback, feedback.round)
 
     return MaskPolicy(init, sample, learn=learn, keeps_models=True, cohort_rounds=interval)
 
 
+def _mark(values: Array, feedback: Feedback, value: Any) -> Array:
+    """`values`, `[K]`, with another one for the clients that count."""
+    counted = feedback.counted & (feedback.client >= 0)
+    place = jnp.where(counted, feedback.client, len(values))  # beyond the end: dropped
+    return values.at[place].set(value, mode="drop")
+
+
+def _spread(feedback: Feedback) -> Array:
+    """`f[L]`, `mean_k |w_{k,l} - w_l|^2`; 0 for layers that cannot be lazy."""
+    layers = feedback.layers
+    squares = sums(feedback.extras.trees["squares"], layers)
+    spread = squares - squared_norms(feedback.update, layers)
+    # The difference of two sums of n_l numbers; their rounding grows with about sqrt(n_l).
+    noise = 4 * np.sqrt(layers.params) * jnp.finfo(spread.dtype).eps
+    differ = (feedback.senders > 1) & (spread > noise.astype(spread.dtype) * squares)
+    return jnp.where(_able(layers) & differ, spread, 0)
+
+
+def _able(layers: LayerTable) -> np.ndarray:
+    """`bool[L]`, the layers with a parameter of two dimensions or more."""
+    return np.isin(np.arange(len(layers)), list(layers.matrices))
+
+
 def _lazy(spread: Array, layers: LayerTable) -> Array:
     """`bool[L]`, the layers that become lazy where `n_l d_l` is `f[L]`."""
-    able = np.isin(np.arange(len(layers)), list(layers.matrices))
+    able = _able(layers)
     params = np.where(able, layers.params, 0)
     size = jnp.asarray(params / max(params.sum(), 1), spread.dtype)
     order = jnp.argsort(jnp.where(able, spread / jnp.where(able, size, 1.0), jnp.inf))

@@ -325,20 +325,38 @@ def test_an_empty_slot_is_no_client():
         receive(1.5, full())
 
 
-def test_layers_in_which_clients_agree_become_lazy():
-    """Of 4, 4 and 1 parameters; norms are never lazy. The numbers are n_l d_l."""
-    spread = {"a": 3.2, "b": 5.0, "c": 1.2, "norm": 0.1}  # d_l: .8, 1.25 and 1.2
-    moved = {"a": 18.0, "b": 1.0, "c": 0.0625, "norm": 3e-6}  # |mean of the updates|^2
+def test_policies_that_withhold_a_layer_from_kept_models_are_refused():
+    """A client would train on a layer that it never received."""
+    for make in (lambda: fixed("fc2", receive(1.0, full())), lambda: fixed("fc2", lazy(2))):
+        with pytest.raises(FedLPError, match="'fc2'.* never sends a layer to the clients"):
+            make()
+    turns = in_turn(full_rounds=1, group_rounds=1, download="group")
+    for policy in (fixed("fc2", full()), turns, only("fc1"), lazy(2), receive(0.5, full())):
+        with pytest.raises(FedLPError, match=r"receive\(1.0, .* such as masks.bernoulli"):
+            receive(1.0, policy)
+    receive(1.0, freeze(in_turn(full_rounds=1, group_rounds=1)))
+
+
+def spread_of(spread, moved):
+    """Extras from which `spread` is left of each layer, `moved` being |mean of the updates|^2."""
     squares = {
         layer: {name: jnp.float32(spread[layer] + moved[layer]) / len(parts) for name in parts}
         for layer, parts in PARAMS.items()
     }
+    return Terms({}, {"squares": squares})
+
+
+MOVED = {"a": 18.0, "b": 1.0, "c": 0.0625, "norm": 3e-6}
+
+
+def test_layers_in_which_clients_agree_become_lazy():
+    """Of 4, 4 and 1 parameters; norms do not count. The numbers are n_l d_l."""
+    spread = {"a": 3.2, "b": 5.0, "c": 1.2, "norm": 9.0}  # d_l: .8, 1.25 and 1.2
+    senders, extras = (3, 3, 3, 3), spread_of(spread, MOVED)
     policy, chosen = lazy(2), []
     state = policy.init(feedback().layers, 9)
     for round in range(1, 6):
-        seen = feedback(
-            extras=Terms({}, {"squares": squares}), round=jnp.int32(round), ids=(0, 4, 7)
-        )
+        seen = feedback(senders, extras=extras, round=jnp.int32(round), ids=(0, 4, 7))
         masks, state = policy.sample(KEY, state, cohort([0, 4, 8]), seen.round, jnp.ones((3, 4)))
         chosen.append(state[1].tolist())
         resting = ~np.asarray(state[1] if round % 2 else np.zeros(4, bool))
@@ -347,10 +365,24 @@ def test_layers_in_which_clients_agree_become_lazy():
         own = ~np.asarray(state[1] if round % 2 == 0 else np.zeros(4, bool))
         np.testing.assert_array_equal(masks.download, [own, own, np.ones(4, bool)])
         state = policy.learn(state, seen)
-    # a and c: 4.4 of 9.5 exceeds b's 4 of 9. Then theirs is over two rounds: 2.2 of 7.3 does not.
+    # a and c: 4.4 of 9.4 exceeds b's 4 of 9. Then theirs is over two rounds: 2.2 of 7.2 does not.
     none, two, three = [False] * 4, [True, False, True, False], [True, True, True, False]
     assert chosen == [none, none, two, two, three]
     with pytest.raises(FedLPError, match="interval=0"):
         lazy(0)
     with pytest.raises(FedLPError, match="use fl.fedlama"):
         policy.learn(state, feedback())
+
+
+@pytest.mark.parametrize(("senders", "scale"), [(1, 1.0), (3, 1e-7), (3, 0.0)])
+def test_rounding_makes_no_layer_lazy(senders, scale):
+    """With one sender, or clients that agree, the mean of squares is the square of the mean."""
+    spread = {layer: scale * moved for layer, moved in MOVED.items()}
+    extras = spread_of(spread, MOVED)
+    seen = feedback((senders,) * 4, extras=extras, round=jnp.int32(2))
+    policy = lazy(2)
+    rounds, rests, last = policy.init(seen.layers, 9)
+    rests = rests.at[1].set(True)
+    _, after, last = policy.learn((rounds, rests, last), seen)
+    np.testing.assert_array_equal(after, rests)
+    assert last.tolist() == [2, 0, 0, 0, 2, 0, 0, 2, 0]

@@ -124,6 +124,7 @@ ARGUMENTS = {
     "keeps of layers": lambda x: fl.fedlp_homo(TASK, keep={"head1": x}, **SGD),
     "rate": lambda x: fl.fedavg(TASK, client_schedule=x, **SGD),
     "mu": lambda x: fl.fedprox(TASK, mu=x, **SGD),
+    "fixed": lambda x: fl.fedbabu(TASK, head="head1", keep=x, **SGD),
     "frozen": lambda x: fl.freeze(TASK, keep=x, **SGD),
     "turns": lambda x: fl.fedpart(TASK, full_rounds=int(8 * x), **SGD),
 }
