@@ -19,6 +19,7 @@ from fedlp_jax.aggregation.divergence import with_squares
 from fedlp_jax.aggregation.means import masked_mean
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
+from fedlp_jax.errors import FedLPError
 from fedlp_jax.pruning import masks
 from fedlp_jax.tasks.task import Task
 
@@ -35,7 +36,8 @@ def fedlama(
     `x'_l = sum a_k w_{k,l} / sum a_k` in the rounds that average layer l, after which clients train
     on from `x'_l`, and from their own `w_{k,l}` otherwise; see `masks.lazy`. Both uploads and
     downloads shrink. The server's model is whole after the last round of a block; in between, it
-    has lazy layers of the block before.
+    has lazy layers of the block before, as has `result.variables` unless `interval` divides the
+    rounds. `KeepBest` and `EarlyStop` see such mixtures too, unless it divides `eval_every`.
 
     Args:
       task: what is learnt.
@@ -49,10 +51,14 @@ def fedlama(
     Raises:
       FedLPError: an interval below 1, or one of these settings.
     """
+    if settings.get("aggregator") is not None:
+        raise FedLPError(
+            "fedlama measures how far clients are from their masked mean, so that is its "
+            "aggregator; omit aggregator, or use it with fl.fedlp_homo."
+        )
     return compose(
         task,
         client_optimizer=client_optimizer,
         policy=masks.lazy(interval),
-        aggregator=with_squares(masked_mean()),
-        **settings,
+        **settings | {"aggregator": with_squares(masked_mean())},
     )

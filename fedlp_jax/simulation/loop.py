@@ -156,6 +156,7 @@ def simulate(
             variables=variables,
             faults=faults,
         )
+        checks.warn_of_first_block(algorithm, run.last_round)
         # Each process has the whole snapshot, so the first alone saves it.
         saver = Saver(checkpoint if processes.is_first() else None, resume)
         if resume is not None:

@@ -316,6 +316,7 @@ class _Member:
             eval_every=eval_every,
             like=like,
         )
+        checks.warn_of_first_block(spec.algorithm, rounds)
         self._saver = Saver(self.point.checkpoint, resume)
         if resume is not None:
             checkpoints.check(run, resume)

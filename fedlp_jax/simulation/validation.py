@@ -16,7 +16,7 @@ from fedlp_jax.clients.failures import Faults
 from fedlp_jax.data.files import usable_memory
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import FedLPError, check_number, nearest, shown
+from fedlp_jax.errors import FedLPError, check_number, nearest, shown, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
@@ -86,6 +86,23 @@ _KINDS: dict[str, tuple[type, str]] = {
     "keep_best": (KeepBest, 'fl.KeepBest("test_accuracy")'),
     "profile": (Trace, 'fl.Trace("folder", first=5, last=8)'),
 }
+
+
+def warn_of_first_block(algorithm: Algorithm, last_round: int) -> None:
+    """Warns of a run that ends before its masks can depend on what was sent.
+
+    Args:
+      algorithm: whose drawn cohorts may stay for a block of rounds.
+      last_round: of the run, counted from 1; 0 = a run without rounds.
+    """
+    block = algorithm.cohort_rounds
+    if block > 1 and 0 < last_round <= block:
+        warn(
+            f"rounds={last_round} end within the first block of {block} rounds, after which the "
+            f"algorithm begins to leave layers out; raise rounds above {block} or lower the "
+            "interval.",
+            stacklevel=4,
+        )
 
 
 def check_kinds(**arguments: Any) -> None:

@@ -797,6 +797,7 @@ def test_every_exit_is_tested(made):
         np.testing.assert_allclose(tested, accuracy, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:rounds=2 end within the first block")
 @each
 def test_a_run_resumes_to_the_bit(made, tmp_path):
     name, one, _, whole = made
@@ -947,8 +948,37 @@ def test_submodels_with_heads_of_their_own_take_part(name):
             "privacy",
         ),
         ("fedluar", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "fedluar applies updates again"),
+        ("fedlama", {"aggregator": "median"}, "masked mean, .* omit aggregator"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, settings, message):
     with pytest.raises(fl.FedLPError, match=message):
         algorithm(name, weighting="uniform", **settings)
+
+
+def test_layers_that_the_cohort_does_not_hold_do_not_rest():
+    """Of a round's clients only those of the first have the deep layers, which then stay."""
+    made = fl.fedluar(
+        fl.classification(Steps(depth=2)),
+        recycled=0,
+        submodels=fl.submodel.by_depth([2] + [1] * (CLIENTS - 1), "reset_to_init"),
+        **LOCAL,
+    )
+    hidden = []
+
+    def look(round, row, state):
+        layers = state.variables["params"]
+        hidden.append([np.array(layers[f"hidden{i}"]["kernel"]) for i in (1, 2)])
+
+    fl.simulate(
+        made,
+        DATA,
+        POPULATION,
+        rounds=2,
+        cohort=lambda seed, round, clients: (round - 1, round),
+        plan=fl.Plan(1, 1),
+        callbacks=[look],
+    )
+    (shallow, deep), (shallow_after, deep_after) = hidden
+    np.testing.assert_array_equal(deep_after, deep)
+    assert not np.array_equal(shallow_after, shallow)

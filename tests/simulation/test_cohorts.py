@@ -4,11 +4,13 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import fedlp_jax as fl
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation.cohorts import CohortBuilder, Cohorts, cohort_size, sample
+from fedlp_jax.simulation.validation import warn_of_first_block
 
 
 def test_a_sample_is_sorted_distinct_and_a_function_of_seed_and_round():
@@ -30,6 +32,16 @@ def test_a_cohort_stays_for_some_rounds():
     assert drawn == 3 * firsts[:1] + 3 * firsts[1:2] + firsts[2:]
     assert len(cohorts.enlarged(6).members(3)) == 6
     assert (cohorts.enlarged(6).members(3) == sample(3, 1, 50, 6)).all()
+
+
+def test_a_run_of_one_block_is_warned_of():
+    task, sgd = fl.classification(fl.models.Logistic()), {"client_optimizer": optax.sgd(1.0)}
+    algorithm = fl.fedlama(task, interval=3, **sgd)
+    with pytest.warns(UserWarning, match="rounds=3 end within the first block of 3 rounds"):
+        warn_of_first_block(algorithm, 3)
+    for rounds in (0, 4):  # a warning is an error
+        warn_of_first_block(algorithm, rounds)
+    warn_of_first_block(fl.fedavg(task, **sgd), 1)
 
 
 def test_a_cohort_draws_nothing_that_a_partition_has_drawn():
