@@ -155,10 +155,9 @@ def run_round(
     )
 
     # Reduce the cohort, and step the server.
-    pipeline = parts.pipeline
+    pipeline, finite, numbers = parts.pipeline, metrics.finite, state.aggregator
     contributions = stacked if pipeline.reducer.stacked else summed
     of_payload = layers_of_payload(table, payload)
-    finite, numbers = metrics.finite, state.aggregator
     if pipeline.reducer.select is not None:
         sent = pipeline.select(contributions, uploads, finite, cohort, numbers, of_payload)
     if not isinstance(sent, tuple):  # fewer layers than were drawn
@@ -167,10 +166,7 @@ def run_round(
     aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
     policy = _learned(parts, policy, state, aggregate, reported, cohort, table)
-    gate = aggregate.gate
-    if rests is not None:  # single entries are gated where clients hold slices
-        gate = jax.tree.map(jnp.logical_or, table.expand(gate), table.expand(rests))
-    state = _step_server(parts, state, number, policy, aggregate, gate, reported, outcomes, table)
+    state = _step_server(parts, state, number, policy, aggregate, rests, reported, outcomes, table)
     reported = reported._replace(halted=state.halted)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
 
@@ -281,17 +277,20 @@ def _step_server(
     number: Array,
     policy: PyTree,
     aggregate: Aggregate,
-    gate: Array,
+    rests: Array | None,
     metrics: RoundMetrics,
     outcomes: Outcomes | None,
     table: LayerTable,
 ) -> ServerState:
-    """The server's step on the layers of the open gate, unless the run has halted.
+    """The server's step, unless the run has halted.
 
     A round halts the run if nobody counted or its result is not finite. Everything then stands
     still until the host, which reads metrics a round late, finds it as it was.
     """
     update, terms = _apply_rule(parts, old.algorithm, aggregate, metrics, table)
+    gate = aggregate.gate
+    if rests is not None:  # single entries are gated where clients hold slices
+        gate = jax.tree.map(jnp.logical_or, table.expand(gate), table.expand(rests))
     variables, optimizer = server_step(
         parts.server_optimizer, old.optimizer, old.variables, update, gate, table
     )

@@ -156,7 +156,6 @@ def simulate(
             variables=variables,
             faults=faults,
         )
-        checks.warn_of_first_block(algorithm, run.last_round)
         # Each process has the whole snapshot, so the first alone saves it.
         saver = Saver(checkpoint if processes.is_first() else None, resume)
         if resume is not None:
@@ -223,6 +222,7 @@ def _start(
         processes.agree("run", checkpoints.shared_facts(run, resume) | {"code": processes.code()})
         open_connections(run.plan)
     if compile:
+        checks.warn_of_first_block(run.algorithm, run.last_round)
         run.compile()
     if compiled is not None:
         compiled(run.plan)

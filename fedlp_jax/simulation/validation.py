@@ -101,7 +101,7 @@ def warn_of_first_block(algorithm: Algorithm, last_round: int) -> None:
             f"rounds={last_round} end within the first block of {block} rounds, after which the "
             f"algorithm begins to leave layers out; raise rounds above {block} or lower the "
             "interval.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
