@@ -21,7 +21,7 @@ from fedlp_jax.execution.compilation import keep_programs
 
 AXIS, RUNS = "clients", "runs"
 DEVICE, HOST = PLACES = ("device", "host")
-IN_TURN, SIDE_BY_SIDE = LEVELS = ("in_turn", "side_by_side")
+_IN_TURN, SIDE_BY_SIDE = LEVELS = ("in_turn", "side_by_side")
 # On CPU a loop of plain GEMMs beats vmapped clients (measured). An accelerator needs many clients
 # at once, because every kernel of a step takes time to launch; the best number is not measured.
 _WIDTH = {"cpu": 1}
@@ -51,16 +51,17 @@ class Plan:
         callbacks and half a second of rounds end a call sooner. If it is open, 1. It is always 1
         where clients keep variables of their own, the data lie on the host, or several processes
         run.
-      levels: where clients hold submodels of several levels: "in_turn" = one level after the other,
-        W clients at once; "side_by_side" = every step is a step of all levels, which an accelerator
-        may overlap. W is then of the most common level, and others have fewer in proportion.
+      levels: where clients hold submodels of several levels: "in_turn" or None = one level after
+        the other, W clients at once; "side_by_side" = every step is a step of all levels, which an
+        accelerator may overlap. W is then of the most common level, and others have fewer in
+        proportion.
     """
 
     devices: int | None = None
     width: int | None = None
     data: str | None = None
     rounds_at_once: int | None = None
-    levels: str = IN_TURN
+    levels: str | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -117,7 +118,8 @@ def checked(plan: Plan | None) -> Plan:
         )
     if plan.data is not None:
         check_choice("plan.data", plan.data, PLACES)
-    check_choice("plan.levels", plan.levels, LEVELS)
+    if plan.levels is not None:
+        check_choice("plan.levels", plan.levels, LEVELS)
     for name in ("devices", "width", "rounds_at_once"):
         if (value := getattr(plan, name)) is not None:
             whole: Any = check_number(f"plan.{name}", value, ge=1, integer=True, optional=True)

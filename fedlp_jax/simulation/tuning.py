@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlp_jax.errors import FedLPError, check_number
-from fedlp_jax.execution.plan import IN_TURN, Plan
+from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation.run import Pending, Simulation
 
 _TURNS = 3  # of a plan, alternating with the fastest so far; more where turns are short
@@ -148,7 +148,7 @@ def describe(tuning: Tuning) -> str:
 def words(plan: Plan) -> str:
     """`"devices 2, width 8, data device, rounds_at_once 1"`."""
     fields = dataclasses.asdict(plan)
-    if plan.levels == IN_TURN:
+    if plan.levels is None:
         del fields["levels"]
     return ", ".join(f"{key} {value}" for key, value in fields.items())
 
