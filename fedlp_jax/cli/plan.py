@@ -158,6 +158,11 @@ def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[Table |
         f"More than {most} device(s) do not pay: twice as many save less than a tenth of a round, "
         f"which they lose to the {model(2 * most).limit}.",
     ]
+    if not model.complete:
+        notes.append(
+            "The aggregator needs the updates of all clients; this exchange is not modelled, so "
+            "more devices take longer than the table says."
+        )
     idle = [n for n in numbers if n > model.cohort]
     if idle:
         notes.append(

@@ -75,6 +75,7 @@ class Scaling:
       pace: of one device.
       link: between devices.
       reduced_bytes: that the round sums over the devices.
+      complete: the round exchanges nothing else. A robust rule needs the updates of all clients.
     """
 
     def __init__(self, run: Run, pace: Pace, link: Link | None = None):
@@ -93,7 +94,7 @@ class Scaling:
         check_number("link.bandwidth", link.bandwidth, gt=0)
         check_number("link.latency", link.latency, ge=0)
         self._run, self.pace, self.link = run, pace, link
-        self.cohort = run.size
+        self.cohort, self.complete = run.size, not run.algorithm.stacked
         program = rounds_of(run.algorithm, run.plan).trace(*run.round_shapes(run.plan))
         self.reduced_bytes = summed_bytes(program.jaxpr)
 

@@ -114,6 +114,12 @@ def test_a_pace_is_measured_on_all_devices_of_the_plan():
     assert (measured.plan.devices, measured.size) == (2, 8)
 
 
+def test_a_robust_rule_exchanges_more_than_is_modelled():
+    rule = fl.fedavg(TASK, aggregator="median", **LOCAL)
+    assert not Scaling(simulation(algorithm=rule), PACE).complete
+    assert Scaling(simulation(algorithm=SMALL), PACE).complete
+
+
 def test_what_cannot_be_modelled_is_refused():
     run = simulation()
     for pace, link, said in [
