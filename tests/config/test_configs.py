@@ -124,3 +124,11 @@ def test_the_quickstart_learns(tmp_path):
     config = load_config(CONFIGS / "quickstart.yaml", {"plan.devices": 1, "eval_every": None})
     result = experiment.run(config, tmp_path / "out")
     assert result.history["test_accuracy"][-1] > 0.90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((CONFIGS / "algorithms").iterdir()), ids=name)
+def test_an_algorithm_learns_from_its_file(path, tmp_path):
+    config = load_config(path, {"plan.devices": 1, "eval_every": None})
+    last = experiment.run(config, tmp_path / "out").history.rows[-1]
+    assert last.get("test_accuracy_personal", last.get("test_accuracy")) > 0.85
