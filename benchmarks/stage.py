@@ -5,8 +5,6 @@ A contender reads arrays, so it needs nothing of the package.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -14,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import fedlp_jax as fl
-from benchmarks import parts
+from benchmarks import parts, workloads
 from benchmarks.workloads import Workload
 from fedlp_jax.data.batching import shuffled_rows
 from fedlp_jax.prng import Purpose, client_key
@@ -39,7 +37,7 @@ def write(workload: Workload, folder: Path) -> None:
     np.save(folder / "rows.npy", np.stack([clients.rows(k) for k in range(clients.clients)]))
     np.save(folder / "check.npy", np.asarray(order))
     np.savez(folder / "initial.npz", **initial)
-    (folder / "workload.json").write_text(json.dumps(asdict(workload)))
+    workloads.write(folder, workload)
 
 
 def check_partition(workload: Workload, data: fl.Dataset) -> fl.Partition:

@@ -67,7 +67,15 @@ def made_up(workload: Workload) -> Workload:
     return dataclasses.replace(workload, data="synthetic")
 
 
+def write(folder: Path, workload: Workload) -> None:
+    """Puts a workload into a folder, for `read`."""
+    values = dataclasses.asdict(workload)
+    if not workload.flat:
+        del values["flat"]  # so that the tree before it can read the others
+    (folder / "workload.json").write_text(json.dumps(values))
+
+
 def read(folder: Path) -> Workload:
-    """The workload that `stage.write` put into a folder."""
+    """The workload that `write` put into a folder."""
     values: dict[str, Any] = json.loads((folder / "workload.json").read_text())
     return Workload(**values | {"image": tuple(values["image"])})

@@ -127,7 +127,8 @@ def specify(
         cohorts = cohorts.enlarged(exposure.chosen)
     if fit is None:
         fit = _fit(algorithm, data, clients, root, variables)
-    algorithm.check(fit.model, clients.sizes)
+    else:
+        algorithm.check(fit.model, clients.sizes)
     assigned = algorithm.assign(root, population)
     resolved = _resolve(plan, cohorts.size, algorithm, data)
     width_is_open = plan is None or plan.width is None
@@ -163,6 +164,7 @@ def _fit(
     """Traces the model, which must fit the data, and the initial model, if there is one."""
     example = example_of(on_host(data.train, data.normalize))
     model = checks.check_model(algorithm, example, data, root)
+    algorithm.check(model, clients.sizes)  # before the optimizers meet the model
     shapes = checks.initial_state(algorithm, example, root, clients.clients).variables
     checks.check_size(shapes)
     layers, begun = layer_table(shapes, algorithm.layers), shapes

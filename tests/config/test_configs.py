@@ -88,6 +88,7 @@ def test_a_cell_differs_from_fedavg_in_its_row_and_split_alone(row):
     base = load_config(PAPER / "fedavg-iid.yaml").model_dump()
     scheme = {"fedavg": "fedavg", "homo": "fedlp_homo", "hetero": "fedlp_hetero"}
     algorithm = base["algorithm"] | {"name": scheme[row.split("-")[0]]} | ROWS[row]
+    algorithm |= {"download": None} if algorithm["name"] == "fedlp_homo" else {}
     for split, (kind, settings) in SPLITS.items():
         cell = load_config(PAPER / f"{row}-{split}.yaml").model_dump()
         assert cell["partition"] == {"name": kind, "clients": 100, "seed": None} | (
