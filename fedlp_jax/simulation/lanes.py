@@ -272,7 +272,7 @@ class Lanes:
 
     def at_once(self, round: int) -> int:
         """How many rounds from this one on may share a dispatch, see `Run.at_once`."""
-        return min(self.runs[lane].at_once(round) for lane in self.live)
+        return min(self.runs[lane].at_once(round, len(self.live)) for lane in self.live)
 
     def records(self, pending: LanesPending) -> dict[int, list[RoundRecord]]:
         """Waits for the numbers of dispatched rounds, of each lane that was live.

@@ -220,12 +220,17 @@ class Run:
                 leaf.copy_to_host_async()  # when it exists, not when it is asked for
         return Pending(round, staged.hosts, metrics, tested, kept)
 
-    def at_once(self, round: int) -> int:
-        """How many rounds from this one on may share a dispatch: up to the next evaluation."""
+    def at_once(self, round: int, lanes: int = 1) -> int:
+        """How many rounds from this one on may share a dispatch: up to the next evaluation.
+
+        Args:
+          round: the next one.
+          lanes: runs side by side, among which the seconds of a round were divided.
+        """
         most = self.plan.rounds_at_once or 1
         if most == 1 or not len(self.history):
             return 1  # the first round says how long the others take
-        quick = int(_DISPATCH_SECONDS / max(self.history.rows[-1]["seconds"], 1e-9))
+        quick = int(_DISPATCH_SECONDS / max(lanes * self.history.rows[-1]["seconds"], 1e-9))
         until_test = self.eval_every - (round - 1) % self.eval_every
         return max(min(most, quick, until_test, self.last_round - round + 1), 1)
 

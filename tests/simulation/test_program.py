@@ -115,6 +115,13 @@ def test_long_rounds_are_not_put_together(monkeypatch):
     assert {len(call) for call in calls} == {1}
 
 
+def test_runs_side_by_side_fill_a_call_together():
+    plan = Plan(1, 1, rounds_at_once=8)
+    one = fl.Simulation(HOMO, DATA, EVEN, rounds=20, cohort=2, plan=plan)
+    one.history.rows.append({"round": 1, "seconds": 0.1})  # its share of a round of all
+    assert [one.at_once(2, lanes) for lanes in (1, 2, 5, 50)] == [5, 2, 1, 1]
+
+
 def test_a_stop_ends_the_run_between_calls():
     asked = []
     result = run(
