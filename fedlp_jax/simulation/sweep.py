@@ -301,7 +301,7 @@ class _Member:
         if processes.count() == 1:
             plan = dataclasses.replace(plan, devices=1)
         if plan.rounds_at_once is None:
-            most = max(min(_ROUNDS_AT_ONCE, eval_every or rounds), 1)
+            most = _rounds_at_once(early_stop, eval_every or rounds)
             plan = dataclasses.replace(plan, rounds_at_once=most)
         fit = models.fits.get(alike := _of_fit(settings))
         spec = specify(**settings, seed=seed, first_round=first, plan=plan, fit=fit)
@@ -517,6 +517,16 @@ def _programs(groups: Sequence[Sequence[_Member]], at_once: int | None) -> list[
         plan = LanesPlan(**dataclasses.asdict(run.plan), groups=min(group[0].groups, count))
         wanted.append((run, count, plan))
     return compile_lanes(wanted) if wanted else []
+
+
+def _rounds_at_once(early_stop: EarlyStop | None, until_test: int) -> int:
+    """The most rounds of a call, so that runs end where they would end alone.
+
+    An evaluation ends a call, and so does a stop by one; other metrics may stop a run at any round.
+    """
+    if early_stop is not None and not (early_stop.metric or "test_").startswith("test_"):
+        return 1
+    return max(min(_ROUNDS_AT_ONCE, until_test), 1)
 
 
 def _quickest(run: Run, devices: int) -> int:
