@@ -67,11 +67,13 @@ class ReferenceDraws(NamedTuple):
     def policy(self) -> MaskPolicy:
         """The masks of the rounds, by the entries of FedLPCNN with layers `by_tensor`.
 
+        Without a keep rate every layer is sent, by the same program; the layers may be any then.
+
         Raises:
-          FedLPError: the draws have no keep rate; or (from `init`) the layers are others.
+          FedLPError: (from `init`) the layers are others.
         """
         if self.uniforms is None or self.keep is None:
-            raise FedLPError("these draws have no masks; draw them with keep=...")
+            return _listed_masks(self.cohorts, None, 1.0)
         return _listed_masks(self.cohorts, self.uniforms < self.keep, self.keep)
 
 
@@ -198,17 +200,20 @@ def _mixed(
     return holdings
 
 
-def _listed_masks(cohorts: np.ndarray, kept: np.ndarray, keep: float) -> MaskPolicy:
+def _listed_masks(cohorts: np.ndarray, kept: np.ndarray | None, keep: float) -> MaskPolicy:
     """A policy that looks the masks of a client up in a list.
 
     Args:
       cohorts: `i64[R, C]`.
-      kept: `bool[R, E, C]`.
+      kept: `bool[R, E, C]`; None = everything.
       keep: p.
     """
 
     def init(layers: LayerTable, clients: int) -> PyTree:
         del clients
+        rate, ids = jnp.asarray(keep, jnp.float32), jnp.asarray(cohorts, jnp.int32)
+        if kept is None:
+            return rate, ids, jnp.ones((*cohorts.shape, len(layers)), jnp.float32)
         if set(layers.names) != {name for name in _ENTRIES if name}:
             raise FedLPError(
                 "the authors' masks are those of FedLPCNN with layers='by_tensor' (40 layers); "
@@ -216,20 +221,21 @@ def _listed_masks(cohorts: np.ndarray, kept: np.ndarray, keep: float) -> MaskPol
             )
         entries = [_ENTRIES.index(name) for name in layers.names]
         of_layers = kept[:, entries, :].transpose(0, 2, 1)
-        return jnp.asarray(cohorts, jnp.int32), jnp.asarray(of_layers, jnp.float32)
-
-    def sample(
-        key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
-    ) -> tuple[Masks, PyTree]:
-        del key
-        ids, masks = state
-        is_client = (cohort.client[:, None] == ids[round - 1][None, :]).astype(jnp.float32)
-        # One entry of a row is 1, the others 0: a sum picks the mask without rounding.
-        upload = (is_client[:, :, None] * masks[round - 1][None]).sum(axis=1) * coverage
-        return Masks(coverage, upload, jnp.full_like(coverage, keep)), state
+        return rate, ids, jnp.asarray(of_layers, jnp.float32)
 
     def expected(layers: LayerTable, clients: int) -> np.ndarray:
         del layers, clients
         return np.full((1, 1), keep, np.float32)
 
-    return MaskPolicy(init, sample, expected)
+    return MaskPolicy(init, _look_up, expected)
+
+
+def _look_up(
+    key: Array, state: PyTree, cohort: Cohort, round: Array, coverage: Array
+) -> tuple[Masks, PyTree]:
+    del key
+    rate, ids, masks = state
+    is_client = (cohort.client[:, None] == ids[round - 1][None, :]).astype(jnp.float32)
+    # One entry of a row is 1, the others 0: a sum picks the mask without rounding.
+    upload = (is_client[:, :, None] * masks[round - 1][None]).sum(axis=1) * coverage
+    return Masks(coverage, upload, jnp.broadcast_to(rate, coverage.shape)), state

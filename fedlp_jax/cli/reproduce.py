@@ -63,6 +63,13 @@ def paper(
     rounds: Annotated[
         int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="The data set as a file cifar10.npz, where tensorflow-datasets cannot be used.",
+            metavar="FILE",
+        ),
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Show expected time and cost; run no cell.")
     ] = False,
@@ -86,7 +93,7 @@ def paper(
     from fedlp_jax.paper.cells import Study
     from fedlp_jax.paper.published import Draws, choose
 
-    study = Study(Path(out or "").expanduser(), scale, rounds)
+    study = Study(Path(out or "").expanduser(), scale, rounds, data)
     cells = choose(_words(rows), _words(splits), seeds, cast(Draws, draws))
     study.config(cells[0])  # refused before jax is first used
     setup()
@@ -97,19 +104,26 @@ def paper(
 
 
 def _run(study: Study, cells: Sequence[Cell]) -> None:
+    import jax
+
     from fedlp_jax.cli.run import stop_signals
+    from fedlp_jax.cli.sweep import SweepProgress
     from fedlp_jax.execution.compilation import keep_programs
     from fedlp_jax.paper.results import result_tables, run_study
     from fedlp_jax.reporting.tables import show
-
-    keep_programs()  # many cells share one
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
     with stop_signals() as stop:
-        table, figures = run_study(study, cells, progress=True, say=say, stop=stop)
-        show(*result_tables(table, study.out, figures))
+        if jax.default_backend() == "cpu":  # one cell after another
+            keep_programs()  # many share one
+            done = run_study(study, cells, progress=True, say=say, stop=stop)
+        else:
+            with SweepProgress(len(cells), sum(study.config(x).rounds for x in cells)) as shown:
+                done = run_study(study, cells, stop=stop, log=shown.update)
+    table, figures = done
+    show(*result_tables(table, study.out, figures))
 
 
 def _show_estimate(study: Study, cells: Sequence[Cell]) -> None:

@@ -56,7 +56,7 @@ def sweep(
     devices = [one.plan.devices for _, one in points]
     prepare(path, None if None in devices else max(devices))
     rounds = sum(one.rounds for _, one in points)
-    with stop_signals() as stop, _Progress(len(points), rounds) as shown:
+    with stop_signals() as stop, SweepProgress(len(points), rounds) as shown:
         outcome = execute_sweep(points, out, resume=resume, log=shown.update, stop=stop)
     typer.echo(outcome.table.to_markdown())
     for one in outcome.diverged:
@@ -65,7 +65,7 @@ def sweep(
     typer.echo(f"Curves in plots/; more with: fedlp report {shlex.quote(str(outcome.directory))}")
 
 
-class _Progress:
+class SweepProgress:
     """Shows runs and rounds as they end, on stderr: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, runs: int, rounds: int):
@@ -85,7 +85,7 @@ class _Progress:
         )
         self._task = self._bar.add_task(f"compiling for {runs} runs", total=rounds)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> SweepProgress:
         if self._console.is_terminal:
             self._bar.start()
         else:

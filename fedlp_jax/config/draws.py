@@ -76,8 +76,6 @@ def algorithm_with(config: Config, draws: ReferenceDraws, **arguments: Any) -> A
     """
     if draws.depths is not None:
         return config.algorithm.build(**arguments, depths=draws.depths)
-    if draws.keep is None:
-        return config.algorithm.build(**arguments)
     settings = config.algorithm.arguments()
     for name in ("keep", "download"):
         settings.pop(name, None)

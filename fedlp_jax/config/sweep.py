@@ -162,23 +162,9 @@ def execute_sweep(
             "sweep with --resume."
         )
     paths = [out / RUNS / f"{label}-seed{config.seed}" for label, config in points]
-    with contextlib.ExitStack() as stack:
-        known: dict[str, Any] = {}
-        runs = [
-            stack.enter_context(_PointRun(label, config, path, resume, known))
-            for (label, config), path in zip(points, paths, strict=True)
-            if not (resume and _has_ended(config, path))
-        ]
-        try:
-            run_points([run.point(log) for run in runs], stop=stop)
-            if any(not run.ended for run in runs):
-                raise KeyboardInterrupt
-        except BaseException as error:
-            for run in runs:
-                run.fail(error)
-            if len(runs) < len(paths) or any(run.begun for run in runs):
-                error.add_note("Resume with the same command and --resume.")
-            raise
+    runs = [(label, config, path) for (label, config), path in zip(points, paths, strict=True)]
+    again = "Resume with the same command and --resume."
+    execute_runs(runs, again, resume=resume, log=log, stop=stop)
     rows = _rows(points, paths)
     table = compare(rows)
     with replacing(out / TABLE) as file:
@@ -186,6 +172,45 @@ def execute_sweep(
     draw_sweep(out / PLOTS, rows)
     diverged = [path for path in paths if _status(path) == "diverged"]
     return SweepOutcome(out, table, paths, diverged)
+
+
+def execute_runs(
+    runs: Sequence[tuple[str, Config, Path]],
+    again: str,
+    *,
+    resume: bool = False,
+    log: Log | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Runs configurations into directories of their own, those of one structure side by side.
+
+    Args:
+      runs: of each its label, configuration and directory.
+      again: the sentence that tells the user how to go on, if rounds were run.
+      resume: leave out the runs that have ended, and continue the others.
+      log: called with each row.
+      stop: called before every round. True saves all runs and raises KeyboardInterrupt.
+
+    Raises:
+      FedLPError: bad input; nothing has been written.
+    """
+    with contextlib.ExitStack() as stack:
+        known: dict[str, Any] = {}
+        todo = [
+            stack.enter_context(_PointRun(*run, resume, known))
+            for run in runs
+            if not (resume and _has_ended(*run[1:]))
+        ]
+        try:
+            run_points([run.point(log) for run in todo], stop=stop)
+            if any(not run.ended for run in todo):
+                raise KeyboardInterrupt
+        except BaseException as error:
+            for run in todo:
+                run.fail(error)
+            if len(todo) < len(runs) or any(run.begun for run in todo):
+                error.add_note(again)
+            raise
 
 
 class _PointRun:

@@ -23,7 +23,8 @@ from fedlp_jax.config.build import build, build_partition
 from fedlp_jax.config.experiment import execute
 from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.resume import identity
-from fedlp_jax.config.schema import Config
+from fedlp_jax.config.schema import Config, Data
+from fedlp_jax.config.sweep import Log, execute_runs
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import DRAWS, ROWS, SPLITS, Cell, Draws, cell_config
@@ -53,10 +54,14 @@ class Study(NamedTuple):
     out: Path
     scale: str = "paper"
     rounds: int | None = None  # None = those of the scale
+    data: str | None = None  # an .npz file of the same examples; None = the data set by its name
 
     def config(self, cell: Cell) -> Config:
         """The configuration of a cell in this study."""
-        return cell_config(cell, self.scale, self.rounds)
+        config = cell_config(cell, self.scale, self.rounds)
+        if self.data is None:
+            return config
+        return config.model_copy(update={"data": Data(name=self.data)})
 
     def path(self, cell: Cell) -> Path:
         """The run directory of a cell."""
@@ -157,6 +162,28 @@ def run_cells(
         yield cell
 
 
+def run_cells_together(
+    study: Study,
+    cells: Sequence[Cell],
+    *,
+    log: Log | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Runs the cells that have not ended as a sweep: those of one structure are one program.
+
+    Args:
+      study: directory and scale.
+      cells: to run.
+      log: called with the name of a cell, its seed and each of its rows.
+      stop: as in `experiment.execute`.
+
+    Raises:
+      FedLPError: as `run_cells`.
+    """
+    runs = [(cell.name, study.config(cell), study.path(cell)) for cell in unfinished(study, cells)]
+    execute_runs(runs, "The same command resumes the study.", resume=True, log=log, stop=stop)
+
+
 def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
     """Estimates traffic, computation and time of cells.
 
@@ -233,12 +260,17 @@ def _refuse_other_cell(config: Config, path: Path) -> None:
     if not file.exists() or not file.stat().st_size:
         return
     theirs = load_config(file)
-    if theirs.data.name.endswith(".npz"):  # where tensorflow-datasets was not: cifar10.npz
-        data = theirs.data.model_copy(update={"name": Path(theirs.data.name).stem})
-        theirs = theirs.model_copy(update={"data": data})
     may_differ = [one for one in _MAY_DIFFER if one != "rounds" or theirs.rounds <= config.rounds]
-    old, new = (identity(one, may_differ) for one in (theirs, config))
+    old, new = (identity(_by_name(one), may_differ) for one in (theirs, config))
     refuse_other(old, new, f"{path} holds another run")
+
+
+def _by_name(config: Config) -> Config:
+    """With the name of its data set where it reads a file of it, such as cifar10.npz."""
+    if not config.data.name.endswith(".npz"):
+        return config
+    data = config.data.model_copy(update={"name": Path(config.data.name).stem})
+    return config.model_copy(update={"data": data})
 
 
 def _refuse_other_version(path: Path) -> None:

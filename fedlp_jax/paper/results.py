@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import RenderableType
 
-from fedlp_jax.paper.cells import CellRun, Estimate, Study, read_runs, run_cells, unfinished
+from fedlp_jax.config.sweep import Log
+from fedlp_jax.paper.cells import (
+    CellRun,
+    Estimate,
+    Study,
+    read_runs,
+    run_cells,
+    run_cells_together,
+    unfinished,
+)
 from fedlp_jax.paper.costs import DIGIT_SLIP, RowCost
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import (
@@ -75,10 +84,12 @@ def run_study(
     progress: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] | None = None,
+    log: Log | None = None,
 ) -> tuple[Table, list[str]]:
-    """Runs the unfinished cells, writes the table after each, and draws the figures at the end.
+    """Runs the unfinished cells, writes the table, and draws the figures at the end.
 
-    Takes the arguments of `run_cells`.
+    With `log` the cells run together, and the table is written at the end; else it is written after
+    each. Takes the arguments of `run_cells` and of `run_cells_together`.
 
     Returns:
       The table of all cells in the directory, and the names of its figures.
@@ -88,12 +99,15 @@ def run_study(
     """
     unfinished(study, cells)  # refuses the directory of another study
     try:
-        for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
-            write_table(make_table(study), study.out)
+        if log is None:
+            for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
+                write_table(make_table(study), study.out)
+        else:
+            run_cells_together(study, cells, log=log, stop=stop)
     finally:
-        figures = draw_figures(study)
-    table = make_table(study)
-    write_table(table, study.out)
+        table, figures = make_table(study), draw_figures(study)
+        if any(entry["status"] != "not run" for entry in table.cells):
+            write_table(table, study.out)
     return table, figures
 
 

@@ -99,8 +99,6 @@ def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
     """
     check_choice("heads", heads, ("persist", "reset_to_init", "shared"))
 
-    def init(task: Task, key: Array, example: Batch) -> Variables:
-        return union_of_depths(task, key, example) if heads == "shared" else task.init(key, example)
 
     def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
         return tuple(
@@ -111,7 +109,7 @@ def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
         return assign_depths(depths, root, clients, task.depth) - 1
 
     return Submodels(
-        init,
+        union_of_depths if heads == "shared" else _whole_model,
         levels,
         assign,
         persist=heads == "persist",
