@@ -164,12 +164,14 @@ def _arms() -> list[Cell]:
     small, large = ({"kind": "rounds", "workload": w, "steps": _STEPS[w]} for w in ("W2", "W1"))
     depths = {"kind": "mixed depths", "cohort": 100, "steps": 20}
     return [
-        *({"kind": "equality", "workload": name} for name in ("W2", "W1", "W4")),
-        *(arm | {"flags": flags} for flags in (_FIXED, _ANY, _TUNED) for arm in (small, large)),
+        {"kind": "equality", "workload": "W2"},
+        *({"kind": "sweep", "workload": "W2", "runs": runs, "rounds": 30} for runs in (1, 10)),
         *(depths | {"levels": levels} for levels in _LEVELS),
+        {"kind": "equality", "workload": "W1"},
+        *(arm | {"flags": flags} for flags in (_FIXED, _ANY, _TUNED) for arm in (small, large)),
+        {"kind": "equality", "workload": "W4"},
         *(arm | {"uneven": True} for arm in (small, large)),
         small | {"rounds_at_once": 16},
-        *({"kind": "sweep", "workload": "W2", "runs": runs, "rounds": 30} for runs in (1, 10)),
         large | {"dtype": "bfloat16"},
         *(arm | {"flat": True} for arm in (small, large)),
         small | {"flags": _SMALL_GRAPHS},
