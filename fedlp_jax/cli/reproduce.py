@@ -33,6 +33,13 @@ _Draws = Annotated[
         "project's, for a claim about the method over many seeds."
     ),
 ]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        help="The data set as a file cifar10.npz, where tensorflow-datasets cannot be used.",
+        metavar="FILE",
+    ),
+]
 
 
 def paper(
@@ -63,13 +70,7 @@ def paper(
     rounds: Annotated[
         int | None, typer.Option(help="Rounds instead of the scale's.", min=1)
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="The data set as a file cifar10.npz, where tensorflow-datasets cannot be used.",
-            metavar="FILE",
-        ),
-    ] = None,
+    data: _Data = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Show expected time and cost; run no cell.")
     ] = False,

@@ -99,7 +99,6 @@ def by_depth(depths: Depths, heads: Heads = "persist") -> Submodels:
     """
     check_choice("heads", heads, ("persist", "reset_to_init", "shared"))
 
-
     def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
         return tuple(
             depth_prefix(task, depth, variables, example) for depth in range(1, task.depth + 1)
