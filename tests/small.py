@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedlp_jax as fl
+from fedlp_jax.types import Cohort
 
 # A configuration that trains within a second.
 DIGITS = {
@@ -64,6 +65,13 @@ def dataset(examples=60, features=4, classes=3, seed=0):
         return (centres[labels] + rng.normal(size=(n, features))).astype(np.float32), labels
 
     return fl.from_arrays(*split(examples), *split(37), num_classes=classes)
+
+
+def cohort_of(ids):
+    """Clients without examples, for mask policies."""
+    ids = jnp.asarray(ids, jnp.int32)
+    zero = jnp.zeros_like(ids)
+    return Cohort(ids, zero, zero, zero.reshape(-1, 1), jnp.zeros((1, 2), jnp.int32))
 
 
 def in_float64(variables):

@@ -4,26 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import Steps, dataset, flat
+from small import Steps, cohort_of, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.prng import root_key
 from fedlp_jax.pruning.layers import LayerTable
-from fedlp_jax.types import Cohort, Examples
+from fedlp_jax.types import Examples
 
 LAYERS = LayerTable(("a", "b"), {}, params=np.array([1, 2]), statistics=np.zeros(2, np.int64))
 
 
 def masks(clients):
     """Upload masks of clients, all drawn at once."""
-    ids = jnp.asarray(clients, jnp.int32)
-    zero = jnp.zeros_like(ids)
-    cohort = Cohort(ids, zero, zero, zero.reshape(-1, 1), jnp.zeros((1, 2), jnp.int32))
     policy = fl.masks.bernoulli(0.5)
     coverage = jnp.ones((len(clients), 2))
     state = policy.init(LAYERS, 100)
-    return np.asarray(policy.sample(root_key(7), state, cohort, jnp.int32(1), coverage)[0].upload)
+    return np.asarray(
+        policy.sample(root_key(7), state, cohort_of(clients), jnp.int32(1), coverage)[0].upload
+    )
 
 
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
