@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
+    from fedlp_jax.algorithms.fedexp import fedexp as fedexp
     from fedlp_jax.algorithms.fedlama import fedlama as fedlama
     from fedlp_jax.algorithms.fedldf import fedldf as fedldf
     from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero
@@ -145,6 +146,7 @@ _HOMES = {
     "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
     "algorithms.fednova": "fednova",
     "algorithms.feddyn": "feddyn",
+    "algorithms.fedexp": "fedexp",
     "algorithms.lg_fedavg": "lg_fedavg",
     "algorithms.scaffold": "scaffold",
     "algorithms.inclusivefl": "inclusivefl",

@@ -15,6 +15,7 @@ from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
 from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
 from fedlp_jax.algorithms.feddyn import feddyn as feddyn
 from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
+from fedlp_jax.algorithms.fedexp import fedexp as fedexp
 from fedlp_jax.algorithms.fedlama import fedlama as fedlama
 from fedlp_jax.algorithms.fedldf import fedldf as fedldf
 from fedlp_jax.algorithms.fedlp import fedlp_hetero as fedlp_hetero

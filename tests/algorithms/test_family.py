@@ -197,6 +197,26 @@ class FedDyn(FedAvg):
         return d - self.server[leaf] / self.alpha
 
 
+class FedExP(FedAvg):
+    epsilon = 2**-10
+
+    def __init__(self):
+        super().__init__()
+        self.squares = {}
+
+    def sent(self, leaf, d, own, steps):
+        return d, (d**2).sum(), own
+
+    def step(self, leaf, d, extra, senders):
+        self.squares[leaf] = extra.mean(), (d**2).sum()
+        return d
+
+    def moves(self, x, steps):
+        mean, of_mean = np.sum([self.squares[leaf] for leaf in steps], axis=0)
+        eta = max(1.0, mean / (2 * (of_mean + self.epsilon)))
+        return {leaf: eta * d for leaf, d in steps.items()}
+
+
 class FedLPQ(FedAvg):
     levels = 4
 
@@ -449,6 +469,14 @@ ROWS = {
     "fedldf": Row(fl.fedldf, FedLDF, {"senders": 2}, {"senders": 3}, {"senders": 4}, numbers=2),
     "top_k": Row(fl.fedlp_homo, TopK, {"upload": fl.top_k(0.25, error_feedback=True)}),
     "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
+    "fedexp": Row(
+        fl.fedexp,
+        FedExP,
+        {"epsilon": 2**-10},
+        {"epsilon": 2**-4},
+        {"epsilon": 2**15},
+        weigh="uniform",  # updates cancel out enough for a longer step
+    ),
     "fedper": Row(fl.fedper, FedAvg, {"head": "head1"}, private=("head1",)),
     "lg_fedavg": Row(fl.lg_fedavg, FedAvg, {"head": "head1"}, private=("hidden1",)),
     "fedrep": Row(
@@ -874,6 +902,7 @@ LEARNS = {
     "fedldf": {"senders": 3},
     "top_k": {"keep": 0.7, "upload": fl.top_k(0.1, error_feedback=True)},
     "feddyn": {"alpha": 0.1},
+    "fedexp": {},
     "fedper": {"head": "fc2"},
     "lg_fedavg": {"head": "fc2"},
     "fedrep": {"head": "fc2", "head_epochs": 5, "epochs": 2},
@@ -949,6 +978,9 @@ def test_submodels_with_heads_of_their_own_take_part(name):
         ),
         ("fedluar", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "fedluar applies updates again"),
         ("fedlama", {"aggregator": "median"}, "masked mean, .* omit aggregator"),
+        ("fedexp", {"aggregator": "median"}, "which aggregator would change or hide"),
+        ("fedexp", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "which privacy would change"),
+        ("fedexp", {"submodels": fl.widths.by_width(WIDTHS)}, "submodels of several widths would"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, settings, message):
