@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedlp_jax.cli.options import Metric, Runs, Target
+
 EXAMPLES = """
 Examples:
 
@@ -23,16 +25,9 @@ Examples:
 
 
 def compare(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
-    ],
-    target: Annotated[
-        float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="Key of a row of metrics.jsonl; by default the test accuracy."),
-    ] = None,
+    runs: Runs,
+    target: Target = None,
+    metric: Metric = None,
     columns: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Show these columns alone, by how their titles begin."),

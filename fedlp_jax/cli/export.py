@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedlp_jax.cli.options import Runs
+
 EXAMPLES = """
 Examples:
 
@@ -17,9 +19,7 @@ Examples:
 
 
 def export(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
-    ],
+    runs: Runs,
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.csv or FILE.parquet.")],
     clients: Annotated[
         bool, typer.Option("--clients", help="A row for each client of each round.")

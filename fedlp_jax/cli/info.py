@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
+
+from fedlp_jax.cli.options import ConfigFile
 
 EXAMPLES = """
 Examples:
@@ -15,12 +15,7 @@ Examples:
 """
 
 
-def info(
-    context: typer.Context,
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")
-    ] = "",
-) -> None:
+def info(context: typer.Context, config: ConfigFile = "") -> None:
     """Show versions and devices; with CONFIG also its settings, partition, layers and costs."""
     from fedlp_jax.cli import tables
     from fedlp_jax.reporting.tables import show

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fedlp_jax.cli.options import ConfigFile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,45 +34,41 @@ From those of the device that you mean, and its link:
 
   fedlp plan configs/cifar10.yaml --devices 8,64,256 --step-seconds 2e-4 --bandwidth 450
 """
-_PANEL = "Other numbers of devices"
+_other = partial(typer.Option, rich_help_panel="Other numbers of devices")
 
 
 def plan(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")],
+    config: ConfigFile,
     seconds: Annotated[
         float, typer.Option(help="About how long to time rounds.", metavar="S")
     ] = 5.0,
     devices: Annotated[
         str | None,
-        typer.Option(
+        _other(
             help="Also model a round on so many devices like those of this machine.",
             metavar="N[,N...]",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     step_seconds: Annotated[
         float | None,
-        typer.Option(
+        _other(
             help="Seconds of a local step of one client on such a device. Then nothing is timed.",
             metavar="S",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     bandwidth: Annotated[
         float,
-        typer.Option(
+        _other(
             help="Of a device's link, each way; 50 is 400 Gb/s, as each GPU of a DGX H100 has.",
             metavar="GB/S",
-            rich_help_panel=_PANEL,
         ),
     ] = 50.0,
     latency: Annotated[
         float,
-        typer.Option(
+        _other(
             help="Of a message; 5 is what NCCL's cost model has for a network.",
             metavar="MICROSECONDS",
-            rich_help_panel=_PANEL,
         ),
     ] = 5.0,
 ) -> None:

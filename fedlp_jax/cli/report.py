@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedlp_jax.cli.options import Metric, Runs, Target
+
 EXAMPLES = """
 Examples:
 
@@ -19,19 +21,12 @@ Examples:
 
 
 def report(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directories, or sweeps.")
-    ],
+    runs: Runs,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path(
         "report.html"
     ),
-    target: Annotated[
-        float | None, typer.Option(help="Add what it took to reach this value.", metavar="T")
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="Key of a row of metrics.jsonl; by default the test accuracy."),
-    ] = None,
+    target: Target = None,
+    metric: Metric = None,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Federated learning runs",
 ) -> None:
     """Write runs as one HTML page: table, curves to hover over, layers, partition, settings."""

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fedlp_jax.cli.options import ConfigFile
+
 EXAMPLES = """
 Examples:
 
@@ -31,7 +33,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def sweep(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")],
+    config: ConfigFile,
     out: Annotated[str, typer.Option(help="Directory of the sweep.", metavar="DIR")],
     grid: Annotated[
         list[str] | None,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedlp_jax.cli.options import ConfigFile
+
 if TYPE_CHECKING:
     from fedlp_jax.execution.plan import Plan
     from fedlp_jax.simulation.tuning import Trial
@@ -24,7 +26,7 @@ Examples:
 
 def tune(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")],
+    config: ConfigFile,
     seconds: Annotated[
         float, typer.Option(help="Start no further plan after this many seconds.", metavar="S")
     ] = 120.0,

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import cohort_of
 
 import fedlp_jax as fl
 from fedlp_jax.algorithms.reference_draws import reference_draws
 from fedlp_jax.pruning.layers import layer_table
-from fedlp_jax.types import Cohort
 
 # Of the shape of CIFAR-10: 50,000 examples, 5,000 of each class.
 LABELS = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 5000))
@@ -130,14 +130,25 @@ def test_masks_follow_the_client_and_the_entry():
     policy = draws.policy()
     state = policy.init(table, 100)
     order = np.sort(draws.cohorts[4])
-    cohort = Cohort(*4 * (jnp.zeros(()),), jnp.zeros(())).replace(client=jnp.asarray(order))
-    masks, _ = policy.sample(jax.random.key(0), state, cohort, jnp.int32(5), jnp.ones((10, 40)))
+    clients, coverage = cohort_of(order), jnp.ones((10, 40))
+    masks, _ = policy.sample(jax.random.key(0), state, clients, jnp.int32(5), coverage)
     # conv1.weight is entry 0 of the state dict, fc2.bias entry 45.
     for name, entry in (("conv1/conv/kernel", 0), ("conv2/norm/var", 12), ("fc2/bias", 45)):
         for slot, client in enumerate(order):
             place = draws.cohorts[4].tolist().index(client)
             sent = draws.uniforms[4, entry, place] < 0.3
             assert bool(masks.upload[slot, table.names.index(name)]) == sent
+
+
+def test_without_a_keep_rate_every_layer_is_sent():
+    draws = reference_draws(FEW, rounds=2)
+    policy = draws.policy()
+    table = layer_table({"params": {"a": jnp.zeros(2), "b": jnp.zeros(3)}})
+    clients, coverage = cohort_of(draws.cohorts[1]), jnp.tile(jnp.asarray([1.0, 0.0]), (10, 1))
+    state = policy.init(table, 100)
+    masks, _ = policy.sample(jax.random.key(0), state, clients, jnp.int32(2), coverage)
+    np.testing.assert_array_equal(masks.upload, coverage)
+    np.testing.assert_array_equal(policy.expected(table, 100), [[1.0]])
 
 
 def test_refusals():
@@ -147,8 +158,6 @@ def test_refusals():
         reference_draws(FEW, flag=6)
     with pytest.raises(fl.FedLPError, match="cohort=101 must lie between 1 and the 100 clients"):
         reference_draws(FEW, cohort=101)
-    with pytest.raises(fl.FedLPError, match="these draws have no masks"):
-        reference_draws(FEW, rounds=1).policy()
     table = layer_table({"params": {"a": jnp.zeros(2)}}, "by_tensor")
     with pytest.raises(fl.FedLPError, match="layers='by_tensor' .40 layers.; these are 1 layers"):
         reference_draws(FEW, keep=0.5, rounds=1).policy().init(table, 100)
