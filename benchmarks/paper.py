@@ -48,7 +48,7 @@ PROFILES = {
     "phone, 20 Mbit/s down, 5 up": fl.Profile(1e10, 2.5e6, 6.25e5),
     "phone, 250 kbit/s down, 50 up": fl.Profile(1e10, 3.125e4, 6.25e3),
 }
-TARGETS = (0.6, 0.7)  # test accuracy
+TARGETS = (0.6, 0.7, 0.75)  # test accuracy
 _MARKERS = ("<!-- {} -->", "<!-- end of {} -->")
 
 
@@ -259,12 +259,17 @@ def deepest(cell: Cell, run: CellRun) -> dict[str, Any]:
 
 
 def timed(runs: Mapping[str, tuple[Cell, CellRun]]) -> list[str]:
-    """The longest run of each row on iid, with our draws."""
+    """The longest run of each row on iid, with the authors' draws where two are as long."""
     longest: dict[str, str] = {}
-    for name, (cell, run) in runs.items():
-        if (cell.split, cell.draws) == ("iid", "own"):
+
+    def rank(name: str) -> tuple[int, bool]:
+        cell, run = runs[name]
+        return run.rounds, cell.draws == "reference"
+
+    for name, (cell, _) in runs.items():
+        if cell.split == "iid":
             other = longest.get(cell.row)
-            if other is None or runs[other][1].rounds < run.rounds:
+            if other is None or rank(other) < rank(name):
                 longest[cell.row] = name
     return [longest[row] for row in ROWS if row in longest]
 

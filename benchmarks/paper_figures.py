@@ -82,15 +82,17 @@ def draws(runs: Runs, rows: Sequence[Mapping[str, Any]]) -> Figure:
     looks = {
         "hetero-1-iid-own-seed25": ("our draws, CPU", "#0072b2", "--", "s"),
         "hetero-1-iid-own-seed25@h200": ("our draws, H200", "#56b4e9", ":", "^"),
-        "hetero-1-iid-reference-seed25": ("the authors' draws, CPU", "#000000", "-", "o"),
+        "hetero-1-iid-reference-seed25": ("the authors' draws, CPU", "#000000", "--", "o"),
+        "hetero-1-iid-reference-seed25@h200": ("the authors' draws, H200", "#e69f00", "-", "v"),
     }
     for row in rows:
         label, colour, dash, marker = looks[row["directory"]]
         accuracy = [one["test_accuracy"] for one in runs[row["directory"]][1].rows]
         x = np.arange(1, len(accuracy) + 1)
         style = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
+        style["markevery"] = 4
         above.plot(x, accuracy, label=label, **style)
-        if row["directory"] != "hetero-1-iid-own-seed25":  # the same draws as on the H200
+        if row["directory"].endswith("@h200"):  # those on the CPU have the same draws
             name = label.split(",")[0]
             below.plot(
                 x, np.cumsum(row["deep_by_round"]), label=name, drawstyle="steps-post", **style
@@ -108,7 +110,7 @@ def draws(runs: Runs, rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def predictions(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Predicted and measured uploads and inactive layers of every run, one line a run."""
-    figure = plots.new_figure(10, 5)
+    figure = plots.new_figure(10, 1 + 0.24 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     place = np.arange(len(rows))[::-1]
     for axes, name in ((left, "megabytes"), (right, "inactive")):
