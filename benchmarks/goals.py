@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.workloads import WORKLOADS
 from fedlp_jax.execution.plan import GPU_KERNELS
 
 Row = dict[str, Any]
@@ -66,8 +67,7 @@ def reached(rows: Sequence[Row]) -> list[dict[str, Any]]:
         add(f"{name}, own cohort, ms a client-step", scale * _OWN_COHORT[name], ours)
         add(f"{name}, over naive JAX", _TO_NAIVE, _ratio(ours, times["naive"]))
         add(f"{name}, over torch's graphs", _TO_TORCH, _ratio(ours, times["torch graphs"]))
-        many = _results(rows, "rounds", workload=name)
-        many = [r for r in many if r["cell"].get("cohort", 0) >= _MANY and "dtype" not in r["cell"]]
+        many = [row for row in _of_workload(rows, name) if _lanes(row["cell"]) >= _MANY]
         add(f"{name}, 100 lanes or more, ms a client-step", scale * _MANY_LANES[name], _least(many))
         if name == "W1":
             table = _ratio(_least(many), 1e3 / _TABLE_STEPS)
@@ -102,6 +102,20 @@ def _plain(rows: Sequence[Row], kind: str, workload: str) -> list[Row]:
     """Of a workload as it is: its own cohort, and no option that changes the program."""
     known = {"kind", "workload", "steps", "graphs", "platform"}
     return [r for r in _results(rows, kind, workload=workload) if {*r["cell"]} <= known]
+
+
+def _of_workload(rows: Sequence[Row], name: str) -> list[Row]:
+    """Rounds and sweeps of a workload in float32."""
+    kinds = ("rounds", "sweep")
+    found = [row for kind in kinds for row in _results(rows, kind, workload=name)]
+    return [row for row in found if "dtype" not in row["cell"]]
+
+
+def _lanes(cell: Mapping[str, Any]) -> int:
+    """Clients that train at once."""
+    if cell["kind"] == "sweep":
+        return int(cell["runs"] * WORKLOADS[cell["workload"]].cohort)
+    return int(cell.get("cohort") or WORKLOADS[cell["workload"]].cohort)
 
 
 def _least(rows: Sequence[Row]) -> float | None:

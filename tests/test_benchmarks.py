@@ -538,6 +538,28 @@ def test_cells_without_time_in_their_part_come_last():
     assert kinds == ["hang", "b", "hang too", "a"]
 
 
+def test_a_later_call_measures_what_an_earlier_one_did_not():
+    earlier = [
+        {"cell": {"kind": "a"}, "seconds": 1.0, "result": {}},
+        {"cell": {"kind": "b"}, "seconds": 1.0, "error": "no answer within 2 s"},
+    ]
+    parts = [accelerator.Part("", 1.0, named("a", "b", "c"))]
+    rows = accelerator.measure(
+        False, time.monotonic() + 60, 2.0, ["sh", "-c", _FAKE], parts, earlier
+    )
+    assert [row["cell"]["kind"] for row in rows] == ["environment", "b", "c"]
+
+
+def test_a_file_of_another_card_is_not_continued(tmp_path, monkeypatch):
+    file = tmp_path / "h200.json"
+    file.write_text('{"device": {"kind": "NVIDIA H200"}, "cells": []}')
+    monkeypatch.setattr(accelerator.measure, "__defaults__", (2.0, ["sh", "-c", _FAKE], None, ()))
+    monkeypatch.setattr("sys.argv", ["accelerator", "--json", str(file), "--minutes", "0.1"])
+    with pytest.raises(SystemExit, match="was measured on NVIDIA H200, and this is None"):
+        accelerator.main()
+    assert json.loads(file.read_text())["cells"] == []
+
+
 def test_a_cell_that_takes_too_long_is_measured_again_on_less():
     large = {"kind": "rounds", "workload": "W4", "cohort": 4096, "width": 4096}
     first, second, third = measured((1.0, [large, *named("a")]))
@@ -591,6 +613,8 @@ def test_goals_stand_beside_what_was_measured():
         timed(0.01, workload="W2", steps=60, flat=True),  # another program
         timed(0.04, "naive", workload="W2", steps=60),
         timed(0.03, workload="W1", cohort=256, width=256, digests=("b", "c")),
+        {"cell": {"kind": "sweep", "workload": "W2", "runs": 10}}
+        | {"result": {"measured_ms_per_client_step": {"median": 0.005}}},
         {"cell": {"kind": "naive", "workload": "W1"}, "error": "no answer within 9 s"},
     ]
     found = {goal["what"]: (goal["goal"], goal["measured"]) for goal in goals.reached(rows)}
@@ -598,6 +622,7 @@ def test_goals_stand_beside_what_was_measured():
     assert found["W2, over naive JAX"] == (1.0, 0.5)
     assert found["W2, over torch's graphs"] == (0.4, None)
     assert found["W1, 100 lanes or more, ms a client-step"] == (0.056, 0.03)
+    assert found["W2, 100 lanes or more, ms a client-step"] == (2 * 0.0067, 0.005)  # 10 x 10
     assert found["W1, over naive JAX"][1] is None
     assert found["the paper's table, modelled from W1's steps, s"][1] == pytest.approx(405)
     assert found["programs with other bits the second time"] == (0, 1)

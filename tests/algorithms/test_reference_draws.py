@@ -142,7 +142,8 @@ def test_masks_follow_the_client_and_the_entry():
 
 def test_without_a_keep_rate_every_layer_is_sent():
     draws = reference_draws(FEW, rounds=2)
-    policy = draws.policy()
+    policy, half = draws.policy(), reference_draws(FEW, rounds=2, keep=0.5).policy()
+    assert policy.sample is half.sample  # so that both are lanes of one program
     table = layer_table({"params": {"a": jnp.zeros(2), "b": jnp.zeros(3)}})
     clients, coverage = cohort_of(draws.cohorts[1]), jnp.tile(jnp.asarray([1.0, 0.0]), (10, 1))
     state = policy.init(table, 100)

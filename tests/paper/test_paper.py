@@ -20,7 +20,15 @@ from fedlp_jax.config.loading import dump_config, load_config
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results
-from fedlp_jax.paper.cells import Study, estimate, read_cells, read_runs, run_cells, unfinished
+from fedlp_jax.paper.cells import (
+    Study,
+    estimate,
+    read_cells,
+    read_runs,
+    run_cells,
+    run_cells_together,
+    unfinished,
+)
 from fedlp_jax.paper.costs import DIGIT_SLIP, row_costs
 from fedlp_jax.paper.figures import draw_figures
 from fedlp_jax.paper.published import ROWS, SPLITS, Cell, cell_config, choose
@@ -311,6 +319,69 @@ def test_an_interruption_says_how_to_resume_and_leaves_the_table(tmp_path, monke
     assert "2 of 27 cells are done. The same command resumes fedavg-m-niid" in said.stderr
     assert [entry["status"] for entry in table(tmp_path).cells] == ["done"] * 2 + ["not run"] * 52
     assert (tmp_path / "accuracy_by_round_reference.png").is_file()
+
+
+def executing_together(monkeypatch, study, error_at=None, error=None):
+    """Replaces a sweep by invented cells; one may end in an error."""
+    asked = []
+
+    def execute_runs(runs, again, *, resume, log, stop):
+        assert resume
+        asked.extend(label for label, _, _ in runs)
+        for i, (label, config, path) in enumerate(runs):
+            cell = next(cell for cell in CELLS if cell.name == label)
+            assert config == study.config(cell) and path == study.path(cell)
+            if i == error_at:
+                error.add_note(again)
+                raise error
+            invented(study, cell)
+            log(label, 25, {"round": 1})
+
+    monkeypatch.setattr(cells_module, "execute_runs", execute_runs)
+    return asked
+
+
+def test_with_a_log_the_unfinished_cells_run_together(tmp_path, monkeypatch):
+    study = Study(tmp_path, "smoke")
+    invented(study, CELLS[1])
+    asked, seen = executing_together(monkeypatch, study), []
+    found, _ = results.run_study(study, CELLS[:3], log=lambda *row: seen.append(row[0]))
+    assert asked == seen == [CELLS[0].name, CELLS[2].name]
+    assert [entry["status"] for entry in found.cells[:3]] == ["done"] * 3
+    assert table(tmp_path).cells == found.cells
+
+
+def test_an_interruption_of_cells_that_run_together_leaves_the_table(tmp_path, monkeypatch):
+    study, error = Study(tmp_path, "smoke"), KeyboardInterrupt()
+    executing_together(monkeypatch, study, 1, error)
+    with pytest.raises(KeyboardInterrupt):
+        results.run_study(study, IID, log=lambda *row: None)
+    assert error.__notes__ == ["The same command resumes the study."]
+    assert [entry["status"] for entry in table(tmp_path).cells][:1] == ["done"]
+
+
+@pytest.mark.slow
+def test_cells_that_run_together_are_what_they_are_alone(tmp_path):
+    cells = choose(("fedavg", "hetero-1"), ("iid",))
+    together, alone = Study(tmp_path / "a", "smoke", 1), Study(tmp_path / "b", "smoke", 1)
+    run_cells_together(together, cells)
+    list(run_cells(alone, cells))
+    for cell in cells:
+        (a,), (b,) = (
+            [{**row, "seconds": 0} for row in read_cells(study)[cell].rows]
+            for study in (together, alone)
+        )
+        assert a == b
+    run_cells_together(together, cells)  # nothing is left to do
+
+
+def test_a_study_may_read_its_data_set_from_a_file(tmp_path):
+    invented(Study(tmp_path), IID[0])
+    study = Study(tmp_path, data="/elsewhere/cifar10.npz")
+    assert study.config(IID[1]).data.name == "/elsewhere/cifar10.npz"
+    assert unfinished(study, IID) == IID[1:]  # the first is the same cell
+    with pytest.raises(FedLPError, match="data.name was cifar10 and is mnist"):
+        read_cells(Study(tmp_path, data="mnist.npz"))
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
