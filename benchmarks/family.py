@@ -64,6 +64,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "SCAFFOLD": {"name": "scaffold"},
     "FedNova": {"name": "fednova"},
     "FedDyn": {"name": "feddyn", "alpha": 0.01},
+    "FedCM": {"name": "fedcm", "alpha": 0.1},
     "FedExP": {"name": "fedexp"},
     "top-k(0.1) + QSGD": {
         "name": "fedavg",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
     from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
+    from fedlp_jax.algorithms.fedcm import fedcm as fedcm
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
     from fedlp_jax.algorithms.federated_dropout import federated_dropout as federated_dropout
     from fedlp_jax.algorithms.fedexp import fedexp as fedexp
@@ -146,6 +147,7 @@ _HOMES = {
     "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
     "algorithms.fednova": "fednova",
     "algorithms.feddyn": "feddyn",
+    "algorithms.fedcm": "fedcm",
     "algorithms.fedexp": "fedexp",
     "algorithms.lg_fedavg": "lg_fedavg",
     "algorithms.scaffold": "scaffold",

@@ -376,6 +376,7 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.scaffold: (),
     algorithms.fednova: (),
     algorithms.feddyn: (),
+    algorithms.fedcm: (),
     algorithms.fedexp: ("aggregator",),
     algorithms.fedper: (),
     algorithms.lg_fedavg: (),

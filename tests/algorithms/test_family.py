@@ -197,6 +197,20 @@ class FedDyn(FedAvg):
         return d - self.server[leaf] / self.alpha
 
 
+class FedCM(FedAvg):
+    alpha = 0.25
+
+    def gradient(self, leaf, g, w, x, own):
+        return self.alpha * g + (1 - self.alpha) * self.server[leaf]
+
+    def sent(self, leaf, d, own, steps):
+        return d, steps, own
+
+    def step(self, leaf, d, extra, senders):
+        self.server[leaf] = -d / (RATE * extra)
+        return d
+
+
 class FedExP(FedAvg):
     epsilon = 2**-10
 
@@ -469,6 +483,9 @@ ROWS = {
     "fedldf": Row(fl.fedldf, FedLDF, {"senders": 2}, {"senders": 3}, {"senders": 4}, numbers=2),
     "top_k": Row(fl.fedlp_homo, TopK, {"upload": fl.top_k(0.25, error_feedback=True)}),
     "feddyn": Row(fl.feddyn, FedDyn, {"alpha": 0.5}, {"alpha": 0.25}, weigh="uniform"),
+    "fedcm": Row(
+        fl.fedcm, FedCM, {"alpha": 0.25}, {"alpha": 0.5}, {"alpha": 1.0}, down=2, numbers=1
+    ),
     "fedexp": Row(
         fl.fedexp,
         FedExP,
@@ -902,6 +919,7 @@ LEARNS = {
     "fedldf": {"senders": 3},
     "top_k": {"keep": 0.7, "upload": fl.top_k(0.1, error_feedback=True)},
     "feddyn": {"alpha": 0.1},
+    "fedcm": {"alpha": 0.1},
     "fedexp": {},
     "fedper": {"head": "fc2"},
     "lg_fedavg": {"head": "fc2"},
@@ -945,7 +963,7 @@ def test_it_learns_the_digits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn", "top_k"])
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "fednova", "feddyn", "fedcm", "top_k"])
 def test_submodels_with_heads_of_their_own_take_part(name):
     """A head that only a client has is trained without corrections, and kept beside its state."""
     task = fl.classification(Steps())

@@ -1,5 +1,7 @@
 """What a client optimizer must be where an algorithm is defined for SGD alone."""
 
+from functools import partial
+
 import optax
 import pytest
 from small import Steps
@@ -36,7 +38,7 @@ def test_its_numbers_are_found(optimizer, rate, momentum):
     ],
     ids=["adam", "nesterov", "schedule", "decay", "clip", "rate 0"],
 )
-@pytest.mark.parametrize("make", [fl.scaffold, fl.fednova])
+@pytest.mark.parametrize("make", [fl.scaffold, fl.fednova, partial(fl.fedcm, alpha=0.5)])
 def test_others_are_refused(make, optimizer):
     with pytest.raises(fl.FedLPError, match="is defined for plain SGD.* such as fl.fedprox"):
         make(TASK, client_optimizer=optimizer)
@@ -53,6 +55,8 @@ def test_scaffold_refuses_momentum():
         (lambda **s: fl.scaffold(TASK, weighting="examples", **s), "scaffold's weighting"),
         (lambda **s: fl.feddyn(TASK, alpha=0.1, weighting="examples", **s), "feddyn's weighting"),
         (lambda **s: fl.feddyn(TASK, alpha=-1, **s), "alpha=-1 must be a number of at least 0"),
+        (lambda **s: fl.fedcm(TASK, alpha=0, **s), r"alpha=0 must be a number in \(0, 1\]"),
+        (lambda **s: fl.fedexp(TASK, epsilon=0, **s), "epsilon=0 must be a number above 0"),
         (lambda **s: fl.fedprox(TASK, mu=-1, **s), "mu=-1 must be a number of at least 0"),
         (lambda **s: fl.fedadam(TASK, tau=0, **s), "tau=0 must be a number above 0"),
         (lambda **s: fl.fedavgm(TASK, beta=1, **s), r"beta=1 must be a number in \[0, 1\)"),
