@@ -8,6 +8,7 @@ counts are those of the run alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import numpy as np
 
 from fedlp_jax.errors import FedLPError, collecting
 from fedlp_jax.execution import processes
-from fedlp_jax.execution.compilation import executable
+from fedlp_jax.execution.compilation import Same, executable
 from fedlp_jax.execution.packing import Packed, size_bytes
 from fedlp_jax.execution.plan import (
     RUNS,
@@ -34,9 +35,13 @@ from fedlp_jax.nn import conv
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import traceable_rounds
 from fedlp_jax.simulation.run import Pending, RoundRecord, Run, records_of
+from fedlp_jax.simulation.structure import lasting
 from fedlp_jax.types import Array, Cohort, RoundMetrics
 
 _SLOTS = 1  # the axis of runs in arrays of slots, `[P, R, ...]`
+_PROGRAMS = 16  # lowered ones kept in the process
+
+_nothing = jax.jit(lambda: ())  # its trace tells one state of jax's settings from another
 
 
 class LanesProgram(NamedTuple):
@@ -89,17 +94,34 @@ def compile_lanes(groups: Sequence[tuple[Run, int, LanesPlan]]) -> list[LanesPro
 
 
 def _lower(run: Run, count: int, plan: LanesPlan) -> _Lowered:
+    """Traces and lowers, unless the process has done so for an equal program."""
     start = time.perf_counter()
     runs = -(-count // plan.groups) * plan.groups
     shapes = _lanes_shapes(run, runs, plan)
+    tested = (shapes[0].variables, _resharded(run.stage.test, plan))
+    leaves, tree = jax.tree.flatten((shapes, tested))
+    # jax returns the jaxpr of before if all its own settings are those of before.
+    settings = Same(_nothing.trace().jaxpr), conv.current()
+    key = lasting(run.algorithm)
+    place = [] if key is None else _place(key, plan, runs, tree, tuple(leaves), settings)
+    if not place:
+        place.append(_trace(run, runs, plan, shapes, tested))
+    program = place[0]._replace(seconds=time.perf_counter() - start)
+    return _Lowered(run, program, _held_bytes(shapes[:2], plan))
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _place(*key: Any) -> list[LanesProgram]:
+    """A place for what is lowered, which holds no run."""
+    return []
+
+
+def _trace(run: Run, runs: int, plan: LanesPlan, shapes: Any, tested: Any) -> LanesProgram:
     test = jax.vmap(evaluator(run.algorithm, plan), (0, None), spmd_axis_name=RUNS)
     with conv.recording() as lowerings, collecting() as said:
         rounds = _rounds_of_lanes(run, plan).lower(*shapes)
-        tested = (shapes[0].variables, _resharded(run.stage.test, plan))
         tests = jax.jit(test, keep_unused=True).lower(*tested)
-    seconds = time.perf_counter() - start
-    program = LanesProgram(plan, runs, rounds, tests, lowerings, seconds, tuple(said))
-    return _Lowered(run, program, _held_bytes(shapes[:2], plan))
+    return LanesProgram(plan, runs, rounds, tests, lowerings, 0.0, tuple(said))
 
 
 def _compile(lowered: _Lowered) -> LanesProgram:

@@ -22,9 +22,12 @@ from fedlp_jax.execution.compilation import Same
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Run
+from fedlp_jax.tasks.task import Task
 
 _CONSTANTS = (type(None), bool, int, str, bytes)
 _OF_LINEN = {"_id", "_parent_ref", "_state"}  # what flax keeps in each module
+# Packages whose functions and classes read nothing that changes while the process runs.
+_LIBRARIES = {"builtins", "fedlp_jax", "flax", "functools", "jax", "numpy", "optax"}
 
 
 def structures(runs: Sequence[Run]) -> list[Hashable]:
@@ -50,6 +53,38 @@ def structures(runs: Sequence[Run]) -> list[Hashable]:
 def _traced(algorithm: Algorithm) -> tuple[Any, ...]:
     """What rounds and evaluations read of an algorithm."""
     return algorithm.round, algorithm.levels, algorithm.shared_heads, algorithm.personal
+
+
+def lasting(algorithm: Algorithm) -> Hashable | None:
+    """A key of what rounds and evaluations read; algorithms made later may have an equal one.
+
+    A task equals itself alone, and its functions are taken to be pure, as by `jax.jit`. The rest
+    of the algorithm must consist of constants and of what libraries define: a function of the
+    user's may read a variable that changes meanwhile, and an array may be large.
+
+    Returns:
+      The key; None = the algorithm has other parts.
+    """
+    task = algorithm.task
+    key = _content(_traced(algorithm), {id(task): (Same(task), task)})
+    return key if _lasts(key, task) else None
+
+
+def _lasts(key: Any, task: Task) -> bool:
+    """Whether a part of a content is the task, constants, or of libraries."""
+    if isinstance(key, tuple):
+        return key[:1] != (np.ndarray,) and all(_lasts(part, task) for part in key)
+    if isinstance(key, type):
+        return _of_library(key.__module__)
+    if not isinstance(key, Same) or key.value is task:
+        return True
+    if isinstance(key.value, dict):  # the variables that a function may read
+        return _of_library(str(key.value.get("__name__")))
+    return isinstance(key.value, types.CodeType)
+
+
+def _of_library(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARIES
 
 
 def _shapes(run: Run) -> Hashable:
@@ -79,7 +114,7 @@ def content(value: Any) -> Hashable:
     return _content(value, {})
 
 
-def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
+def _content(value: Any, seen: dict[int, tuple[Hashable, Any]]) -> Hashable:
     kind = type(value)
     if kind in _CONSTANTS:
         return kind, value

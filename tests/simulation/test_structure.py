@@ -12,7 +12,7 @@ from small import Steps, dataset
 import fedlp_jax as fl
 from fedlp_jax.simulation import structure
 from fedlp_jax.simulation.run import Simulation
-from fedlp_jax.simulation.structure import content, structures
+from fedlp_jax.simulation.structure import content, lasting, structures
 
 DATA = dataset()
 CLIENTS = fl.partition.iid(DATA.train.labels, clients=6, seed=0)
@@ -34,9 +34,12 @@ def scaled(by, then=None):
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A value."""
+    """A value that is a schedule."""
 
     by: float
+
+    def __call__(self, round):
+        return self.by / round
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -174,3 +177,42 @@ def test_a_round_that_calls_python_is_a_structure_of_its_own():
 
     runs = [prepared(fl.fedavg(TASK, client_optimizer=counting([]))) for _ in range(2)]
     assert len(set(structures(runs))) == 2
+
+
+@pytest.mark.parametrize("make", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_algorithms_made_alike_have_one_lasting_key(make):
+    key = lasting(make(0.25))
+    assert key is not None
+    assert key == lasting(make(0.5)) and hash(key) == hash(lasting(make(0.5)))
+
+
+def test_the_lasting_key_is_of_a_task_and_of_its_constants():
+    others = [
+        fl.fedavg(TASK, client_optimizer=optax.sgd(1.0), batch_size=4),
+        fl.fedavg(TASK, client_optimizer=optax.sgd(0.5), batch_size=4),
+        fl.fedavg(TASK, client_optimizer=optax.sgd(1.0), batch_size=5),
+        fl.fedavg(TASK, client_optimizer=optax.sgd(1.0), batch_size=4, aggregator="median"),
+        fl.fedavg(fl.classification(Steps(depth=1)), client_optimizer=optax.sgd(1.0), batch_size=4),
+    ]
+    keys = [lasting(algorithm) for algorithm in others]
+    assert None not in keys
+    assert len(set(keys)) == len(others)
+
+
+RATE = 0.5
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda round: RATE / round,  # which may be another by the next sweep
+        functools.partial(optax.constant_schedule(1.0), [1]),
+        optax.piecewise_constant_schedule(1.0, {3: 0.1}),
+        functools.partial(optax.constant_schedule(1.0), np.zeros(3)),
+        functools.partial(optax.constant_schedule(1.0), jax.numpy.zeros(3)),
+        Frozen(1.0),
+    ],
+    ids=["function", "list", "dictionary", "array", "array of a device", "object"],
+)
+def test_what_may_change_or_may_be_large_has_no_lasting_key(schedule):
+    assert lasting(ARGUMENTS["rate"](schedule)) is None

@@ -1,6 +1,8 @@
 """A sweep: each of its runs is the run alone, and what it takes for several to be one program."""
 
+import gc
 import signal
+import weakref
 
 import jax
 import numpy as np
@@ -9,7 +11,10 @@ import pytest
 from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
+from fedlp_jax.execution.plan import LanesPlan
+from fedlp_jax.nn import conv
 from fedlp_jax.simulation import lanes, sweep
+from fedlp_jax.simulation.run import Simulation
 
 DATA = dataset(120)
 EVEN = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
@@ -39,6 +44,33 @@ def programs(monkeypatch):
 
     monkeypatch.setattr(lanes.Lanes, "__init__", recorded)
     return batches
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Collects the runs whose lanes are traced, in a process that has traced none."""
+    runs, first = [], lanes._trace
+    lanes._place.cache_clear()
+    monkeypatch.setattr(lanes, "_trace", lambda run, *rest: runs.append(run) or first(run, *rest))
+    return runs
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """`lowered(algorithm, ...)` is the program of its lanes, which stands for itself untraced."""
+    lanes._place.cache_clear()
+    make = lanes.LanesProgram
+    monkeypatch.setattr(
+        lanes, "_trace", lambda run, runs, plan, *_: make(plan, runs, object(), None, {}, 0.0, ())
+    )
+
+    def lower(algorithm, runs=2, cohort=4, clients=EVEN):
+        plan = fl.Plan(devices=1)
+        run = Simulation(algorithm, DATA, clients, rounds=1, cohort=cohort, plan=plan)
+        return lanes._lower(run, runs, LanesPlan(**vars(run.plan), groups=1)).program.round
+
+    yield lower
+    lanes._place.cache_clear()
 
 
 def alone(run, algorithm, clients, **settings):
@@ -158,6 +190,59 @@ def test_another_structure_is_another_group(programs):
     assert programs == [(2, 2), (2, 2)]
     for run in done.runs:
         assert_same_run(run, alone(run, algorithms[run.label], EVEN))
+
+
+def test_lanes_of_an_equal_program_are_traced_once(lowered):
+    others = fl.partition.iid(DATA.train.labels, clients=12, seed=1)
+    assert lowered(homo(0.2)) is lowered(homo(0.9, rate=0.3), clients=others)
+
+
+def test_lanes_of_another_program_are_traced(lowered):
+    programs = [
+        lowered(homo()),
+        lowered(homo(client_optimizer=optax.sgd(0.5))),
+        lowered(homo(), runs=3),
+        lowered(homo(), cohort=5),
+        lowered(homo(), clients=uneven(0)),
+    ]
+    with jax.default_matmul_precision("bfloat16"):
+        programs.append(lowered(homo()))
+    with jax.enable_x64(True):
+        programs.append(lowered(homo()))
+    with conv.using("direct"):
+        programs.append(lowered(homo()))
+    assert len(set(programs)) == len(programs)
+    assert lowered(homo()) is programs[0]
+
+
+def test_lanes_that_call_a_function_of_the_user_are_traced_each_time(lowered):
+    schedule = optax.constant_schedule(0.1)
+    assert lowered(homo(rate=schedule)) is lowered(homo(rate=schedule))
+    schedule = lambda round: 0.1  # noqa: E731
+    assert lowered(homo(rate=schedule)) is not lowered(homo(rate=schedule))
+
+
+def test_what_is_kept_of_lanes_holds_no_run(traced):
+    run = Simulation(homo(), DATA, EVEN, rounds=1, cohort=4, plan=fl.Plan(devices=1))
+    lanes._lower(run, 2, LanesPlan(**vars(run.plan), groups=1))
+    assert traced == [run] and lanes._place.cache_info().currsize == 1
+    held = run, run.state.round, run.stage.train.inputs, run.algorithm.round
+    held = [weakref.ref(x) for x in held]
+    traced.clear()
+    del run
+    gc.collect()
+    assert [x() for x in held] == [None] * 4
+
+
+@pytest.mark.slow
+def test_a_second_sweep_traces_nothing_and_gives_the_same(traced):
+    first, second = (fl.sweep({"a": homo(0.5)}, DATA, EVEN, seeds=2, **SHARED) for _ in range(2))
+    assert len(traced) == 1
+    for run, other in zip(second.runs, first.runs, strict=True):
+        assert_same_run(run, other, rtol=0)
+    (other, _) = fl.sweep({"b": homo(0.2, rate=0.01)}, DATA, EVEN, seeds=2, **SHARED).runs
+    assert len(traced) == 1
+    assert_same_run(other, alone(other, homo(0.2, rate=0.01), EVEN))
 
 
 @pytest.mark.slow
