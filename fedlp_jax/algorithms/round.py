@@ -164,10 +164,10 @@ def run_round(
         masks, uploads = masks._replace(upload=sent), uploads._replace(mask=sent)
     aggregate = pipeline.reduce(contributions, uploads, finite, cohort, numbers, of_payload, plan)
     aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
+    senders = jnp.where(finite[:, None], masks.upload, 0.0).sum(axis=0)  # f32[L], that count
+    policy = _learned(parts, policy, state, aggregate, senders, finite, cohort, table)
+    state = _step_server(parts, state, number, policy, aggregate, rests, senders, outcomes, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
-    policy = _learned(parts, policy, state, aggregate, reported, cohort, table)
-    state = _step_server(parts, state, number, policy, aggregate, rests, reported, outcomes, table)
-    reported = reported._replace(halted=state.halted)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
 
 
@@ -278,7 +278,7 @@ def _step_server(
     policy: PyTree,
     aggregate: Aggregate,
     rests: Array | None,
-    metrics: RoundMetrics,
+    senders: Array,
     outcomes: Outcomes | None,
     table: LayerTable,
 ) -> ServerState:
@@ -287,7 +287,7 @@ def _step_server(
     A round halts the run if nobody counted or its result is not finite. Everything then stands
     still until the host, which reads metrics a round late, finds it as it was.
     """
-    update, terms = _apply_rule(parts, old.algorithm, aggregate, metrics, table)
+    update, terms = _apply_rule(parts, old.algorithm, aggregate, senders, table)
     gate = aggregate.gate
     if rests is not None:  # single entries are gated where clients hold slices
         gate = jax.tree.map(jnp.logical_or, table.expand(gate), table.expand(rests))
@@ -321,13 +321,12 @@ def _resting(parts: Parts, masks: Masks, coverage: Array, cohort: Cohort) -> Arr
 
 
 def _apply_rule(
-    parts: Parts, terms: Any, aggregate: Aggregate, metrics: RoundMetrics, table: LayerTable
+    parts: Parts, terms: Any, aggregate: Aggregate, senders: Array, table: LayerTable
 ) -> tuple[Variables, Any]:
     """The update and the terms after the algorithm's rule for the server."""
     if parts.server_rule is None or parts.server_rule.step is None:
         return aggregate.update, terms
-    senders = table.expand(_senders(metrics))["params"]
-    reduced = Reduced(aggregate.update, aggregate.extras, senders)
+    reduced = Reduced(aggregate.update, aggregate.extras, table.expand(senders)["params"])
     with jax.numpy_dtype_promotion("standard"):
         update, new = parts.server_rule.step(terms, reduced)
     new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, terms)
@@ -339,7 +338,8 @@ def _learned(
     policy: PyTree,
     old: ServerState,
     aggregate: Aggregate,
-    metrics: RoundMetrics,
+    senders: Array,
+    counted: Array,
     cohort: Cohort,
     table: LayerTable,
 ) -> PyTree:
@@ -349,19 +349,14 @@ def _learned(
     feedback = Feedback(
         params=old.variables["params"],
         update=aggregate.update["params"],
-        senders=_senders(metrics),
+        senders=senders,
         client=cohort.client,
-        counted=metrics.client.finite,
+        counted=counted,
         extras=aggregate.extras,
         round=old.round + 1,
         layers=table,
     )
     return parts.policy.learn(policy, feedback)
-
-
-def _senders(metrics: RoundMetrics) -> Array:
-    """`f32[L]`, the clients that sent a layer and count."""
-    return jnp.where(metrics.client.finite[:, None], metrics.upload, 0.0).sum(axis=0)
 
 
 def _client_scale(parts: Parts, state: ServerState, number: Array) -> Array | None:
