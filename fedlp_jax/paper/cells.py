@@ -57,10 +57,19 @@ class Study(NamedTuple):
     data: str | None = None  # an .npz file of the same examples; None = the data set by its name
 
     def config(self, cell: Cell) -> Config:
-        """The configuration of a cell in this study."""
+        """The configuration of a cell in this study.
+
+        Raises:
+          FedLPError: as `cell_config`, or a file of another data set.
+        """
         config = cell_config(cell, self.scale, self.rounds)
         if self.data is None:
             return config
+        if Path(self.data).name != f"{config.data.name}.npz":
+            raise FedLPError(
+                f"the data of scale {self.scale} are {config.data.name}; name their file "
+                f"{config.data.name}.npz instead of {Path(self.data).name}."
+            )
         return config.model_copy(update={"data": Data(name=self.data)})
 
     def path(self, cell: Cell) -> Path:

@@ -380,7 +380,7 @@ def test_a_study_may_read_its_data_set_from_a_file(tmp_path):
     study = Study(tmp_path, data="/elsewhere/cifar10.npz")
     assert study.config(IID[1]).data.name == "/elsewhere/cifar10.npz"
     assert unfinished(study, IID) == IID[1:]  # the first is the same cell
-    with pytest.raises(FedLPError, match="data.name was cifar10 and is mnist"):
+    with pytest.raises(FedLPError, match="name their file cifar10.npz instead of mnist.npz"):
         read_cells(Study(tmp_path, data="mnist.npz"))
 
 
