@@ -17,8 +17,9 @@ from fedlp_jax.reporting.run_directory import (
     SUMMARY,
     read_metrics,
 )
-from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, refuse_other
+from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import Watch
+from fedlp_jax.simulation.snapshot import Snapshot, refuse_other
 
 # What changes the time a run takes and the rounds it shows, but no number in them.
 _MAY_DIFFER = {

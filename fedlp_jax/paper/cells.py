@@ -31,10 +31,10 @@ from fedlp_jax.paper.published import DRAWS, ROWS, SPLITS, Cell, Draws, cell_con
 from fedlp_jax.reporting.environment import versions
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
-from fedlp_jax.simulation.checkpoint import refuse_other
 from fedlp_jax.simulation.cohorts import cohort_size
 from fedlp_jax.simulation.loop import simulate
 from fedlp_jax.simulation.result import DivergedError
+from fedlp_jax.simulation.snapshot import refuse_other
 
 Status = Literal["done", "diverged", "unfinished"]
 

@@ -24,15 +24,16 @@ from fedlp_jax.execution.map_clients import open_connections
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.reporting.progress import Progress
 from fedlp_jax.reporting.sinks import Sink, opened
-from fedlp_jax.simulation import checkpoint as checkpoints
+from fedlp_jax.simulation import snapshot as snapshots
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
+from fedlp_jax.simulation.checkpoint import Checkpoint, Saver
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.early_stop import EarlyStop, Watch
 from fedlp_jax.simulation.keep_best import KeepBest, Keeper
 from fedlp_jax.simulation.profiling import Recorder, Trace
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import Pending, Run, Simulation
+from fedlp_jax.simulation.snapshot import Snapshot
 from fedlp_jax.types import ServerState, Variables
 
 Callback = Callable[[int, Row, ServerState], None]
@@ -159,7 +160,7 @@ def simulate(
         # Each process has the whole snapshot, so the first alone saves it.
         saver = Saver(checkpoint if processes.is_first() else None, resume)
         if resume is not None:
-            checkpoints.check(run, resume)
+            snapshots.check(run, resume)
     asked = stop is not None and processes.count() == 1 and stop()
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     done = resume.rows if resume is not None else ()
@@ -219,7 +220,7 @@ def _start(
       FedLPError: another process has another run, or other code.
     """
     if processes.count() > 1:
-        processes.agree("run", checkpoints.shared_facts(run, resume) | {"code": processes.code()})
+        processes.agree("run", snapshots.shared_facts(run, resume) | {"code": processes.code()})
         open_connections(run.plan)
     if compile:
         checks.warn_of_first_block(run.algorithm, run.last_round)
@@ -227,7 +228,7 @@ def _start(
     if compiled is not None:
         compiled(run.plan)
     if resume is not None:
-        checkpoints.restore(run, resume)
+        snapshots.restore(run, resume)
 
 
 @contextlib.contextmanager
@@ -294,10 +295,10 @@ def _run_rounds(
         recorder.after(last, wait=lambda: read(ahead=0))
         if saver.due(last):
             read(ahead=0)
-            saver.save(checkpoints.capture(run))
+            saver.save(snapshots.capture(run))
     read(ahead=0)
     if saver.due_at_end(run.reached, interrupted=run.reached < run.last_round):
-        saver.save(checkpoints.capture(run))
+        saver.save(snapshots.capture(run))
     if run.stage.store is not None:
         jax.block_until_ready(run.stage.store.stacks)
     run.readings["run_seconds"] = time.perf_counter() - started

@@ -21,13 +21,13 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.plan import Plan, compile_to_fit, replicated
 from fedlp_jax.simulation import evaluation
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.checkpoint import first_numbers
 from fedlp_jax.simulation.client_history import ClientHistory
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.keep_best import Keeper
 from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.simulation.program import Compiled, Program, compile_round, compile_test
 from fedlp_jax.simulation.result import History, Result, Row, diverged, names
+from fedlp_jax.simulation.snapshot import first_numbers
 from fedlp_jax.simulation.spec import Spec, specify
 from fedlp_jax.simulation.staging import Stage
 from fedlp_jax.types import Cohort, RoundMetrics, ServerState, Variables

@@ -21,9 +21,9 @@ from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import HOST, LanesPlan, Plan, checked
 from fedlp_jax.reporting.compare import Comparison, compare
 from fedlp_jax.reporting.frames import frame
-from fedlp_jax.simulation import checkpoint as checkpoints
+from fedlp_jax.simulation import snapshot as snapshots
 from fedlp_jax.simulation import validation as checks
-from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
+from fedlp_jax.simulation.checkpoint import Checkpoint, Saver
 from fedlp_jax.simulation.cohorts import CohortRule
 from fedlp_jax.simulation.early_stop import EarlyStop, Watch
 from fedlp_jax.simulation.lanes import (
@@ -35,6 +35,7 @@ from fedlp_jax.simulation.lanes import (
 from fedlp_jax.simulation.loop import listening_to_ctrl_c, simulate
 from fedlp_jax.simulation.result import DivergedError, Result, Row
 from fedlp_jax.simulation.run import RoundRecord, Run
+from fedlp_jax.simulation.snapshot import Snapshot
 from fedlp_jax.simulation.spec import Fit, Spec, specify
 from fedlp_jax.simulation.structure import structures
 from fedlp_jax.types import Variables
@@ -326,7 +327,7 @@ class _Member:
         checks.warn_of_first_block(spec.algorithm, rounds)
         self._saver = Saver(self.point.checkpoint, resume)
         if resume is not None:
-            checkpoints.check(run, resume)
+            snapshots.check(run, resume)
 
     @property
     def kind(self) -> Hashable:
@@ -348,7 +349,7 @@ class _Member:
     def start(self) -> None:
         """Restores a resumed run; called before its state joins those of others."""
         if self.point.resume is not None:
-            checkpoints.restore(self.lane, self.point.resume)
+            snapshots.restore(self.lane, self.point.resume)
         if self.point.compiled is not None:
             self.point.compiled(self.lane.plan)
 
@@ -392,7 +393,7 @@ class _Member:
 
     def save(self) -> None:
         """Writes a checkpoint of a settled run."""
-        self._saver.save(checkpoints.capture(self.lane))
+        self._saver.save(snapshots.capture(self.lane))
 
     def finish(self, warnings: Sequence[str]) -> None:
         """Makes the result of a settled run."""

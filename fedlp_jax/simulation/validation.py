@@ -22,10 +22,11 @@ from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.reporting.metrics import headline
-from fedlp_jax.simulation.checkpoint import Checkpoint, Snapshot, describe
+from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import EarlyStop
 from fedlp_jax.simulation.keep_best import KeepBest
 from fedlp_jax.simulation.profiling import Trace
+from fedlp_jax.simulation.snapshot import Snapshot, describe
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, ServerState, Variables
 

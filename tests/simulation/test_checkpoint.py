@@ -17,7 +17,8 @@ import pytest
 from fedlp_jax import FedLPError
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.simulation import checkpoint
-from fedlp_jax.simulation.checkpoint import Checkpoint, Saver, Snapshot
+from fedlp_jax.simulation.checkpoint import Checkpoint, Saver
+from fedlp_jax.simulation.snapshot import Snapshot
 
 
 def snapshot(round):

@@ -30,7 +30,7 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.pruning import masks
 from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
-from fedlp_jax.simulation import checkpoint
+from fedlp_jax.simulation import snapshot
 
 DATA = dataset()
 CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
@@ -81,7 +81,7 @@ def timeless(row):
 
 def assert_same_run(one, other):
     raw = [
-        {path: np.asarray(checkpoint.key_data(x)) for path, x in jax.tree.leaves_with_path(r.state)}
+        {path: np.asarray(snapshot.key_data(x)) for path, x in jax.tree.leaves_with_path(r.state)}
         for r in (one, other)
     ]
     assert raw[0].keys() == raw[1].keys()
@@ -124,7 +124,7 @@ def test_what_a_run_has_is_freed_before_its_successor_is_there():
     def begun():
         return fl.Simulation(algorithm, DATA, CLIENTS, rounds=6, cohort=4, plan=fl.Plan(2, 1))
 
-    taken, other = checkpoint.capture(begun()), begun()
+    taken, other = snapshot.capture(begun()), begun()
     old = jax.tree.leaves((other.state, other.stage.store.stacks))
     assert len(old) > 10
     freed = []
@@ -136,7 +136,7 @@ def test_what_a_run_has_is_freed_before_its_successor_is_there():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "put", watched)
-        checkpoint.restore(other, taken)
+        snapshot.restore(other, taken)
     assert freed == list(range(1, len(freed) + 1))
     names = [name for name in taken.arrays if name.startswith("[")]
     assert freed[-1] == len(names)
