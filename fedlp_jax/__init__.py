@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the table below 
     from fedlp_jax.algorithms.fedasync import fedasync as fedasync
     from fedlp_jax.algorithms.fedavg import fedavg as fedavg
     from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
+    from fedlp_jax.algorithms.fedbn import fedbn as fedbn
     from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
     from fedlp_jax.algorithms.fedcm import fedcm as fedcm
     from fedlp_jax.algorithms.feddyn import feddyn as feddyn
@@ -143,6 +144,7 @@ _HOMES = {
     "algorithms.freeze": "freeze",
     "algorithms.fedlp": "fedlp_hetero fedlp_homo fedlp_q",
     "algorithms.fedper": "fedper",
+    "algorithms.fedbn": "fedbn",
     "algorithms.fedprox": "fedprox",
     "algorithms.fedopt": "fedadagrad fedadam fedavgm fedyogi",
     "algorithms.fednova": "fednova",

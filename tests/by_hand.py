@@ -34,12 +34,25 @@ def first_head(depth, client):
 
 
 def forward(weights, depth, x):
-    """What each hidden layer returns, the input first, in a ReLU network."""
+    """What each hidden layer returns, the input first, in a ReLU network.
+
+    A layer with `weights["norm1"] = [scale, bias]` has a batch normalisation before its ReLU.
+    """
     below = [x]
     for i in range(1, depth + 1):
         w, b = weights[f"hidden{i}"]
-        below.append(np.maximum(below[-1] @ w + b, 0))
+        z = below[-1] @ w + b
+        if f"norm{i}" in weights:
+            scale, shift = weights[f"norm{i}"]
+            z = scale * standardised(z)[0] + shift
+        below.append(np.maximum(z, 0))
     return below
+
+
+def standardised(z):
+    """Each unit with mean 0 and variance 1 over the rows of a batch, and its deviation before."""
+    deviation = np.sqrt(z.var(axis=0) + 1e-5)
+    return (z - z.mean(axis=0)) / deviation, deviation
 
 
 def gradient(weights, exits, x, y, consistency=0.0):
@@ -73,6 +86,11 @@ def gradient(weights, exits, x, y, consistency=0.0):
             grads[f"head{i}"] = [below[i].T @ of_logits, of_logits.sum(axis=0)]
             back = back + of_logits @ weights[f"head{i}"][0].T
         back = back * (below[i] > 0)
+        if f"norm{i}" in weights:
+            z, deviation = standardised(below[i - 1] @ weights[f"hidden{i}"][0])
+            grads[f"norm{i}"] = [(back * z).sum(axis=0), back.sum(axis=0)]
+            back = back - back.mean(axis=0) - z * (back * z).mean(axis=0)
+            back = weights[f"norm{i}"][0] / deviation * back
         grads[f"hidden{i}"] = [below[i - 1].T @ back, back.sum(axis=0)]
         back = back @ weights[f"hidden{i}"][0].T
     return grads, -np.log(probabilities[exits[-1]][np.arange(len(y)), y]).sum()

@@ -12,6 +12,7 @@ from fedlp_jax.algorithms.depthfl import depthfl as depthfl
 from fedlp_jax.algorithms.fedasync import fedasync as fedasync
 from fedlp_jax.algorithms.fedavg import fedavg as fedavg
 from fedlp_jax.algorithms.fedbabu import fedbabu as fedbabu
+from fedlp_jax.algorithms.fedbn import fedbn as fedbn
 from fedlp_jax.algorithms.fedbuff import fedbuff as fedbuff
 from fedlp_jax.algorithms.fedcm import fedcm as fedcm
 from fedlp_jax.algorithms.feddyn import feddyn as feddyn

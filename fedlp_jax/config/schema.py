@@ -380,6 +380,7 @@ _ALGORITHMS: dict[Callable[..., Any], tuple[str, ...]] = {
     algorithms.fedexp: ("aggregator",),
     algorithms.fedper: (),
     algorithms.lg_fedavg: (),
+    algorithms.fedbn: (),
     algorithms.inclusivefl: (),
     algorithms.depthfl: (),
     algorithms.heterofl: (),

@@ -7,6 +7,7 @@ the package. All numbers are exact in float32.
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,7 @@ POPULATION = fl.partition.dirichlet(
     DATA.train.labels, clients=CLIENTS, alpha=1.0, seed=1, min_size=2
 )
 TASK, DEEP = fl.classification(Steps(depth=1)), fl.classification(Steps(depth=3))
+NORMED = fl.classification(Steps(depth=1, norm=True))
 FLIGHT = 4  # clients in flight, where the server does not wait
 UNITS, DRAWN_UNITS = 8, 17  # of the hidden layer; the purpose of their draws
 TRAIN, DOWNLOAD = 2, 18  # purposes of draws
@@ -323,6 +325,10 @@ class FedLAMA(FedAvg):
         return steps
 
 
+class FedBN(FedAvg):
+    layers = ("head1", "hidden1", "norm1")
+
+
 class FedBABU(FedAvg):
     def sends(self, layer, drawn, round):
         return drawn and layer != "head1"
@@ -496,6 +502,7 @@ ROWS = {
     ),
     "fedper": Row(fl.fedper, FedAvg, {"head": "head1"}, private=("head1",)),
     "lg_fedavg": Row(fl.lg_fedavg, FedAvg, {"head": "head1"}, private=("hidden1",)),
+    "fedbn": Row(fl.fedbn, FedBN, {}, private=("norm1",), task=NORMED),
     "fedrep": Row(
         fl.fedrep,
         FedRep,
@@ -618,8 +625,9 @@ def example():
 
 def arrays(variables):
     """The parameters as `{(layer, part): array}`."""
-    layers, parts = variables["params"], ("kernel", "bias")
-    return {(n, p): np.asarray(layers[n][parts[p]], np.float64) for n, p in leaves(layers)}
+    layers = variables["params"]
+    parts = {n: ("scale" if n.startswith("norm") else "kernel", "bias") for n in layers}
+    return {(n, p): np.asarray(layers[n][parts[n][p]], np.float64) for n, p in leaves(layers)}
 
 
 def held_entries(units):
@@ -828,6 +836,37 @@ def test_the_ledger_books_what_the_definition_sends(made):
     np.testing.assert_array_equal(result.history["download_bytes"], downloaded)
 
 
+@pytest.mark.parametrize("made", ["fedbn"], indirect=True)
+def test_batch_statistics_stay_with_their_client(made):
+    _, _, start, result = made
+    assert [*result.state.variables["params"]] == ["head1", "hidden1"]
+    assert not jax.tree.leaves(result.state.variables.get("batch_stats", {}))
+    statistics = [flat(each["batch_stats"]).tobytes() for each in (start, *result.models)]
+    assert len(set(statistics)) == 1 + CLIENTS  # all took part, and none has another's
+
+
+class Normed(nn.Module):
+    named: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(4)(x.reshape(x.shape[0], -1))
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, name=self.named)(x))
+
+
+@pytest.mark.parametrize("named", [None, "bn1", "my_norm"])
+def test_fedbn_finds_normalisations_by_name(named):
+    made = fl.fedbn(fl.classification(Normed(named)), client_optimizer=optax.sgd(RATE))
+    variables = made.init(jax.random.key(0), example(), CLIENTS).variables
+    assert [*variables] == ["params"] and sorted(variables["params"]) == ["Dense_0", "Dense_1"]
+
+
+def test_fedbn_refuses_a_model_without_normalisation():
+    made = fl.fedbn(TASK, client_optimizer=optax.sgd(RATE))
+    with pytest.raises(fl.FedLPError, match="the model has none: .*hidden1/kernel.*use fl.fedavg"):
+        made.init(jax.random.key(0), example(), CLIENTS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("made", ["inclusivefl", "depthfl"], indirect=True)
 def test_every_exit_is_tested(made):
@@ -923,6 +962,7 @@ LEARNS = {
     "fedexp": {},
     "fedper": {"head": "fc2"},
     "lg_fedavg": {"head": "fc2"},
+    "fedbn": {},
     "fedrep": {"head": "fc2", "head_epochs": 5, "epochs": 2},
     "fedbabu": {"head": "fc2"},
     "freeze": {"keep": 0.7},
@@ -952,7 +992,10 @@ def test_it_learns_the_digits(name):
     of_layers |= {"personal", "recycled", "widths"}
     deep = of_layers & {*LEARNS[name]}
     hidden = (64, 64) if "depths" in deep else (64,)
-    task = fl.classification(fl.models.MLP(hidden=hidden) if deep else fl.models.Logistic())
+    model = fl.models.MLP(hidden=hidden) if deep else fl.models.Logistic()
+    if ROWS[name].task is NORMED:
+        model = Steps(depth=1, width=64, classes=10, norm=True)
+    task = fl.classification(model)
     sgd = optax.sgd(0.1)
     common = {"client_optimizer": sgd, "epochs": 2, "batch_size": 10}
     one = ROWS[name].make(task, **common | LEARNS[name])
