@@ -19,7 +19,7 @@ from fedlp_jax.reporting.run_directory import (
 )
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import Watch
-from fedlp_jax.simulation.snapshot import Snapshot, refuse_other
+from fedlp_jax.simulation.snapshot import Snapshot, dotted, refuse_other
 
 # What changes the time a run takes and the rounds it shows, but no number in them.
 _MAY_DIFFER = {
@@ -50,7 +50,7 @@ def last_snapshot(config: Config, directory: Path) -> Snapshot | None:
     Raises:
       FedLPError: the directory holds another run, or all of its checkpoints are damaged.
     """
-    start = run_checkpoint(config, directory).latest()
+    start = run_checkpoint(config, directory).latest(_defaults(config))
     if start is None:
         refuse_other_run(config, directory)
         if (directory / METRICS).exists():
@@ -137,3 +137,13 @@ def identity(config: Config, may_differ: Collection[str] = _MAY_DIFFER) -> dict[
     if settings["data"]["name"].endswith(".npz"):
         settings["data"]["name"] = "an .npz file"
     return settings
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """The settings at their default, dotted: a version without such a field ran as they say.
+
+    Those of an optional section are not, if it is there but empty: that version ran without it.
+    """
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    other = tuple(f"{field}." for field, _ in dotted(given))
+    return {f: value for f, value in dotted(identity(config)) if not f"{f}.".startswith(other)}

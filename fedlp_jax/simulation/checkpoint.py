@@ -89,8 +89,12 @@ class Checkpoint:
             ) from error
         return sorted(int(name) for name in names if _ROUND.fullmatch(name))
 
-    def latest(self) -> Snapshot | None:
+    def latest(self, defaults: Mapping[str, Any] | None = None) -> Snapshot | None:
         """Reads the last intact checkpoint; warns of each damaged one that it skips.
+
+        Args:
+          defaults: what settings count as that a checkpoint lacks, because the program that wrote
+            it did not have them yet.
 
         Returns:
           What `simulate` takes as `resume`; None if there is no checkpoint.
@@ -103,7 +107,7 @@ class Checkpoint:
         for round in reversed(rounds):
             folder = Path(self.directory, str(round)).absolute()
             try:
-                return self._read(folder, round)
+                return self._read(folder, round, defaults or {})
             except FedLPError:
                 raise
             except Exception as error:  # a damaged file can raise almost anything
@@ -115,7 +119,7 @@ class Checkpoint:
             )
         return None
 
-    def _read(self, folder: Path, round: int) -> Snapshot:
+    def _read(self, folder: Path, round: int, defaults: Mapping[str, Any]) -> Snapshot:
         """Reads one checkpoint; whatever is wrong with its files raises."""
         import orbax.checkpoint as ocp  # imported late: it takes half a second
 
@@ -128,7 +132,8 @@ class Checkpoint:
             saved = facts["snapshot"]
             if saved["round"] != round:
                 raise ValueError(f"it is of round {shown(saved['round'])}")
-            refuse_other(facts["settings"], self.settings, f"{folder} belongs to another run")
+            what = f"{folder} belongs to another run"
+            refuse_other(facts["settings"], self.settings, what, defaults)
             numpy = ocp.args.PyTreeRestore(
                 {"data": 0}, restore_args={"data": ocp.RestoreArgs(restore_type=np.ndarray)}
             )

@@ -160,13 +160,19 @@ def first_numbers(state: ServerState) -> dict[str, Any]:
     return numbers
 
 
-def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
+def refuse_other(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    what: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Compares the settings of two runs.
 
     Args:
       old: nested, of the run that was saved.
       new: nested, of the run that resumes it.
       what: the beginning of the sentence.
+      defaults: nested, the values of fields that `old` may lack.
 
     Raises:
       FedLPError: with each field that differs, and both values.
@@ -177,7 +183,7 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> N
         plain = isinstance(value, str) and value.isprintable() and len(value) <= 100
         return value if plain else shown(value)
 
-    before, now = dict(_dotted(old)), dict(_dotted(new))
+    before, now = dict(dotted(defaults or {})) | dict(dotted(old)), dict(dotted(new))
     differing = [
         f"{field} was {words(before, field)} and is {words(now, field)}"
         for field in dict.fromkeys([*before, *now])
@@ -212,12 +218,12 @@ def summary(array: np.ndarray) -> str:
     return f"{describe(array)} of SHA-256 {digest(data)[:16]}"
 
 
-def _dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+def dotted(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     """`{"a": {"b": 1}}` -> `[("a.b", 1)]`."""
     fields = []
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            fields += _dotted(value, f"{before}{name}.")
+            fields += dotted(value, f"{before}{name}.")
         else:
             fields.append((f"{before}{name}", value))
     return fields

@@ -195,6 +195,18 @@ def test_other_settings_are_refused_with_every_field_that_differs(two):
     )
 
 
+def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(two):
+    def settings(momentum):
+        return Checkpoint(two, settings={"rate": 0.1, "server": {"momentum": momentum}})
+
+    defaults = {"server": {"momentum": 0.0}, "rate": 0.2}  # it has a rate
+    assert settings(0.0).latest(defaults).round == 5
+    with pytest.raises(FedLPError, match="server.momentum was 0.0 and is 0.9. Resume"):
+        settings(0.9).latest(defaults)
+    with pytest.raises(FedLPError, match="server.momentum was not set and is 0.0. Resume"):
+        settings(0.0).latest()
+
+
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     write(Checkpoint(tmp_path / "c"), 1)

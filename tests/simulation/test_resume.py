@@ -30,7 +30,7 @@ from fedlp_jax.execution import processes
 from fedlp_jax.execution.compilation import executable
 from fedlp_jax.pruning import masks
 from fedlp_jax.reporting.run_directory import RunDirectory, read_metrics
-from fedlp_jax.simulation import snapshot
+from fedlp_jax.simulation import checkpoint, snapshot
 
 DATA = dataset()
 CLIENTS = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
@@ -348,6 +348,41 @@ def test_another_config_is_refused_with_the_fields_that_differ(inside):
     said = fedlp("run", "small.yaml", "--out", "part", "--resume", *other)
     assert said.exit_code == 2
     assert "part/checkpoints/3 belongs to another run: seed was 0 and is 1; alg" in said.stderr
+
+
+@pytest.fixture
+def of_before(inside):
+    """`part` as a version without `faults` and `algorithm.weight_decay` would have left it."""
+    config = yaml.safe_load(Path("part/config.yaml").read_text())
+    facts = json.loads(Path("part/checkpoints/3/facts/metadata").read_text())
+    for settings in (config, facts["settings"]):
+        assert settings.pop("faults") is None
+        assert settings["algorithm"]["client_optimizer"].pop("weight_decay") == 0
+    del facts["sha256"]
+    facts["sha256"] = checkpoint.digest(checkpoint._json(facts))
+    Path("part/config.yaml").write_text(yaml.safe_dump(config))
+    Path("part/checkpoints/3/facts/metadata").write_text(json.dumps(facts))
+
+
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default(of_before):
+    said = fedlp("run", "small.yaml", "--out", "part", "--resume")
+    assert said.exit_code == 0, said.output
+    assert "compiling round 4 of 6 rounds" in said.stderr
+    assert_same_directory("part", "whole")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("algorithm.client_optimizer.weight_decay", "0.1", "weight_decay was not set and is 0.1"),
+        ("faults", "{}", "faults.dropout was not set and is 0"),
+    ],
+)
+def test_a_newer_field_with_another_value_is_refused(of_before, field, value, sentence):
+    Path("part/config.yaml").unlink()
+    said = fedlp("run", "small.yaml", "--out", "part", "--resume", f"--{field}", value)
+    assert said.exit_code == 2
+    assert sentence in said.stderr
 
 
 @pytest.mark.parametrize(
