@@ -34,6 +34,11 @@ def wide(dtype: Any) -> Any:
     return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
+def cast_like(tree: PyTree, other: PyTree) -> PyTree:
+    """A tree of arrays in the dtypes of another: rules count in float32, a model may be shorter."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+
+
 class Normalize(NamedTuple):
     """Affine map from stored to model inputs: `x * gain + shift`, computed inside jit."""
 

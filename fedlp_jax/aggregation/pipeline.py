@@ -148,29 +148,15 @@ class UpdatePipeline:
           layers: of the server's variables, see `layers_of_payload`.
           plan: resolved.
         """
-        aggregate = self._reduced(contributions, uploads, counted, cohort, state, layers, plan)
+        inner, sums = state.inner if self.clips else state, contributions
+        if self.privacy is not None:
+            # The divisor has to be a constant, so it counts the clients asked for.
+            sums = contributions._replace(cohort_weight=_requested(cohort))
+        aggregate = self.reducer.reduce(sums, uploads, counted, cohort.client, inner, layers, plan)
+        if self.privacy is not None:
+            aggregate = aggregate._replace(cohort_weight=contributions.cohort_weight)
         update, extras = separated(aggregate.update)
         return aggregate._replace(update=update, extras=extras)
-
-    def _reduced(
-        self,
-        contributions: Any,
-        uploads: UploadInfo,
-        counted: Array,
-        cohort: Cohort,
-        state: PyTree,
-        layers: LayerTable,
-        plan: Plan,
-    ) -> Aggregate:
-        inner = state.inner if self.clips else state
-        if self.privacy is None:
-            return self.reducer.reduce(
-                contributions, uploads, counted, cohort.client, inner, layers, plan
-            )
-        # The divisor has to be a constant, so it counts the clients asked for.
-        fixed = contributions._replace(cohort_weight=_requested(cohort))
-        aggregate = self.reducer.reduce(fixed, uploads, counted, cohort.client, inner, layers, plan)
-        return aggregate._replace(cohort_weight=contributions.cohort_weight)
 
     def privatize(
         self,

@@ -49,6 +49,7 @@ from fedlp_jax.types import (
     PyTree,
     Terms,
     Variables,
+    cast_like,
 )
 
 
@@ -336,7 +337,7 @@ def _gradient_rule(
     def gradient(gradient: PyTree, params: PyTree, number: Array) -> PyTree:
         step = Step(gradient, params, start["params"], number)
         with jax.numpy_dtype_promotion("standard"):  # numbers are float32, a model may not be
-            return _as(rule(step, terms, kept.get("training", ())), gradient)
+            return cast_like(rule(step, terms, kept.get("training", ())), gradient)
 
     return gradient
 
@@ -399,8 +400,8 @@ def _finished(
     terms = _terms_of(program.submodel, broadcast.terms)
     with jax.numpy_dtype_promotion("standard"):
         new_update, extras, new_state = finish(trained, terms, state)
-    payload = joined(_as(new_update, update), extras)
-    return payload, _as(new_state, state)
+    payload = joined(cast_like(new_update, update), extras)
+    return payload, cast_like(new_state, state)
 
 
 def _transmitted(
@@ -418,7 +419,7 @@ def _transmitted(
     sent, layers = payload["params"], program.layers
     with jax.numpy_dtype_promotion("standard"):
         params, new, bits = transmit(upload, key, sent, inputs.upload.mask, state, layers)
-    return {**payload, "params": _as(params, sent)}, _as(new, state), bits
+    return {**payload, "params": cast_like(params, sent)}, cast_like(new, state), bits
 
 
 def payload_like(parts: Parts, variables: Variables, terms: Terms) -> Variables:
@@ -445,8 +446,3 @@ def _terms_of(level: Submodel, terms: Terms) -> Terms:
     return Terms(
         terms.numbers, {name: level.extract({"params": tree})["params"] for name, tree in trees}
     )
-
-
-def _as(tree: PyTree, like: PyTree) -> PyTree:
-    """The tree in the dtypes of another."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

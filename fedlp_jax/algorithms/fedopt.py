@@ -27,7 +27,7 @@ from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.errors import check_number
 from fedlp_jax.pruning import masks
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array, PyTree
+from fedlp_jax.types import Array, PyTree, cast_like
 
 
 class FedOptState(NamedTuple):
@@ -71,7 +71,9 @@ def fedavgm(
     def update(gradient: PyTree, state: FedOptState, params: Any = None) -> Any:
         del params
         n = state.numbers
-        m = _as(jax.tree.map(lambda m, g: n["beta"] * m - g, state.m, gradient), state.m)  # g = -d
+        m = cast_like(
+            jax.tree.map(lambda m, g: n["beta"] * m - g, state.m, gradient), state.m
+        )  # g = -d
         return jax.tree.map(lambda m: n["eta"] * m, m), state._replace(m=m)
 
     server = optax.GradientTransformation(init, update)
@@ -177,14 +179,9 @@ def _adaptive(
         m = jax.tree.map(lambda m, g: n["b1"] * m - (1 - n["b1"]) * g, state.m, gradient)
         v = jax.tree.map(lambda v, g: second(v, g * g, n["b2"]), state.v, gradient)
         step = jax.tree.map(lambda m, v: n["eta"] * m / (jnp.sqrt(v) + n["tau"]), m, v)
-        return step, FedOptState(_as(m, state.m), _as(v, state.v), n)
+        return step, FedOptState(cast_like(m, state.m), cast_like(v, state.v), n)
 
     return optax.GradientTransformation(init, update)
-
-
-def _as(tree: PyTree, like: PyTree) -> PyTree:
-    """The tree in the dtypes of another: numbers are float32, a model may be shorter."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def _arrays(numbers: dict[str, float]) -> dict[str, Array]:

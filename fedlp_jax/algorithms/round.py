@@ -58,6 +58,7 @@ from fedlp_jax.types import (
     RoundMetrics,
     ServerState,
     Variables,
+    cast_like,
 )
 
 _TASKS = 32  # whose first draw is kept in the process
@@ -329,7 +330,7 @@ def _apply_rule(
     reduced = Reduced(aggregate.update, aggregate.extras, table.expand(senders)["params"])
     with jax.numpy_dtype_promotion("standard"):
         update, new = parts.server_rule.step(terms, reduced)
-    new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, terms)
+    new = cast_like(new, terms)
     return update, gated(new, terms, table.expand(aggregate.gate)["params"])
 
 

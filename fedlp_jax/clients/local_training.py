@@ -219,7 +219,7 @@ def local_update(
         def step(order: Array, epoch: Array, in_epoch: Array, carry: Any) -> Any:
             number = epoch * per_epoch + in_epoch
             batch = take_batch(examples, order, in_epoch, client.size, batch_size, full_batches)
-            rule = None if gradient_rule is None else _at(gradient_rule, number)
+            rule = _at(gradient_rule, number)
             key = jax.random.fold_in(key_train, number)
             gates = None if gate_rule is None else gate_rule(carry[0]["params"], number, steps)
             new = _sgd_step(task, optimizer, carry, batch, key, scale, rule, gates, alone)

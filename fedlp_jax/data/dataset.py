@@ -129,17 +129,15 @@ def from_arrays(
         train = _split(name, "train", train_inputs, train_labels, add_channel, read)
         test = _split(name, "test", test_inputs, test_labels, add_channel, read)
         given, normalize = normalize, normalize or _guess_normalize(name, train, test)
-    alike = train.labels.shape[1:] == test.labels.shape[1:]
-    if not alike or train.labels.dtype != test.labels.dtype:
-        raise FedLPError(
-            f"{name}: training targets are {train.labels.dtype}{list(train.labels.shape[1:])} but "
-            f"test targets {test.labels.dtype}{list(test.labels.shape[1:])}; make them alike."
-        )
-    if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
-        raise FedLPError(
-            f"{name}: training examples are {train.inputs.dtype}{list(train.inputs.shape[1:])} but "
-            f"test examples {test.inputs.dtype}{list(test.inputs.shape[1:])}; make them alike."
-        )
+    for what, *both in (
+        ("targets", train.labels, test.labels),
+        ("examples", train.inputs, test.inputs),
+    ):
+        ours, theirs = (f"{x.dtype}{list(x.shape[1:])}" for x in both)
+        if ours != theirs:
+            raise FedLPError(
+                f"{name}: training {what} are {ours} but test {what} {theirs}; make them alike."
+            )
     if given is not None and train.inputs.dtype == np.int32:
         raise FedLPError(
             f"{name}: integer inputs such as tokens are not normalised; omit normalize, or cast "
@@ -203,7 +201,12 @@ def class_labels(what: str, labels: Any) -> np.ndarray:
             "expected 0 .. num_classes - 1 and fewer than 2**31 examples. A -1 often stands for "
             "'no label': choose another split."
         )
-    view: np.ndarray = np.ascontiguousarray(labels, np.int32)[:]
+    return read_only(labels, np.int32)
+
+
+def read_only(values: np.ndarray, dtype: type) -> np.ndarray:
+    """A read-only view, or a copy if the type differs; the caller's array stays writable."""
+    view: np.ndarray = np.ascontiguousarray(values, dtype)[:]
     view.flags.writeable = False
     return view
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlp_jax.data.dataset import class_labels, client_ids, integers
+from fedlp_jax.data.dataset import class_labels, client_ids, integers, read_only
 from fedlp_jax.data.files import open_plain, read_plain, replacing
 from fedlp_jax.errors import FedLPError, check_number, shown, why
 
@@ -76,7 +76,7 @@ class Partition:
                 f"{counts.max()} times), which would count twice; remove them, or pass "
                 "repeats=True."
             )
-        order, offset = _read_only(order, np.int32), _read_only(offset, np.int64)
+        order, offset = read_only(order, np.int32), read_only(offset, np.int64)
         for name, value in (("order", order), ("offset", offset), ("labels", labels)):
             object.__setattr__(self, name, value)
 
@@ -88,7 +88,7 @@ class Partition:
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """Examples per client, `i64[K]`."""
-        return _read_only(np.diff(self.offset), np.int64)
+        return read_only(np.diff(self.offset), np.int64)
 
     def rows(self, client: int) -> np.ndarray:
         """Rows of the training split that a client holds, `i32[n_k]`.
@@ -107,7 +107,7 @@ class Partition:
     def histogram(self) -> np.ndarray:
         """Examples per client and class, `i64[K, num_classes]`."""
         counts = np.bincount(self._cells(), minlength=self.clients * self.num_classes)
-        return _read_only(counts, np.int64).reshape(self.clients, self.num_classes)
+        return read_only(counts, np.int64).reshape(self.clients, self.num_classes)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -171,7 +171,7 @@ def iid(labels: Any, *, clients: int, seed: int = 0) -> Partition:
     Returns:
       A partition that uses every example once.
     """
-    labels, clients = _checked(_classes_of(labels), clients)
+    labels, clients = _checked(_labels_of(labels), clients)
     rows = _generator("iid", seed).permutation(np.arange(len(labels), dtype=np.int32))
     return _by_size(rows, _even_sizes(len(labels), clients), labels)
 
@@ -191,7 +191,7 @@ def quantity(
     Returns:
       A partition that uses every example once.
     """
-    labels, clients = _checked(_classes_of(labels), clients, alpha)
+    labels, clients = _checked(_labels_of(labels), clients, alpha)
     min_size = _min_size(min_size, clients, len(labels))
     rng = _generator("quantity", seed)
     sizes = _raise_sizes(_dirichlet_sizes(rng, alpha, clients, len(labels)), min_size)
@@ -328,7 +328,7 @@ def natural(labels: Any, *, clients: Any) -> Partition:
     Returns:
       A partition that uses every example once, in the order of the data set.
     """
-    labels = class_labels("labels", _classes_of(labels))
+    labels = _labels_of(labels)
     ids, owner = np.unique(client_ids(clients, len(labels)), return_inverse=True)
     return by_owner(np.arange(len(labels), dtype=np.int32), owner, len(ids), labels)
 
@@ -346,7 +346,7 @@ def from_file(labels: Any, *, path: str | os.PathLike[str]) -> Partition:
       A partition with the rows in the order of the file. Rows count from 0 in the training split;
       some may be left out, and none may occur twice.
     """
-    labels = class_labels("labels", _classes_of(labels))
+    labels = _labels_of(labels)
     file = Path(os.path.expanduser(path))
     try:
         if file.suffix == ".npy":
@@ -375,7 +375,7 @@ def from_file(labels: Any, *, path: str | os.PathLike[str]) -> Partition:
 
 def made_for(clients: Partition, targets: Any) -> bool:
     """Whether a partition was made from these labels."""
-    labels = class_labels("labels", _classes_of(targets))
+    labels = _labels_of(targets)
     return np.array_equal(clients.labels, labels)
 
 
@@ -393,7 +393,7 @@ def dealt_alike(clients: Partition, targets: Any) -> tuple[np.ndarray, np.ndarra
     Returns:
       `order i32[N'], offset i64[K + 1]`, as in `Partition`, but a client may hold none.
     """
-    labels = class_labels("labels", _classes_of(targets))
+    labels = _labels_of(targets)
     shuffled = _generator("alike", 0).permutation(len(labels))
     owner = np.full(len(labels), -1)
     for label in range(clients.num_classes):
@@ -542,12 +542,12 @@ def _generator(scheme: str, seed: Any) -> np.random.Generator:
     )
 
 
-def _classes_of(targets: Any) -> Any:
-    """Class labels as they are; targets without classes, such as floats, as one class for all."""
+def _labels_of(targets: Any) -> np.ndarray:
+    """Class labels `i32[N]`, checked; targets without classes, such as floats, count as one."""
     array = np.asarray(targets)
     if (array.ndim > 1 and array.shape[1:] != (1,)) or array.dtype.kind == "f":
-        return np.zeros(len(array), np.int32)
-    return targets
+        targets = np.zeros(len(array), np.int32)
+    return class_labels("labels", targets)
 
 
 def _checked(labels: Any, clients: Any, alpha: Any = 1.0) -> tuple[np.ndarray, int]:
@@ -573,10 +573,3 @@ def _min_size(min_size: Any, clients: int, examples: int) -> int:
             f"{examples // min_size:,}."
         )
     return min_size
-
-
-def _read_only(values: np.ndarray, dtype: type) -> np.ndarray:
-    """A read-only view, or a copy if the type differs; the caller's array stays writable."""
-    view: np.ndarray = np.ascontiguousarray(values, dtype)[:]
-    view.flags.writeable = False
-    return view

@@ -324,9 +324,6 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
     def private(key: Array, batch: Batch) -> PyTree:
         return jax.tree.map(lambda x: x.astype(dtype), split(part.init(key, batch))[1])
 
-    def merge(shared_part: Variables, private_part: PyTree) -> Variables:
-        return unflatten_dict(flatten_dict(shared_part) | flatten_dict(private_part))
-
     def split(variables: Variables) -> tuple[Variables, PyTree]:
         return _select(variables, shared), _select(variables, set(private_shapes))
 
@@ -340,7 +337,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
     return Submodel(
         part,
         extract=lambda variables: _select(variables, shared),
-        merge=merge,
+        merge=_joined,
         split=split,
         embed=embed,
         private=private,

@@ -1,4 +1,4 @@
-"""report: runs as one HTML file that opens from disk and loads nothing from elsewhere."""
+"""Reports: runs as one HTML file that opens from disk and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _by_cost(rows: Mapping[str, Sequence[Rows]], metric: str, of: dict[str, Mark
         have = {k: v for k, v in rows.items() if all(x in axes_of(run) for run in v)}
         if x != "round" and have:
             made.append(
-                _Chart(_capital(AXES[x].split(" [")[0]), charts.curves(have, x, metric, of))
+                _Chart(AXES[x].split(" [")[0].capitalize(), charts.curves(have, x, metric, of))
             )
     return made
 
@@ -441,10 +441,6 @@ def _swatch(mark: Mark, bar: bool) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 _HATCHES = {
