@@ -13,7 +13,7 @@ that a part had no time for come last. Cells run in a separate process, which is
 takes too long; another starts for other flags of XLA. A cell that is killed or does not fit is
 measured again on a smaller size. Every cell ends as a row with `result`, `error` or `skipped`, and
 FILE is complete after each. A FILE that is there is continued: cells with a result keep it, so
-several short loans of one kind of card add up.
+several short loans of one kind of card add up; a row says where its commit or versions were others.
 
 "of the floor" is the time in which the memory traffic of the step, as XLA counts it in the compiled
 program (see benchmarks.kernels), passes at the measured bandwidth, over the measured time. "of the
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import command, goals
+from fedlp_jax.errors import why
 from fedlp_jax.execution.plan import GPU_KERNELS
 
 Cell = dict[str, Any]
@@ -71,21 +72,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything together")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    earlier = _earlier(options.json)
+    earlier = _earlier(options.json, options.smoke)
+    notes = {key: earlier[key] for key in ("notes",) if key in earlier}
     rows: list[Row] = []
     for row in measure(options.smoke, deadline, known=earlier.get("cells", [])):
         if rows:
             rows.append(row)
+            goals.add_shares(rows)
         else:
             _refuse_other_card(earlier, row, options.json)
-            rows = [row, *_with_result(earlier.get("cells", []))]
-        goals.add_shares(rows)
+            rows = [row, *_kept(earlier, row)]
         print(_line(row), flush=True)
         if options.json:
-            where = rows[0].get("result", {})
-            found = {"minutes": options.minutes, "goals": goals.reached(rows), "cells": rows[1:]}
-            notes = {key: earlier[key] for key in ("notes",) if key in earlier}
-            command.save(options.json, notes | found | where)
+            about = {"minutes": options.minutes, "smoke": options.smoke}
+            found = {"goals": goals.reached(rows), "cells": rows[1:]}
+            command.save(options.json, notes | about | found | rows[0]["result"])
     for goal in goals.reached(rows):
         print(f"goal: {goals.in_words(goal)}")
     for row in rows:
@@ -93,23 +94,49 @@ def main() -> None:
             print(f"not measured: {_name(row['cell'])}: {row.get('error') or row['skipped']}")
 
 
-def _earlier(file: str | None) -> dict[str, Any]:
-    """What an earlier call wrote; empty if there is no file."""
+def _earlier(file: str | None, smoke: bool) -> dict[str, Any]:
+    """What an earlier call wrote, which this one can continue; empty if there is no file."""
     found: dict[str, Any] = {}
-    if file and Path(file).exists():
+    if not file or not Path(file).exists():
+        return found
+    try:
         found = json.loads(Path(file).read_text("utf-8"))
+        goals.reached([{"cell": {"kind": "environment"}, "result": found}, *found["cells"]])
+        sizes, _ = found.get("smoke", False), found["device"]["kind"]
+    except Exception as error:  # malformed JSON can raise almost anything
+        raise SystemExit(
+            f"{file} has no cells that this command could continue ({why(error)}); remove it, or "
+            "choose another file."
+        ) from None
+    if sizes != smoke:
+        raise SystemExit(
+            f"{file} was measured with{'' if sizes else 'out'} --smoke; choose another file."
+        )
     return found
 
 
 def _refuse_other_card(earlier: dict[str, Any], first: Row, file: str) -> None:
-    """Times of two kinds of cards must not stand in one file."""
-    before, now = (
-        found.get("device", {}).get("kind") for found in (earlier, first.get("result", {}))
-    )
-    if earlier and before != now:
+    """Times of two kinds of cards must not stand in one file, and no card has none."""
+    if "result" not in first:
+        raise SystemExit(f"nothing can be measured here: {first.get('error')}.")
+    if not earlier:
+        return
+    before, now = (found.get("device", {}).get("kind") for found in (earlier, first["result"]))
+    if before != now:
         raise SystemExit(
             f"{file} was measured on {before}, and this is {now}; choose another file."
         )
+
+
+def _kept(earlier: dict[str, Any], first: Row) -> list[Row]:
+    """The rows of an earlier call that have a result, and where it differed from this one."""
+    now = first["result"]
+    other = {
+        key: earlier[key]
+        for key in ("versions", "commit")
+        if key in earlier and earlier[key] != now.get(key)
+    }
+    return [other | row for row in _with_result(earlier.get("cells", []))]
 
 
 def _with_result(rows: Sequence[Row]) -> list[Row]:
@@ -238,23 +265,23 @@ def measure(
         yield first
         platform = first.get("result", {}).get("device", {}).get("platform", "cpu")
         late: list[Cell] = []  # their part had no time for them
+        done = [row["cell"] for row in _with_result(known)]
         for part in parts or parts_for(platform, smoke):
             now = time.monotonic()
             end = now + part.share * (deadline - now)
-            done = [row["cell"] for row in _with_result(known)]
             cells = [cell for cell in part.cells if cell not in done]
-            late += yield from _part(cells, end, limit, workers)
-        for cell in (yield from _part(late, deadline, limit, workers)):
+            late += yield from _part(cells, end, limit, workers, done)
+        for cell in (yield from _part(late, deadline, limit, workers, done)):
             yield {"cell": cell, "seconds": 0.0, "skipped": "no time was left"}
     finally:
         workers.end()
 
 
 def _part(
-    cells: Sequence[Cell], end: float, limit: float, workers: Workers
+    cells: Sequence[Cell], end: float, limit: float, workers: Workers, done: Sequence[Cell]
 ) -> Generator[Row, None, list[Cell]]:
-    """Measures cells until `end`; returns those that it had no time for."""
-    waiting, asked = collections.deque(cells), list(cells)
+    """Measures cells until `end`; returns those that it had no time for, `done` are left out."""
+    waiting, asked = collections.deque(cells), [*cells, *done]
     least = _LEAST_SECONDS
     while waiting:
         left = end - time.monotonic()

@@ -20,6 +20,7 @@ from benchmarks import (
     aggregate,
     asynchrony,
     cells,
+    command,
     compile,
     convolutions,
     curves,
@@ -550,14 +551,92 @@ def test_a_later_call_measures_what_an_earlier_one_did_not():
     assert [row["cell"]["kind"] for row in rows] == ["environment", "b", "c"]
 
 
-def test_a_file_of_another_card_is_not_continued(tmp_path, monkeypatch):
+def test_a_smaller_cell_of_an_earlier_call_is_not_measured_again():
+    large = {"kind": "rounds", "workload": "W4", "cohort": 4096, "width": 4096}
+    fewer = accelerator.smaller(large, late=True)
+    parts = [accelerator.Part("", 1.0, [large, *named("a")])]
+    rows = accelerator.measure(
+        False,
+        time.monotonic() + 60,
+        2.0,
+        ["sh", "-c", _FAKE],
+        parts,
+        [{"cell": fewer, "seconds": 1.0, "result": {}}],
+    )
+    assert [row["cell"] for row in rows][1:] == [large, *named("a")]
+
+
+H200 = {"device": {"kind": "NVIDIA H200", "platform": "gpu"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (json.dumps(H200 | {"cells": []}), "was measured on NVIDIA H200, and this is None"),
+        (json.dumps(H200 | {"cells": [], "smoke": True}), "was measured with --smoke; choose"),
+        ('{"cells": [', "has no cells that this command could continue .*; remove it, or choose"),
+        ("", "has no cells that this command could continue"),
+        ("[]", "has no cells that this command could continue"),
+        ('{"cells": []}', "has no cells that this command could continue"),
+        # A result as an earlier version of the command wrote it.
+        (
+            json.dumps(H200 | {"cells": [{"cell": {"kind": "bandwidth"}, "result": {"gb": 1}}]}),
+            "has no cells that this command could continue .*bytes_per_second",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_continued_stays(tmp_path, monkeypatch, content, sentence):
     file = tmp_path / "h200.json"
-    file.write_text('{"device": {"kind": "NVIDIA H200"}, "cells": []}')
+    file.write_text(content)
     monkeypatch.setattr(accelerator.measure, "__defaults__", (2.0, ["sh", "-c", _FAKE], None, ()))
     monkeypatch.setattr("sys.argv", ["accelerator", "--json", str(file), "--minutes", "0.1"])
-    with pytest.raises(SystemExit, match="was measured on NVIDIA H200, and this is None"):
+    with pytest.raises(SystemExit, match=sentence):
         accelerator.main()
-    assert json.loads(file.read_text())["cells"] == []
+    assert file.read_text() == content
+
+
+def test_a_row_of_an_earlier_call_says_where_its_commit_was_another(tmp_path, monkeypatch):
+    file, commits = tmp_path / "file.json", iter("abb")
+    parts = {"a": named("peak"), "b": named("peak", "bandwidth")}
+
+    def measure(smoke, deadline, known):
+        commit = next(commits)
+        yield {
+            "cell": {"kind": "environment"},
+            "seconds": 1.0,
+            "result": {"commit": commit, "device": {"kind": "Abacus", "count": 1}},
+        }
+        values = {"flop_per_second": 1.0, "bytes_per_second": 1.0}
+        for cell in parts[commit]:
+            if cell not in [row["cell"] for row in known]:
+                yield {"cell": cell, "seconds": 1.0, "result": values}
+
+    monkeypatch.setattr(accelerator, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["accelerator", "--json", str(file)])
+    for _ in range(3):
+        accelerator.main()
+    found = json.loads(file.read_text())
+    assert found["commit"] == "b"
+    assert [row.get("commit") for row in found["cells"]] == ["a", None]
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    for file in (tmp_path, tmp_path / "missing" / "file.json"):
+        monkeypatch.setattr("sys.argv", ["accelerator", "--smoke", "--json", str(file)])
+        with pytest.raises(SystemExit):
+            accelerator.main()
+        assert f"{file} cannot be written (" in capsys.readouterr().err
+
+
+def test_a_kill_while_a_result_is_written_leaves_the_file_before_it(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    command.save(str(file), {"cells": [1]})
+    with pytest.raises(TypeError):
+        command.save(str(file), {"cells": [1, object()]})
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.save(str(file), {"cells": [1, 2]})
+    assert json.loads(file.read_text()) == {"cells": [1]}
 
 
 def test_a_cell_that_takes_too_long_is_measured_again_on_less():
