@@ -9,8 +9,11 @@ threefry2x32, which is counter-based, so a vmapped draw equals the single one.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from fedlp_jax.types import Array
 
@@ -59,6 +62,17 @@ def client_key(root: Array, round: Array | int, client: Array | int, purpose: Pu
     key = jax.random.fold_in(root, round)
     key = jax.random.fold_in(key, client)
     return jax.random.fold_in(key, int(purpose))
+
+
+def drawn_once(
+    root: Array, clients: int, purpose: Purpose, draw: Callable[[Array], Array]
+) -> np.ndarray:
+    """`draw(key)` for each client before the first round: `[K, ...]`, on the host."""
+
+    def of(client: Array) -> Array:
+        return draw(client_key(root, BEFORE_FIRST_ROUND, client, purpose))
+
+    return np.asarray(jax.jit(jax.vmap(of))(jnp.arange(clients, dtype=jnp.int32)))
 
 
 def head_key(root: Array, client: Array | int) -> Array:

@@ -49,7 +49,7 @@ def forward_macs(task: Task, variables: Variables, example: Batch) -> dict[str, 
     norms = {"/".join(map(str, path[1:-1])) for path in flatten_dict(shapes) if path[0] != "params"}
     macs: dict[str, int] = {}
     norm_elements: dict[str, int] = {}
-    for equation, scope, times in _equations(jaxpr.jaxpr, ""):
+    for equation, scope, times in _equations(jaxpr.eqns):
         module = _module(scope)
         count = times * _macs(equation)
         if count:
@@ -73,19 +73,8 @@ def backward_macs(task: Task, variables: Variables, example: Batch) -> int:
       variables: its variables, or their shapes.
       example: a batch.
     """
-    shapes = jax.eval_shape(lambda v: v, variables)
-
-    def gradient(variables: Variables) -> Variables:
-        def loss(params: Variables) -> Any:
-            return task.loss({**variables, "params": params}, example, root_key(0))[0]
-
-        return jax.grad(loss)(variables["params"])
-
-    with conv.using("direct"):  # count products as written
-        forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
-        both = jax.make_jaxpr(gradient)(shapes)
-    counts = [sum(n * _macs(e) for e, _, n in _equations(p.jaxpr, "")) for p in (both, forward)]
-    return (counts[0] - counts[1]) // max(example.labels.shape[0], 1)
+    forward, both = _traced(task, jax.eval_shape(lambda v: v, variables), example)
+    return (_total(both.eqns) - _total(forward.eqns)) // max(example.labels.shape[0], 1)
 
 
 def backward_blocks(
@@ -107,23 +96,14 @@ def backward_blocks(
     """
     shapes = jax.eval_shape(lambda v: v, variables)
     layer_of = flatten_dict(layers.index["params"])
-
-    def gradient(variables: Variables) -> Any:
-        def loss(params: Variables) -> Any:
-            return task.loss({**variables, "params": params}, example, root_key(0))[0]
-
-        return jax.value_and_grad(loss)(variables["params"])
-
-    with conv.using("direct"):  # count products as written
-        forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes).jaxpr
-        both = jax.make_jaxpr(gradient)(shapes).jaxpr
+    forward, both = _traced(task, shapes, example)
     leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
     groups = [None, *(layer_of.get(path_names(path)) for path, _ in leaves)]
     rows, found = max(example.labels.shape[0], 1), []
     for block in gated.blocks(both, groups):
-        macs = sum(n * _macs(e) for e, _, n in _within(block.equations, ""))
+        macs = _total(block.equations)
         if block.groups is None:
-            macs -= sum(n * _macs(e) for e, _, n in _equations(forward, ""))
+            macs -= _total(forward.eqns)
         found.append((block.groups or frozenset(), macs // rows))
     return found
 
@@ -144,16 +124,33 @@ def relative_work(tasks: Sequence[Task], key: Array, example: Batch) -> list[flo
     ]
 
 
-def _equations(jaxpr: Any, scope: str, times: int = 1) -> Iterator[tuple[Any, str, int]]:
-    """Yields every equation of a program, its scope, and how often it runs.
+def _traced(task: Task, shapes: Variables, example: Batch) -> tuple[Any, Any]:
+    """The programs of a forward pass, and of a forward and a backward pass."""
+
+    def gradient(variables: Variables) -> Any:
+        def loss(params: Variables) -> Any:
+            return task.loss({**variables, "params": params}, example, root_key(0))[0]
+
+        return jax.value_and_grad(loss)(variables["params"])
+
+    with conv.using("direct"):  # count products as written
+        forward = jax.make_jaxpr(lambda v: task.outputs(v, example))(shapes)
+        return forward.jaxpr, jax.make_jaxpr(gradient)(shapes).jaxpr
+
+
+def _total(equations: Sequence[Any]) -> int:
+    """The MACs of equations and of what they call."""
+    return sum(times * _macs(equation) for equation, _, times in _equations(equations))
+
+
+def _equations(
+    equations: Sequence[Any], scope: str = "", times: int = 1
+) -> Iterator[tuple[Any, str, int]]:
+    """Yields every equation, also of the programs that they call, its scope, and how often it runs.
 
     The body of a `while` counts once, because its trip count is unknown. Every branch of a `cond`
     counts.
     """
-    yield from _within(jaxpr.eqns, scope, times)
-
-
-def _within(equations: Sequence[Any], scope: str, times: int = 1) -> Iterator[tuple[Any, str, int]]:
     for equation in equations:
         inner_scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         bodies = list(jaxprs_in_params(equation.params))
@@ -161,7 +158,7 @@ def _within(equations: Sequence[Any], scope: str, times: int = 1) -> Iterator[tu
             yield equation, inner_scope, times
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         for body in bodies:
-            yield from _equations(body, inner_scope, times * trips)
+            yield from _equations(body.eqns, inner_scope, times * trips)
 
 
 def _module(scope: str) -> str:

@@ -71,9 +71,8 @@ def fedavgm(
     def update(gradient: PyTree, state: FedOptState, params: Any = None) -> Any:
         del params
         n = state.numbers
-        m = cast_like(
-            jax.tree.map(lambda m, g: n["beta"] * m - g, state.m, gradient), state.m
-        )  # g = -d
+        m = jax.tree.map(lambda m, g: n["beta"] * m - g, state.m, gradient)  # g = -d
+        m = cast_like(m, state.m)
         return jax.tree.map(lambda m: n["eta"] * m, m), state._replace(m=m)
 
     server = optax.GradientTransformation(init, update)

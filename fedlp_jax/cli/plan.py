@@ -77,12 +77,14 @@ def plan(
     from fedlp_jax.config.build import build
     from fedlp_jax.config.loading import split_words
     from fedlp_jax.config.overview import overview
+    from fedlp_jax.errors import check_number
     from fedlp_jax.reporting.tables import show
     from fedlp_jax.simulation.estimate import estimate
     from fedlp_jax.simulation.scaling import Link
 
     numbers = _numbers(devices, step_seconds)
-    _check_link(bandwidth, latency)
+    check_number("--bandwidth", bandwidth, gt=0)
+    check_number("--latency", latency, ge=0)
     loaded = load(*split_words([config, *context.args]))
     arguments = build(loaded)
     if step_seconds is None:
@@ -127,13 +129,6 @@ def _numbers(devices: str | None, step_seconds: float | None) -> list[int]:
             "such as 8,64,256."
         )
     return numbers
-
-
-def _check_link(bandwidth: float, latency: float) -> None:
-    from fedlp_jax.errors import check_number
-
-    check_number("--bandwidth", bandwidth, gt=0)
-    check_number("--latency", latency, ge=0)
 
 
 def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[Table | Text]:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,35 +47,25 @@ Two processes, on one host or on two; both get the same configuration:
 
   fedlp run configs/mnist.yaml --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 1
 """
-_PANEL = "Several processes and hosts"
+_several = partial(typer.Option, rich_help_panel="Several processes and hosts")
 Coordinator = Annotated[
     str | None,
-    typer.Option(
+    _several(
         metavar="HOST:PORT",
         help="The address of process 0, and a free port there. Start the same command once per "
         "process, with the same configuration; the first process writes.",
-        rich_help_panel=_PANEL,
     ),
 ]
-NumProcesses = Annotated[
-    int | None, typer.Option(metavar="N", help="Number of processes.", rich_help_panel=_PANEL)
-]
-ProcessId = Annotated[
-    int | None,
-    typer.Option(metavar="I", help="This process, from 0 to N-1.", rich_help_panel=_PANEL),
-]
+NumProcesses = Annotated[int | None, _several(metavar="N", help="Number of processes.")]
+ProcessId = Annotated[int | None, _several(metavar="I", help="This process, from 0 to N-1.")]
 Distributed = Annotated[
     bool,
-    typer.Option(
+    _several(
         "--distributed",
         help="Let jax detect all three, on TPU pods, Slurm, Open MPI and Kubernetes.",
-        rich_help_panel=_PANEL,
     ),
 ]
-ConnectSeconds = Annotated[
-    float,
-    typer.Option(metavar="S", help="How long to wait for the others.", rich_help_panel=_PANEL),
-]
+ConnectSeconds = Annotated[float, _several(metavar="S", help="How long to wait for the others.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that directory.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in that directory.")]
 ProfiledRounds = Annotated[

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.errors import FedLPError, check_array, check_number
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
+from fedlp_jax.prng import Purpose, drawn_once
 from fedlp_jax.types import Array
 
 PASSES = 3  # MACs of a step, in forward passes
@@ -55,12 +55,9 @@ class Profile:
             that is neither 1 nor K.
         """
         spread = check_number("profile.spread", self.spread, ge=0, lt=100)
-
-        def draw(client: Array) -> Array:
-            key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.PROFILE)
-            return jax.random.normal(key, (3,), jnp.float32)
-
-        normal = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
+        normal = drawn_once(
+            root, clients, Purpose.PROFILE, lambda key: jax.random.normal(key, (3,), jnp.float32)
+        )
         factor = np.exp(spread * normal.astype(np.float64))
         speeds = (_speeds(f"profile.{n}", getattr(self, n), clients) for n in Machines._fields)
         return Machines(

@@ -18,7 +18,7 @@ import numpy as np
 from fedlp_jax.clients.devices import Machines, Profile
 from fedlp_jax.clients.outcomes import KINDS, Conditions
 from fedlp_jax.errors import FedLPError, check_array, check_choice, check_number
-from fedlp_jax.prng import BEFORE_FIRST_ROUND, Purpose, client_key
+from fedlp_jax.prng import Purpose, drawn_once
 from fedlp_jax.types import Array
 
 _STRENGTH = {"nan": 0.0, "scale": 10.0, "sign_flip": 1.0, "gaussian": 1.0, "label_flip": 0.0}
@@ -213,12 +213,9 @@ def _corruption(corruption: Corruption, root: Array, clients: int) -> np.ndarray
             f"faults.corruption.share has shape {list(share.shape)}, but fixed corrupt clients "
             "need one number; give one, or fixed=False."
         )
-
-    def draw(client: Array) -> Array:
-        key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.CORRUPTION)
-        return jax.random.uniform(key, (), jnp.float32)
-
-    draws = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
+    draws = drawn_once(
+        root, clients, Purpose.CORRUPTION, lambda key: jax.random.uniform(key, (), jnp.float32)
+    )
     bad = np.argsort(draws, kind="stable")[: round(float(corruption.share) * clients)]
     probability = np.zeros(clients)
     probability[bad] = 1.0

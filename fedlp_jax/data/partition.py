@@ -375,8 +375,7 @@ def from_file(labels: Any, *, path: str | os.PathLike[str]) -> Partition:
 
 def made_for(clients: Partition, targets: Any) -> bool:
     """Whether a partition was made from these labels."""
-    labels = _labels_of(targets)
-    return np.array_equal(clients.labels, labels)
+    return np.array_equal(clients.labels, _labels_of(targets))
 
 
 def dealt_alike(clients: Partition, targets: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,6 @@ from fedlp_jax.errors import FedLPError, check_number, shown, why
 
 FILE = "roles.json.gz"
 VARIABLE = "SHAKESPEARE_DIR"
-PADDING = 0  # the token after the end of a role's text
 _LIMIT = 200_000_000  # bytes of JSON
 
 

@@ -17,14 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.errors import FedLPError, check_choice
-from fedlp_jax.prng import (
-    BEFORE_FIRST_ROUND,
-    Purpose,
-    client_key,
-    head_key,
-    initial_key,
-    root_key,
-)
+from fedlp_jax.prng import Purpose, drawn_once, head_key, initial_key, root_key
 from fedlp_jax.pruning.layers import path_pattern
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, PyTree, Variables
@@ -412,12 +405,9 @@ def draw_levels(probability: np.ndarray, root: Array, clients: int) -> np.ndarra
       root: typed key of the run's seed.
       clients: K.
     """
-
-    def draw(client: Array) -> Array:
-        key = client_key(root, BEFORE_FIRST_ROUND, client, Purpose.DEPTH)
-        return jax.random.uniform(key, (), jnp.float32)
-
-    uniforms = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(clients, dtype=jnp.int32)))
+    uniforms = drawn_once(
+        root, clients, Purpose.DEPTH, lambda key: jax.random.uniform(key, (), jnp.float32)
+    )
     # Without the last edge, a rounding error in the sum cannot give a level past the last.
     edges = np.cumsum(probability)[:-1]
     return np.searchsorted(edges, uniforms, side="right").astype(np.int32)

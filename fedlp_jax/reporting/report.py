@@ -1,4 +1,4 @@
-"""Reports: runs as one HTML file that opens from disk and loads nothing from elsewhere."""
+"""report: runs as one HTML file that opens from disk and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
