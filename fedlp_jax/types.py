@@ -87,7 +87,7 @@ class Cohort:
     like_size: int | None = flax.struct.field(pytree_node=False, default=None)
     # The largest size of each bucket, ascending, where trip counts must be known; else none.
     buckets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-    # How many clients of each level run at once, where levels run side by side; else none.
+    # How many clients of each level run at once, where levels differ in it; else none.
     widths: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 

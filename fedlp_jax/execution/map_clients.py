@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.loops import side_by_side
-from fedlp_jax.execution.plan import AXIS, Plan, over_clients
+from fedlp_jax.execution.plan import AXIS, SIDE_BY_SIDE, Plan, over_clients
 from fedlp_jax.types import Array, PyTree
 
 
@@ -81,17 +81,18 @@ def map_sum(
         the devices, `[D * R, ...]`, so that each reads its own R entries.
       client_state: tree of `[D * P, ...]`; each client changes its own entry, in place if the
         compiled program donates the tree.
-      widths: how many clients of each level run at once, where levels run side by side; levels that
-        idle may follow. () = the levels run in turn, each W clients at once.
+      widths: how many clients of each level run at once; levels that idle may follow. () = W of
+        every level.
 
     Returns:
       `(sum over clients, outputs [D * P, ...], client_state)`. A slot that did not run has zeros as
       its output and keeps its state.
     """
-    if widths and len(levels) > 1:
-        run_levels = partial(_side_by_side, levels, widths[: len(levels)])
+    widths = widths[: len(levels)] or [plan.width or 1] * len(levels)
+    if plan.levels == SIDE_BY_SIDE and len(levels) > 1:
+        run_levels = partial(_side_by_side, levels, widths)
     else:
-        run_levels = partial(_in_turn, levels, plan)
+        run_levels = partial(_in_turn, levels, plan, widths)
 
     def on_device(shared: PyTree, clients: PyTree, state: PyTree, segment: Array) -> Any:
         total, outputs, state = run_levels(shared, clients, state, segment[0])
@@ -154,13 +155,14 @@ def summed_bytes(program: Any) -> int:
 def _in_turn(
     levels: Sequence[Level],
     plan: Plan,
+    widths: Sequence[int],
     shared: PyTree,
     clients: PyTree,
     state: PyTree,
     segment: Array,
 ) -> Any:
-    """Runs the slots of one device, level after level, W at a time."""
-    slots, width = jax.tree.leaves(clients)[0].shape[0], plan.width or 1
+    """Runs the slots of one device, level after level, some at a time."""
+    slots = jax.tree.leaves(clients)[0].shape[0]
     # Traced once, for the shapes of its results and for the loop; then no call remains.
     levels = [
         level._replace(
@@ -171,7 +173,7 @@ def _in_turn(
     ]
     chunks = partial(_known_chunks, only=len(levels) == 1) if plan.known_trip_counts else _chunks
     total, outputs = None, None
-    for g, level in enumerate(levels):
+    for g, (level, width) in enumerate(zip(levels, widths, strict=True)):
         shapes = _shapes(level, shared, clients, state)
         outputs = _zeros(shapes[1], slots) if outputs is None else outputs
         carry = (_zeros(shapes[0]), outputs, state)

@@ -42,7 +42,8 @@ class Plan:
 
     Attributes:
       devices: D, devices on the mesh, of all processes together.
-      width: W, clients vmapped at once on a device; memory grows with W models.
+      width: W, clients vmapped at once on a device; memory grows with W models. Where clients hold
+        submodels of several levels, W of the most common one, and of the others in proportion.
       data: "device" = every device holds the whole training split; "host" = each device receives
         the examples of its own clients, a round ahead. If it is open, the device is chosen if its
         memory suffices.
@@ -52,9 +53,8 @@ class Plan:
         where clients keep variables of their own, the data lie on the host, or several processes
         run.
       levels: where clients hold submodels of several levels: "in_turn" or None = one level after
-        the other, W clients at once; "side_by_side" = every step is a step of all levels, which an
-        accelerator may overlap. W is then of the most common level, and others have fewer in
-        proportion.
+        the other; "side_by_side" = every step is a step of all levels, which an accelerator may
+        overlap.
     """
 
     devices: int | None = None

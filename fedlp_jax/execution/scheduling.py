@@ -67,20 +67,21 @@ def with_even_chunks(plan: Plan, cohort: int, assigned: np.ndarray) -> Plan:
 
 
 def widths_by_level(plan: Plan, assigned: np.ndarray, levels: int) -> tuple[int, ...]:
-    """How many clients of each level run at once; none where the plan has the levels in turn.
+    """How many clients of each level run at once; none where all levels run W.
 
     W of the most common level, and of the others in proportion, so that a cohort like the
-    population needs equally many chunks of every level.
+    population needs equally many chunks of every level, and few lanes of a rare level idle.
 
     Args:
       plan: resolved.
       assigned: `i32[K]`, submodel level of each client.
       levels: G.
     """
-    if plan.levels != SIDE_BY_SIDE or levels == 1:
+    width = plan.width or 1
+    if levels == 1 or (width == 1 and plan.levels != SIDE_BY_SIDE):
         return ()
     counts = np.bincount(assigned, minlength=levels)
-    widths = -(-(plan.width or 1) * counts // counts.max())
+    widths = -(-width * counts // counts.max())
     return tuple(np.maximum(widths, 1).tolist())
 
 
@@ -122,13 +123,13 @@ def lay_out(
       largest: clients of the largest cohort, which fixes the slots; None = of this one.
       bounds: `i64[]` ascending, the steps that the clients of each bucket compute; None = a chunk
         computes those of its longest client.
-      widths: see `widths_by_level`; () = W clients at once, level after level.
+      widths: see `widths_by_level`.
 
     Returns:
       The layout. Within a device, clients are ordered by level, then longest first, then by id, so
       the clients of a chunk are alike.
     """
-    devices, width = plan.devices or 1, plan.width or 1
+    devices = plan.devices or 1
     capacity = slots_per_device(largest or len(steps), devices)
     work = steps * np.asarray(cost, np.float64)[level]
     device, load = _to_the_least_busy(work, devices, capacity)
@@ -142,7 +143,7 @@ def lay_out(
         local = local[np.lexsort((local, -steps[local], level[local]))]
         member[d, : len(local)] = local
         segment[d, 1:] = np.cumsum(np.bincount(level[local], minlength=levels))
-        for lanes, longest in _chunks(steps[local], segment[d], width, widths):
+        for lanes, longest in _chunks(steps[local], segment[d], plan, widths):
             if bounds is not None:
                 longest = bounds[np.searchsorted(bounds, longest)]
             computed += lanes * int(longest.sum())
@@ -151,17 +152,18 @@ def lay_out(
 
 
 def _chunks(
-    steps: np.ndarray, segment: np.ndarray, width: int, widths: Sequence[int]
+    steps: np.ndarray, segment: np.ndarray, plan: Plan, widths: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Of the chunks of one device, with equally many lanes: these, and the longest client of each.
 
     Longest first: the first client of a chunk sets its trip count.
     """
     levels = [steps[a:b] for a, b in itertools.pairwise(segment)]
-    if not widths:
-        yield from ((width, of_level[::width]) for of_level in levels)
-        return
+    widths = widths or [plan.width or 1] * len(levels)
     firsts = [of_level[::w] for of_level, w in zip(levels, widths, strict=True)]
+    if plan.levels != SIDE_BY_SIDE:
+        yield from zip(widths, firsts, strict=True)
+        return
     longest = map(max, itertools.zip_longest(*firsts, fillvalue=0))
     yield sum(widths), np.fromiter(longest, np.int64)
 

@@ -9,8 +9,9 @@ from small import Steps, dataset, in_float64
 
 import fedlp_jax as fl
 from fedlp_jax.execution.loops import Loops, run_loops, side_by_side
+from fedlp_jax.algorithms.reference_draws import reference_draws
 from fedlp_jax.execution.plan import Plan, checked
-from fedlp_jax.execution.scheduling import lay_out, widths_by_level
+from fedlp_jax.execution.scheduling import lay_out, widths_by_level, with_even_chunks
 
 
 def level(factor, epochs=2, steps=3):
@@ -45,22 +46,47 @@ def test_levels_of_different_widths_share_one_loop(epochs):
     assert text.count("stablehlo.while") == (1 if epochs is None else 2)  # for all three levels
 
 
-def test_widths_are_in_proportion_to_the_levels_of_the_population():
+@pytest.mark.parametrize("levels", ["in_turn", "side_by_side"])
+def test_widths_are_in_proportion_to_the_levels_of_the_population(levels):
     assigned = np.repeat([0, 1, 2], [60, 30, 10])
-    plan = Plan(1, 12, levels="side_by_side")
+    plan = Plan(1, 12, levels=levels)
     assert widths_by_level(plan, assigned, 3) == (12, 6, 2)
     assert widths_by_level(plan, assigned, 4) == (12, 6, 2, 1)  # a level without clients
     assert widths_by_level(plan, np.zeros(9, int), 1) == ()
-    assert widths_by_level(Plan(1, 12), assigned, 3) == ()
+    assert widths_by_level(Plan(1, 1), assigned, 3) == ()
 
 
 def test_padded_share_counts_the_lanes_of_all_levels():
     steps, levels = np.array([4, 3, 2, 5]), np.array([0, 0, 0, 1])
-    layout = lay_out(steps, levels, [1.0, 1.0], Plan(1, 2), widths=(2, 1))
+    plan = Plan(1, 2, levels="side_by_side")
+    layout = lay_out(steps, levels, [1.0, 1.0], plan, widths=(2, 1))
     computed = 3 * 5 + 3 * 2  # the second chunk has one client, and none of the second level
     assert layout.padded_share == 1 - 14 / computed
-    layout = lay_out(steps, levels, [1.0, 1.0], Plan(1, 2), None, np.array([2, 6]), (2, 1))
+    layout = lay_out(steps, levels, [1.0, 1.0], plan, None, np.array([2, 6]), (2, 1))
     assert layout.padded_share == 1 - 14 / (3 * 6 + 3 * 2)
+    layout = lay_out(steps, levels, [1.0, 1.0], Plan(1, 2), widths=(2, 1))
+    assert layout.padded_share == 1 - 14 / (2 * 4 + 2 * 2 + 1 * 5)  # level after level
+
+
+@pytest.mark.parametrize(
+    ("cohort", "own", "most_common"), [(10, 0.22, 0.59), (100, 0.0, 0.65)], ids=["10", "100"]
+)
+def test_narrow_levels_leave_few_lanes_idle(cohort, own, most_common):
+    """FedLP-Hetero(1) with the authors' draws; idle is the share of the computed steps."""
+    draws = reference_draws(np.zeros(50_000, int), flag=1, cohort=cohort, rounds=200)
+    level, cohorts = draws.depths - 1, draws.cohorts
+    assert np.bincount(level).tolist() == [56, 9, 8, 11, 16]
+    plan = with_even_chunks(Plan(1, cohort), cohort, level)
+
+    def idle(widths):
+        shares = [
+            lay_out(np.ones(cohort, int), level[np.sort(ids)], [1.0] * 5, plan, widths=widths)
+            for ids in cohorts
+        ]
+        return np.mean([layout.padded_share for layout in shares])
+
+    assert idle(widths_by_level(plan, level, 5)) == pytest.approx(own, abs=0.01)
+    assert idle(()) == pytest.approx(most_common, abs=0.01)  # W clients of every level
 
 
 def test_unknown_orders_of_levels_are_refused():
