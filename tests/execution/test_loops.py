@@ -8,8 +8,8 @@ import pytest
 from small import Steps, dataset, in_float64
 
 import fedlp_jax as fl
-from fedlp_jax.execution.loops import Loops, run_loops, side_by_side
 from fedlp_jax.algorithms.reference_draws import reference_draws
+from fedlp_jax.execution.loops import Loops, run_loops, side_by_side
 from fedlp_jax.execution.plan import Plan, checked
 from fedlp_jax.execution.scheduling import lay_out, widths_by_level, with_even_chunks
 
