@@ -64,6 +64,17 @@ def client_key(root: Array, round: Array | int, client: Array | int, purpose: Pu
     return jax.random.fold_in(key, int(purpose))
 
 
+def uniforms(
+    root: Array, round: Array | int, clients: Array, purpose: Purpose, count: int
+) -> Array:
+    """`f32[C, count]` in [0, 1), drawn for each of the clients `i32[C]`; see `client_key`."""
+
+    def draw(client: Array) -> Array:
+        return jax.random.uniform(client_key(root, round, client, purpose), (count,), jnp.float32)
+
+    return jax.vmap(draw)(clients)
+
+
 def drawn_once(
     root: Array, clients: int, purpose: Purpose, draw: Callable[[Array], Array]
 ) -> np.ndarray:

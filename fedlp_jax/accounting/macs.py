@@ -108,6 +108,14 @@ def backward_blocks(
     return found
 
 
+def macs_of_models(tasks: Sequence[Task], key: Array, example: Batch) -> list[int]:
+    """The forward MACs of one example in the whole model of each task."""
+    return [
+        sum(forward_macs(task, jax.eval_shape(task.init, key, example), example).values())
+        for task in tasks
+    ]
+
+
 def relative_work(tasks: Sequence[Task], key: Array, example: Batch) -> list[float]:
     """Modelled work of a local step of each submodel level, to schedule clients by.
 
@@ -115,13 +123,7 @@ def relative_work(tasks: Sequence[Task], key: Array, example: Batch) -> list[flo
       The forward MACs of one example at each level; `[1.0]` for a single level, since only
       proportions matter.
     """
-    if len(tasks) == 1:
-        return [1.0]
-    shapes = [jax.eval_shape(task.init, key, example) for task in tasks]
-    return [
-        float(sum(forward_macs(task, shape, example).values()))
-        for task, shape in zip(tasks, shapes, strict=True)
-    ]
+    return [1.0] if len(tasks) == 1 else [*map(float, macs_of_models(tasks, key, example))]
 
 
 def _traced(task: Task, shapes: Variables, example: Batch) -> tuple[Any, Any]:

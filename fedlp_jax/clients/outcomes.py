@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.accounting.ledger import Wire
-from fedlp_jax.accounting.macs import backward_blocks, forward_macs
+from fedlp_jax.accounting.macs import backward_blocks, macs_of_models
 from fedlp_jax.clients.devices import PASSES, Machines
 from fedlp_jax.clients.local_training import LocalWork, examples_seen
-from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.prng import Purpose, uniforms
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.masks import Masks
 from fedlp_jax.pruning.submodels import Submodel
@@ -113,12 +113,7 @@ def draw_outcomes(
         macs = macs * (1 + (PASSES - 1) * own) / PASSES
 
     def draws(purpose: Purpose, count: int) -> Array:
-        def draw(client: Array) -> Array:
-            return jax.random.uniform(
-                client_key(key, round, client, purpose), (count,), jnp.float32
-            )
-
-        return jax.vmap(draw)(cohort.client).T
+        return uniforms(key, round, cohort.client, purpose, count).T
 
     answers = (cohort.client >= 0) & (draws(Purpose.AVAILABILITY, 1)[0] < c.availability)
     chance, share = draws(Purpose.DROPOUT, 2)
@@ -155,11 +150,7 @@ def _training_macs(
     """`f32[C]`, modelled multiply-accumulates of each client's whole training."""
     if cohort.conditions.machines is None:
         return jnp.zeros(cohort.size.shape, jnp.float32)
-    shapes = [jax.eval_shape(level.task.init, key, example) for level in levels]
-    forward = [
-        sum(forward_macs(level.task, held, example).values())
-        for level, held in zip(levels, shapes, strict=True)
-    ]
+    forward = macs_of_models([level.task for level in levels], key, example)
     seen = examples_seen(cohort.size, work).astype(jnp.float32)
     return PASSES * jnp.asarray(forward, jnp.float32)[cohort.level] * seen
 

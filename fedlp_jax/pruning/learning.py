@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.errors import FedLPError, check_number
-from fedlp_jax.prng import SERVER, Purpose, client_key
+from fedlp_jax.prng import SERVER, Purpose, client_key, uniforms
 from fedlp_jax.pruning.layers import LayerTable, squared_norms, sums
 from fedlp_jax.pruning.policy import Feedback, MaskPolicy, Masks, always
 from fedlp_jax.types import Array, Cohort, PyTree
@@ -49,13 +49,8 @@ def receive(rate: float, policy: MaskPolicy) -> MaskPolicy:
     ) -> tuple[Masks, PyTree]:
         probability, first, inner = state
         masks, inner = uploads(key, inner, cohort, round, coverage)
-
-        def draw(client: Array) -> Array:
-            own = client_key(key, round, client, Purpose.DOWNLOAD)
-            drawn = jax.random.uniform(own, coverage.shape[1:], jnp.float32) < probability
-            return drawn | first[jnp.maximum(client, 0)]
-
-        received = jax.vmap(draw)(cohort.client)
+        drawn = uniforms(key, round, cohort.client, Purpose.DOWNLOAD, coverage.shape[1])
+        received = (drawn < probability) | first[jnp.maximum(cohort.client, 0)][:, None]
         download = jnp.where(received, masks.download, 0.0)
         return masks._replace(download=download), (probability, first, inner)
 

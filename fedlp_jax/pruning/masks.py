@@ -21,7 +21,7 @@ from fedlp_jax.errors import (
     shown,
     warn,
 )
-from fedlp_jax.prng import Purpose, client_key
+from fedlp_jax.prng import Purpose, uniforms
 from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern
 from fedlp_jax.pruning.learning import lazy as lazy
 from fedlp_jax.pruning.learning import receive as receive
@@ -82,14 +82,8 @@ def bernoulli(keep: Keep) -> MaskPolicy:
             per_client = state.shape[0] > 1
             rows = state[jnp.maximum(cohort.client, 0)] if per_client else state
             probability = jnp.broadcast_to(rows, (slots, layers))
-
-        def draw(client: Array) -> Array:
-            return jax.random.uniform(
-                client_key(key, round, client, Purpose.MASK), (layers,), jnp.float32
-            )
-
         # Uniform draws lie in [0, 1), so keep 1 always keeps and keep 0 never does.
-        kept = jax.vmap(draw)(cohort.client) < probability
+        kept = uniforms(key, round, cohort.client, Purpose.MASK, layers) < probability
         upload = kept.astype(jnp.float32) * coverage
         return Masks(download=coverage, upload=upload, keep=probability), state
 

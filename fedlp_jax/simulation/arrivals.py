@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from fedlp_jax.accounting.macs import forward_macs
+from fedlp_jax.accounting.macs import macs_of_models
 from fedlp_jax.clients.asynchrony import Asynchrony
 from fedlp_jax.clients.devices import PASSES
 from fedlp_jax.errors import FedLPError
@@ -157,10 +157,7 @@ def modelled_work(spec: Spec, variables: Variables) -> tuple[np.ndarray, np.ndar
     held = np.stack([table.covered for table in tables])[assigned].astype(np.float64)
     sent = held * algorithm.upload_rates(spec.layers, len(assigned))
     received = held * algorithm.download_rates(spec.layers, len(assigned))
-    forward = []
-    for level in spec.levels:
-        shapes = jax.eval_shape(level.task.init, spec.root, spec.example)
-        forward.append(sum(forward_macs(level.task, shapes, spec.example).values()))
+    forward = macs_of_models([level.task for level in spec.levels], spec.root, spec.example)
     macs = PASSES * np.asarray(forward, np.float64)[assigned] * rule.examples(spec.clients.sizes)
     wire, speed = spec.wire.at(assigned), rule.profile.machines(spec.root, len(assigned))
     down = (received * wire.download).sum(axis=1)
