@@ -110,18 +110,20 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
     from fedlp_jax.cli.run import stop_signals
     from fedlp_jax.cli.sweep import SweepProgress
     from fedlp_jax.execution.compilation import keep_programs
+    from fedlp_jax.paper.cells import unfinished
     from fedlp_jax.paper.results import result_tables, run_study
     from fedlp_jax.reporting.tables import show
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
+    todo = unfinished(study, cells)
     with stop_signals() as stop:
-        if jax.default_backend() == "cpu":  # one cell after another
+        if jax.default_backend() == "cpu" or not todo:  # one cell after another
             keep_programs()  # many share one
             done = run_study(study, cells, progress=True, say=say, stop=stop)
         else:
-            with SweepProgress(len(cells), sum(study.config(x).rounds for x in cells)) as shown:
+            with SweepProgress(len(todo), sum(study.config(x).rounds for x in todo)) as shown:
                 done = run_study(study, cells, stop=stop, log=shown.update)
     table, figures = done
     show(*result_tables(table, study.out, figures))

@@ -25,10 +25,11 @@ from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.resume import identity
 from fedlp_jax.config.schema import Config, Data
 from fedlp_jax.config.sweep import Log, execute_runs
+from fedlp_jax.data.loading import load
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import DRAWS, ROWS, SPLITS, Cell, Draws, cell_config
-from fedlp_jax.reporting.environment import versions
+from fedlp_jax.reporting.environment import origin, versions
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import CONFIG, METRICS, SUMMARY, read_metrics
 from fedlp_jax.simulation.cohorts import cohort_size
@@ -44,8 +45,11 @@ _NAME = re.compile(
     r"(?:@[\w.-]+)?"
 )
 _VERSION = re.compile(r"^# fedlp_jax (\S+)$", re.MULTILINE)  # in the config.yaml of a run
+_NUMBERS = ("round", "test_accuracy", "upload_bytes", "seconds")  # of a row, for the table
 _MAY_DIFFER = ("name", "rounds", "sinks", "plan", "checkpoint")
 _STEPS = 3  # local steps that `estimate` measures
+# `Dataset.hash` of what may come from a file. Other images or another order is another study.
+_SHA256 = {"cifar10": "016371612be976197eeaa1bd2e25e13cc9bedc98b13d12e30cfc972d1a231e39"}
 
 
 class Study(NamedTuple):
@@ -65,6 +69,10 @@ class Study(NamedTuple):
         config = cell_config(cell, self.scale, self.rounds)
         if self.data is None:
             return config
+        if config.data.name not in _SHA256:
+            raise FedLPError(
+                f"scale {self.scale} has its data, the embedded {config.data.name}; omit --data."
+            )
         if Path(self.data).name != f"{config.data.name}.npz":
             raise FedLPError(
                 f"the data of scale {self.scale} are {config.data.name}; name their file "
@@ -127,6 +135,22 @@ def unfinished(study: Study, cells: Sequence[Cell]) -> list[Cell]:
         for run in several:
             _refuse_other_version(run.path)
     return [cell for cell in cells if cell not in runs or runs[cell][0].status == "unfinished"]
+
+
+def check_file(study: Study) -> None:
+    """Reads the file of a study, if it names one, and refuses other examples than those it is for.
+
+    Raises:
+      FedLPError: it holds others, or cannot be read.
+    """
+    if study.data is None:
+        return
+    name, data = Path(study.data).stem, load(study.data)
+    if data.hash != _SHA256[name]:
+        raise FedLPError(
+            f"{study.data} holds {data}, but not the images of {name} in their order; write it "
+            f"from fl.load('{name}') with numpy.savez(path, train_inputs=..., ...)."
+        )
 
 
 def run_cells(
@@ -203,6 +227,7 @@ def estimate(study: Study, cells: Sequence[Cell]) -> dict[Cell, Estimate]:
     Raises:
       FedLPError: the data cannot be read.
     """
+    check_file(study)
     config = study.config(Cell("fedavg", "iid"))
     local = config.algorithm.model_copy(update={"epochs": None, "steps": _STEPS})
     arguments = build(config.model_copy(update={"algorithm": local}))
@@ -239,17 +264,29 @@ def _read_run(study: Study, cell: Cell, path: Path) -> CellRun:
         told = {k: v for k, v in summary.items() if v is not None} | _read_json(path / ORIGIN)
         if summary.get("status") in ("done", "diverged"):
             rows = read_metrics(path)
-            done = summary["status"] == "diverged" or len(rows) >= study.config(cell).rounds
+            diverged = summary["status"] == "diverged"
+            _check_content(() if diverged else rows, told)
+            done = diverged or len(rows) >= study.config(cell).rounds
             return CellRun(path, summary["status"] if done else "unfinished", len(rows), rows, told)
         # The last line of a run that goes on may be half written.
         lines = (path / METRICS).read_bytes().split(b"\n")[:-1]
         rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        _check_content(rows, told)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise FedLPError(
             f"{path} has a {SUMMARY}, {ORIGIN} or {METRICS} that cannot be read: {why(error)}. "
             "Remove the directory, and the same command runs that cell again."
         ) from error
     return CellRun(path, "unfinished", len(rows), rows, told)
+
+
+def _check_content(rows: Sequence[dict[str, Any]], told: dict[str, Any]) -> None:
+    """Raises what a table would of rows without its numbers, or of an origin without its words."""
+    for row in rows:
+        for name in _NUMBERS:
+            float(row[name])
+    if told.get("versions"):
+        origin({"commit": None, "device": None} | told)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

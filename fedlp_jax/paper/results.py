@@ -17,10 +17,13 @@ import numpy as np
 from rich.console import RenderableType
 
 from fedlp_jax.config.sweep import Log
+from fedlp_jax.data.files import replacing
+from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.cells import (
     CellRun,
     Estimate,
     Study,
+    check_file,
     read_runs,
     run_cells,
     run_cells_together,
@@ -95,20 +98,32 @@ def run_study(
       The table of all cells in the directory, and the names of its figures.
 
     Raises:
-      FedLPError: as `run_cells`; nothing has been written then.
+      FedLPError: as `run_cells`, and no cell has begun then; or a file of other examples; or the
+        table cannot be written, and all cells are kept.
     """
-    unfinished(study, cells)  # refuses the directory of another study
+    if unfinished(study, cells):  # which refuses the directory of another study
+        check_file(study)
     try:
         if log is None:
             for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
                 write_table(make_table(study), study.out)
         else:
             run_cells_together(study, cells, log=log, stop=stop)
-    finally:
-        table, figures = make_table(study), draw_figures(study)
-        if any(entry["status"] != "not run" for entry in table.cells):
-            write_table(table, study.out)
-    return table, figures
+    except BaseException as error:
+        try:
+            _write(study)
+        except Exception as other:  # must not hide the first, which says how to go on
+            error.add_note(f"The table is not of the latest cells: {other}")
+        raise
+    return _write(study)
+
+
+def _write(study: Study) -> tuple[Table, list[str]]:
+    """Writes the table of a directory that has cells, then its figures."""
+    table = make_table(study)
+    if any(entry["status"] != "not run" for entry in table.cells):
+        write_table(table, study.out)
+    return table, draw_figures(study)
 
 
 def make_table(study: Study) -> Table:
@@ -128,11 +143,24 @@ def make_table(study: Study) -> Table:
 
 
 def write_table(table: Table, out: Path) -> None:
-    """Writes table.json, table.csv and table.md."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes table.json, table.csv and table.md, each in one step.
+
+    Raises:
+      FedLPError: they cannot be written.
+    """
     text = json.dumps(plain(table._asdict()), indent=2, allow_nan=False)
-    for name, content in (("json", text + "\n"), ("csv", as_csv(table)), ("md", markdown(table))):
-        (out / f"table.{name}").write_text(content, encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (
+            ("json", f"{text}\n"), ("csv", as_csv(table)), ("md", markdown(table))
+        ):  # fmt: skip
+            with replacing(out / f"table.{name}") as file:
+                file.write(content.encode())
+    except OSError as error:
+        raise FedLPError(
+            f"the table cannot be written to {out}: {why(error)}. All cells are kept; once files "
+            "can be written there, the same command writes it."
+        ) from error
 
 
 def as_csv(table: Table) -> str:
@@ -333,7 +361,7 @@ def _numbers(cell: Cell, run: CellRun) -> dict[str, Any]:
 
 def _agreement(entry: Mapping[str, Any]) -> str:
     """What the difference to the published value means."""
-    if entry["rounds"] < ROUNDS:
+    if entry["rounds"] != ROUNDS:
         return f"No comparison: {entry['rounds']} rounds, and published is the value after {ROUNDS}"
     several, sd = entry["seed_sd"] is not None, entry["seed_sd"] or entry["last_ten_sd"]
     ratio = abs(entry["difference"]) / sd if sd else float("inf")
@@ -373,12 +401,17 @@ def _accuracies(entries: Sequence[Mapping[str, Any]], rounds: int) -> list[list[
 
 
 def _accuracy(entry: Mapping[str, Any], rounds: int) -> str:
-    """An entry's accuracy with the rounds it is short of, or why it has none."""
+    """An entry's accuracy with its rounds if it is short of some, or why it has none.
+
+    The mean of seeds is of those that did not diverge, so the others are counted beside it.
+    """
     if entry["last_ten_mean"] is None:
         return str(entry["status"])
     spread = "" if entry["seed_sd"] is None else f" ± {entry['seed_sd']:.2f}"
     short = f" ({entry['rounds']})" * (entry["rounds"] < rounds)
-    return f"{entry['last_ten_mean']:.2f}{spread}{short}"
+    diverged = {run["seed"] for run in entry["runs"] if run["status"] == "diverged"}
+    lost = len(diverged.difference(entry["seeds"]))
+    return f"{entry['last_ten_mean']:.2f}{spread}{short}" + f", {lost} diverged" * (lost > 0)
 
 
 def _names(entry: Mapping[str, Any]) -> list[str]:

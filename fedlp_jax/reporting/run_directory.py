@@ -79,7 +79,10 @@ class RunDirectory:
             raise
         except (OSError, ValueError) as error:  # ValueError: no name that a system could use
             where = shown(str(out or "runs"))
-            raise FedLPError(f"the run directory {where} cannot be made: {why(error)}.") from error
+            raise FedLPError(
+                f"the run directory {where} cannot be made: {why(error)}; choose another with "
+                "--out."
+            ) from error
         self._lock = FileLock(self.path / LOCK, timeout=0)
         try:
             self._acquire()

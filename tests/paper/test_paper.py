@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import typer.testing
 
+import fedlp_jax as fl
 from fedlp_jax import FedLPError, __version__, cli
 from fedlp_jax.config.loading import dump_config, load_config
 from fedlp_jax.execution import plan as plans
@@ -22,6 +23,7 @@ from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results
 from fedlp_jax.paper.cells import (
     Study,
+    check_file,
     estimate,
     read_cells,
     read_runs,
@@ -360,6 +362,41 @@ def test_an_interruption_of_cells_that_run_together_leaves_the_table(tmp_path, m
     assert [entry["status"] for entry in table(tmp_path).cells][:1] == ["done"]
 
 
+def test_a_table_that_cannot_be_written_hides_no_interruption(tmp_path, monkeypatch):
+    study, error = Study(tmp_path, "smoke"), KeyboardInterrupt()
+    executing_together(monkeypatch, study, 1, error)
+    (tmp_path / "table.csv").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        results.run_study(study, IID, log=lambda *row: None)
+    again, table_too = error.__notes__
+    assert again == "The same command resumes the study."
+    assert "the table cannot be written to" in table_too
+    with pytest.raises(FedLPError, match="Is a directory. All cells are kept; once files can be"):
+        results.run_study(study, IID[:1], log=lambda *row: None)
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path):
+    study = Study(tmp_path, "smoke")
+    invented(study, IID[0])
+    (tmp_path / "accuracy_by_round_reference.png").mkdir()
+    with pytest.raises(FedLPError, match="picture .* cannot be written"):
+        results.run_study(study, IID[:1])
+    assert table(tmp_path).cells[0]["status"] == "done"
+
+
+def test_progress_counts_the_cells_that_run(tmp_path, monkeypatch):
+    study = Study(tmp_path, "smoke")
+    invented(study, IID[0])
+    executing_together(monkeypatch, study)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    words = ["--out", str(tmp_path), "--scale", "smoke", "--rows", "fedavg,homo-0.5"]
+    said = fedlp(*words, "--splits", "iid")
+    assert said.exit_code == 0, said.output
+    assert "compiling for 1 runs of 2 rounds in all" in said.stderr
+    said = fedlp(*words, "--splits", "iid")
+    assert (said.exit_code, said.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_cells_that_run_together_are_what_they_are_alone(tmp_path):
     cells = choose(("homo-0.5",), ("iid",))
@@ -382,6 +419,41 @@ def test_a_study_may_read_its_data_set_from_a_file(tmp_path):
     assert unfinished(study, IID) == IID[1:]  # the first is the same cell
     with pytest.raises(FedLPError, match="name their file cifar10.npz instead of mnist.npz"):
         read_cells(Study(tmp_path, data="mnist.npz"))
+    with pytest.raises(FedLPError, match="scale smoke has its data, the embedded digits; omit"):
+        read_cells(Study(tmp_path, "smoke", data="digits.npz"))
+
+
+def test_a_file_of_other_examples_is_refused_before_a_cell_begins(tmp_path):
+    file, out = tmp_path / "cifar10.npz", tmp_path / "out"
+    x, y = np.full((200, 32, 32, 3), 255, np.uint8), np.arange(200) % 10
+    np.savez(file, train_inputs=x, train_labels=y, test_inputs=x, test_labels=y)
+    sentence = r"200 training and .* but not the images of cifar10 in.* fl.load\('cifar10'\)"
+    for log in (None, lambda *row: None):
+        with pytest.raises(FedLPError, match=sentence):
+            results.run_study(Study(out, data=str(file)), IID, log=log)
+    with pytest.raises(FedLPError, match=sentence):
+        estimate(Study(out, data=str(file)), IID)
+    file.write_bytes(file.read_bytes()[:900])
+    with pytest.raises(FedLPError, match="cannot be read as an .npz"):
+        results.run_study(Study(out, data=str(file)), IID)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_file_of_the_published_examples_is_accepted(tmp_path):
+    try:
+        data = fl.load("cifar10")
+    except FedLPError:
+        pytest.skip("needs CIFAR-10 in TFDS_DATA_DIR")
+    file = tmp_path / "cifar10.npz"  # as Keras has it
+    (x, y), (u, v) = (
+        (split.inputs, split.labels.astype(np.uint8)[:, None]) for split in (data.train, data.test)
+    )
+    np.savez(file, x_train=x, y_train=y, x_test=u, y_test=v)
+    check_file(Study(tmp_path, data=str(file)))
+    np.savez(file, x_train=x[::-1], y_train=y[::-1], x_test=u, y_test=v)  # other clients' images
+    with pytest.raises(FedLPError, match="in their order; write it from"):
+        check_file(Study(tmp_path, data=str(file)))
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -415,6 +487,21 @@ def test_bad_input_is_one_sentence(words, sentence):
 
 
 # the table
+
+
+def test_seeds_that_diverged_are_counted_beside_the_mean_of_the_others(tmp_path):
+    study = Study(tmp_path, "small")
+    for seed, status in ((25, "done"), (26, "diverged"), (27, "done"), (28, "diverged")):
+        invented(study, IID[0]._replace(seed=seed), status)
+    text = results.markdown(results.make_table(study))
+    assert "| FedAvg | 51.55 ± 0.00, 2 diverged | 77.94 |" in text
+
+
+def test_more_rounds_than_the_published_are_not_compared(tmp_path):
+    study = Study(tmp_path, rounds=300)
+    invented(study, IID[0])
+    entry = results.make_table(study).cells[0]
+    assert entry["agreement"].startswith("No comparison: 300 rounds")
 
 
 @pytest.fixture
@@ -605,3 +692,23 @@ def test_a_cell_with_broken_files_is_named(study, name, content):
         FedLPError, match=f"{IID[0].name} has a .* that cannot be read: .*Remove the"
     ):
         read_cells(study)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "3\n" * 20),
+        ("metrics.jsonl", '{"round": 1}\n' * 20),
+        ("metrics.jsonl", '{"round": 1, "test_accuracy": null}\n' * 20),
+        ("origin.json", '{"device": "H200"}'),
+        ("origin.json", '{"versions": "0.11"}'),
+    ],
+)
+@pytest.mark.parametrize("cell", IID, ids=["done", "unfinished"])
+def test_a_cell_without_what_a_table_needs_is_named(study, cell, name, content):
+    path = study.path(cell)
+    if not (path / "summary.json").exists():
+        (path / "summary.json").write_text('{"versions": {"jax": "1.0"}}')
+    (path / name).write_text(content)
+    with pytest.raises(FedLPError, match=f"{cell.name} has a .* that cannot be read: .*Remove the"):
+        results.make_table(study)
