@@ -132,6 +132,17 @@ def check_number(
     return int(value) if isinstance(value, int | np.integer) else float(value)
 
 
+def check_client(client: Any, clients: int) -> None:
+    """Refuses what is not the number of one of K clients.
+
+    Raises:
+      FedLPError: with the numbers there are.
+    """
+    integer = isinstance(client, int | np.integer) and not isinstance(client, bool)
+    if not integer or not 0 <= client < clients:
+        raise FedLPError(f"there is no client {shown(client)}: they count from 0 to {clients - 1}.")
+
+
 def check_array(
     name: str,
     value: Any,

@@ -25,11 +25,7 @@ from fedlp_jax.algorithms.client_round import (
     train_client,
 )
 from fedlp_jax.clients.asynchrony import first_versions
-from fedlp_jax.clients.local_training import (
-    Client,
-    is_finite,
-    loop_bounds,
-)
+from fedlp_jax.clients.local_training import Client, is_finite, loop_bounds
 from fedlp_jax.clients.outcomes import (
     ClientOutcome,
     ClientStatus,

@@ -22,16 +22,7 @@ from fedlp_jax.nn import gated
 from fedlp_jax.nn.gated import Gate
 from fedlp_jax.prng import Purpose, client_key
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import (
-    Array,
-    Batch,
-    ClientMetrics,
-    Examples,
-    Mean,
-    PyTree,
-    Terms,
-    Variables,
-)
+from fedlp_jax.types import Array, Batch, ClientMetrics, Examples, Mean, PyTree, Terms, Variables
 
 
 class LocalWork(NamedTuple):

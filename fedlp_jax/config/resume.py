@@ -10,13 +10,7 @@ from typing import Any
 from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.schema import Config
 from fedlp_jax.errors import FedLPError, warn
-from fedlp_jax.reporting.run_directory import (
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    read_metrics,
-)
+from fedlp_jax.reporting.run_directory import CHECKPOINTS, CONFIG, METRICS, SUMMARY, read_metrics
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import Watch
 from fedlp_jax.simulation.snapshot import Snapshot, dotted, refuse_other

@@ -10,15 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedlp_jax.errors import (
-    FedLPError,
-    check_choice,
-    check_number,
-    collecting,
-    shown,
-    warn,
-    why,
-)
+from fedlp_jax.errors import FedLPError, check_choice, check_number, collecting, shown, warn, why
 from fedlp_jax.types import Normalize
 
 IDENTITY = Normalize(np.asarray(1, np.float32), np.asarray(0, np.float32))

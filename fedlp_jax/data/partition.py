@@ -20,7 +20,7 @@ import numpy as np
 
 from fedlp_jax.data.dataset import class_labels, client_ids, integers, read_only
 from fedlp_jax.data.files import open_plain, read_plain, replacing
-from fedlp_jax.errors import FedLPError, check_number, shown, why
+from fedlp_jax.errors import FedLPError, check_client, check_number, shown, why
 
 # The second word of the Philox key: no two schemes share their draws under one seed.
 _STREAM = {"iid": 1, "dirichlet": 2, "shards": 3, "mixed": 4, "quantity": 5, "alike": 6}
@@ -96,11 +96,7 @@ class Partition:
         Raises:
           FedLPError: the client does not exist.
         """
-        integer = isinstance(client, int | np.integer) and not isinstance(client, bool)
-        if not integer or not 0 <= client < self.clients:
-            raise FedLPError(
-                f"There is no client {shown(client)}: they count from 0 to {self.clients - 1}."
-            )
+        check_client(client, self.clients)
         return self.order[self.offset[client] : self.offset[client + 1]]
 
     @functools.cached_property

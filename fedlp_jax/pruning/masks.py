@@ -13,14 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import (
-    FedLPError,
-    check_array,
-    check_choice,
-    check_number,
-    shown,
-    warn,
-)
+from fedlp_jax.errors import FedLPError, check_array, check_choice, check_number, shown, warn
 from fedlp_jax.prng import Purpose, uniforms
 from fedlp_jax.pruning.layers import LayerTable, path_names, path_pattern
 from fedlp_jax.pruning.learning import lazy as lazy

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.errors import FedLPError, shown
+from fedlp_jax.errors import check_client
 from fedlp_jax.execution.client_state import ClientStore
 from fedlp_jax.execution.map_clients import Level, entry, map_sum
 from fedlp_jax.execution.plan import Plan
@@ -82,11 +82,7 @@ class ClientModels:
         Raises:
           FedLPError: the client does not exist.
         """
-        integer = isinstance(client, int | np.integer) and not isinstance(client, bool)
-        if not integer or not 0 <= client < len(self):
-            raise FedLPError(
-                f"there is no client {shown(client)}: they count from 0 to {len(self) - 1}."
-            )
+        check_client(client, len(self))
         level, stack = (x[self.assigned[client]] for x in (self.levels, self.stacks))
         own = entry(stack, int(self.place[client]))
         return level.merge(level.extract(self.variables), own)
