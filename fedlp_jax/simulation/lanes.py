@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -188,6 +189,16 @@ def _axes(run: Run) -> Cohort:
     return dataclasses.replace(axes, segment=None) if _one_segment(run) else axes
 
 
+def _layout_of(run: Run) -> Hashable:
+    """A key: runs of one structure with equal ones have the same cohorts in the same slots."""
+    spec, steps = run.spec, run.algorithm.local_steps(run.clients.sizes)
+    if callable(spec.cohorts.rule) or spec.exposure is not None:
+        return Same(run)  # whose function is called in every round, or whose faults are its own
+    digest = hashlib.sha256(spec.assigned.tobytes() + steps.tobytes()).digest()
+    drawn = run.seed, spec.cohorts.size, run.algorithm.cohort_rounds
+    return *drawn, Same(run.clients), digest, *run.stage.level_cost
+
+
 def _one_segment(run: Run) -> bool:
     """Whether one device runs the same number of clients of one level in every round."""
     return len(run.spec.levels) == 1 and run.plan.devices == 1 and run.spec.cohorts.fixed
@@ -246,6 +257,7 @@ class Lanes:
         self.runs, self.program = list(runs), program
         self.live = list(range(len(runs)))
         self._plan, self._one_segment = program.plan, _one_segment(runs[0])
+        self._layouts = [_layout_of(run) for run in runs]
         # Spare lanes repeat the first run, and nobody reads them.
         lanes = [*runs, *[runs[0]] * (program.runs - len(runs))]
         states = jax.tree.map(_stacked, *(run.state for run in lanes))
@@ -265,9 +277,12 @@ class Lanes:
         """Starts rounds in all lanes and, where due, an evaluation; see `Run.dispatch`."""
         first = self.runs[self.live[0]]
         cohorts: dict[int, list[Cohort]] = {}
+        laid_out: dict[Hashable, Any] = {}
         for lane in self.live:
-            run = self.runs[lane]
-            cohorts[lane], layouts = run.stage.lay_out(round, count)
+            run, layout = self.runs[lane], self._layouts[lane]
+            if layout not in laid_out:
+                laid_out[layout] = run.stage.lay_out(round, count)
+            cohorts[lane], layouts = laid_out[layout]
             run.padded_share = sum((x.padded_share for x in layouts), run.padded_share)
             run.imbalance = sum((x.imbalance for x in layouts), run.imbalance)
         self._state, clients, metrics = self.program.round(
@@ -338,8 +353,9 @@ class Lanes:
 
     def _staged(self, cohorts: dict[int, list[Cohort]]) -> Cohort:
         """The cohorts of all lanes, on the devices."""
-        stacked = {lane: self.runs[lane].stage.stacked(own) for lane, own in cohorts.items()}
-        all_lanes = self._of_lanes(stacked)
+        distinct = {id(own): lane for lane, own in cohorts.items()}
+        stacked = {i: self.runs[k].stage.stacked(cohorts[k]) for i, k in distinct.items()}
+        all_lanes = self._of_lanes({lane: stacked[id(own)] for lane, own in cohorts.items()})
         segment: Any = None
         if self._one_segment:
             segment = processes.put(all_lanes[0].segment, over_clients(self._plan))

@@ -16,7 +16,7 @@ from fedlp_jax.clients.failures import Exposure, Faults
 from fedlp_jax.data.batching import example_of
 from fedlp_jax.data.loading import Dataset
 from fedlp_jax.data.partition import Partition
-from fedlp_jax.errors import note
+from fedlp_jax.errors import collecting, note
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.client_state import ClientState, check_memory
 from fedlp_jax.execution.packing import size_bytes
@@ -45,6 +45,8 @@ class Fit:
       client_state: what clients of each level keep between rounds; () = nothing.
       layers: the layer table.
       wire: what clients exchange of each layer.
+      checked: who held which examples when the algorithm was checked.
+      warnings: of that check.
     """
 
     example: Batch
@@ -55,6 +57,8 @@ class Fit:
     client_state: tuple[ClientState, ...]
     layers: LayerTable
     wire: Wire
+    checked: Partition
+    warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +131,11 @@ def specify(
         cohorts = cohorts.enlarged(exposure.chosen)
     if fit is None:
         fit = _fit(algorithm, data, clients, root, variables)
+    elif fit.checked is clients:
+        note(fit.warnings)
     else:
-        algorithm.check(fit.model, clients.sizes)
+        warnings = _check(algorithm, fit.model, clients)
+        fit = dataclasses.replace(fit, checked=clients, warnings=warnings)
     assigned = algorithm.assign(root, population)
     resolved = _resolve(plan, cohorts.size, algorithm, data)
     width_is_open = plan is None or plan.width is None
@@ -164,7 +171,7 @@ def _fit(
     """Traces the model, which must fit the data, and the initial model, if there is one."""
     example = example_of(on_host(data.train, data.normalize))
     model = checks.check_model(algorithm, example, data, root)
-    algorithm.check(model, clients.sizes)  # before the optimizers meet the model
+    warnings = _check(algorithm, model, clients)  # before the optimizers meet the model
     shapes = checks.initial_state(algorithm, example, root, clients.clients).variables
     checks.check_size(shapes)
     layers, begun = layer_table(shapes, algorithm.layers), shapes
@@ -174,7 +181,15 @@ def _fit(
     # Client state takes the dtype of the given variables.
     levels, kept = algorithm.levels(begun, example), _client_state(algorithm, begun, example)
     wire = exchanged(algorithm, layers, begun, levels)
-    return Fit(example, model, shapes, variables, levels, kept, layers, wire)
+    found = example, model, shapes, variables, levels, kept, layers, wire
+    return Fit(*found, checked=clients, warnings=warnings)
+
+
+def _check(algorithm: Algorithm, model: Variables, clients: Partition) -> tuple[str, ...]:
+    """Refuses an algorithm that does not fit; returns its warnings."""
+    with collecting() as said:
+        algorithm.check(model, clients.sizes)
+    return tuple(said)
 
 
 def _cohorts(

@@ -11,14 +11,18 @@ import pytest
 from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
+from fedlp_jax.errors import collecting, note
 from fedlp_jax.execution.plan import LanesPlan
 from fedlp_jax.nn import conv
 from fedlp_jax.simulation import lanes, sweep
 from fedlp_jax.simulation.run import Simulation
+from fedlp_jax.simulation.spec import specify
+from fedlp_jax.simulation.staging import Stage
 
 DATA = dataset(120)
 EVEN = fl.partition.iid(DATA.train.labels, clients=12, seed=0)
 TASK = fl.classification(Steps(depth=2))
+ONE = fl.Plan(devices=1)
 SHARED = {"rounds": 3, "cohort": 4, "eval_every": 2}
 SGD = {"client_optimizer": optax.sgd(0.1), "epochs": 2, "batch_size": 4}
 
@@ -65,8 +69,7 @@ def lowered(monkeypatch):
     )
 
     def lower(algorithm, runs=2, cohort=4, clients=EVEN):
-        plan = fl.Plan(devices=1)
-        run = Simulation(algorithm, DATA, clients, rounds=1, cohort=cohort, plan=plan)
+        run = Simulation(algorithm, DATA, clients, rounds=1, cohort=cohort, plan=ONE)
         return lanes._lower(run, runs, LanesPlan(**vars(run.plan), groups=1)).program.round
 
     yield lower
@@ -74,8 +77,7 @@ def lowered(monkeypatch):
 
 
 def alone(run, algorithm, clients, **settings):
-    plan = fl.Plan(devices=1)
-    return fl.simulate(algorithm, DATA, clients, seed=run.seed, plan=plan, **SHARED | settings)
+    return fl.simulate(algorithm, DATA, clients, seed=run.seed, plan=ONE, **SHARED | settings)
 
 
 def assert_same_run(run, other, rtol=1e-5):
@@ -96,10 +98,15 @@ def assert_same_run(run, other, rtol=1e-5):
 
 
 @pytest.mark.slow
-def test_seeds_keeps_and_rates_are_lanes_of_one_program(programs):
+def test_seeds_keeps_and_rates_are_lanes_of_one_program(programs, monkeypatch):
+    laid_out, first = [], Stage._cohort
+    monkeypatch.setattr(
+        Stage, "_cohort", lambda self, round: laid_out.append(round) or first(self, round)
+    )
     algorithms = {"few": homo(0.2), "slow": homo(0.8, rate=0.01)}
     done = fl.sweep(algorithms, DATA, EVEN, seeds=[0, 7, 8], **SHARED)
     assert programs == [(6, 8)]  # four devices have two lanes each
+    assert laid_out == [1, 1, 1, 2, 2, 2, 3, 3, 3]  # once for each seed
     labels = [(run.label, run.seed) for run in done.runs]
     assert labels == [(label, seed) for label in algorithms for seed in (0, 7, 8)]
     for run in done.runs[2:4]:
@@ -223,7 +230,7 @@ def test_lanes_that_call_a_function_of_the_user_are_traced_each_time(lowered):
 
 
 def test_what_is_kept_of_lanes_holds_no_run(traced):
-    run = Simulation(homo(), DATA, EVEN, rounds=1, cohort=4, plan=fl.Plan(devices=1))
+    run = Simulation(homo(), DATA, EVEN, rounds=1, cohort=4, plan=ONE)
     lanes._lower(run, 2, LanesPlan(**vars(run.plan), groups=1))
     assert traced == [run] and lanes._place.cache_info().currsize == 1
     held = run, run.state.round, run.stage.train.inputs, run.algorithm.round
@@ -232,6 +239,46 @@ def test_what_is_kept_of_lanes_holds_no_run(traced):
     del run
     gc.collect()
     assert [x() for x in held] == [None] * 4
+
+
+def test_runs_of_one_seed_and_partition_are_laid_out_once():
+    def layout(algorithm, clients=EVEN, **settings):
+        settings = {"rounds": 1, "cohort": 4, "plan": ONE} | settings
+        return lanes._layout_of(Simulation(algorithm, DATA, clients, **settings))
+
+    other = fl.partition.iid(DATA.train.labels, clients=12, seed=1)
+    assert layout(homo(0.2)) == layout(homo(0.8, rate=0.01))
+    layouts = [
+        layout(homo()),
+        layout(homo(), seed=1),
+        layout(homo(), other),
+        layout(homo(), cohort=3),
+        layout(homo(epochs=1)),
+        layout(homo()._replace(cohort_rounds=2)),
+    ]
+    assert len(set(layouts)) == len(layouts)
+    for own in (
+        {"cohort": lambda seed, round, clients: [0, 1]},
+        {"faults": fl.Faults(dropout=0.5)},
+    ):
+        assert layout(homo(), **own) != layout(homo(), **own)
+
+
+def test_an_algorithm_is_checked_once_for_a_partition_and_warns_in_each_run():
+    checked = []
+
+    def check(model, sizes):
+        checked.append(sizes)
+        note(["odd"])
+
+    algorithm = homo()._replace(check=check)
+    said, fit = [], None
+    for clients in (EVEN, EVEN, uneven(0)):
+        with collecting() as of_run:
+            fit = specify(algorithm, DATA, clients, cohort=4, plan=ONE, fit=fit)
+        said.append(of_run)
+    assert [len(sizes) for sizes in checked] == [12, 12]
+    assert said == [["odd"]] * 3
 
 
 @pytest.mark.slow
