@@ -119,7 +119,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
 
     todo = unfinished(study, cells)
     with stop_signals() as stop:
-        if jax.default_backend() == "cpu" or not todo:  # one cell after another
+        if jax.default_backend() == "cpu":  # one cell after another
             keep_programs()  # many share one
             done = run_study(study, cells, progress=True, say=say, stop=stop)
         else:

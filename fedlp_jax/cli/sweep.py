@@ -50,15 +50,22 @@ def sweep(
     from fedlp_jax.cli.run import prepare, stop_signals
     from fedlp_jax.config.loading import located, split_words
     from fedlp_jax.config.own import search
-    from fedlp_jax.config.sweep import TABLE, execute_sweep, parse_grid, sweep_points
+    from fedlp_jax.config.sweep import (
+        TABLE,
+        execute_sweep,
+        parse_grid,
+        remaining,
+        sweep_points,
+    )
 
     path, overrides = split_words([config, *context.args])
     search(located(path).parent)
     points = sweep_points(path, overrides, parse_grid(grid or ()), seeds)
     devices = [one.plan.devices for _, one in points]
     prepare(path, None if None in devices else max(devices))
-    rounds = sum(one.rounds for _, one in points)
-    with stop_signals() as stop, SweepProgress(len(points), rounds) as shown:
+    todo = [one for _, one in (remaining(points, out) if resume else points)]
+    rounds = sum(one.rounds for one in todo)
+    with stop_signals() as stop, SweepProgress(len(todo), rounds) as shown:
         outcome = execute_sweep(points, out, resume=resume, log=shown.update, stop=stop)
     typer.echo(outcome.table.to_markdown())
     for one in outcome.diverged:
@@ -90,7 +97,7 @@ class SweepProgress:
     def __enter__(self) -> SweepProgress:
         if self._console.is_terminal:
             self._bar.start()
-        else:
+        elif self._runs:
             self._line(f"compiling for {self._runs} runs of {self._rounds} rounds in all ...")
         return self
 

@@ -133,6 +133,18 @@ def _word(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")[:60]
 
 
+def remaining(points: Sequence[tuple[str, Config]], out: str | Path) -> list[tuple[str, Config]]:
+    """The points whose runs in the directory of a sweep have not ended.
+
+    Raises:
+      FedLPError: the directory holds another run.
+    """
+    paths = _paths(points, Path(out).expanduser())
+    return [
+        point for point, path in zip(points, paths, strict=True) if not _has_ended(point[1], path)
+    ]
+
+
 def execute_sweep(
     points: Sequence[tuple[str, Config]],
     out: str | Path,
@@ -161,7 +173,7 @@ def execute_sweep(
             f"{out} already holds a sweep; choose another directory with --out, or continue that "
             "sweep with --resume."
         )
-    paths = [out / RUNS / f"{label}-seed{config.seed}" for label, config in points]
+    paths = _paths(points, out)
     runs = [(label, config, path) for (label, config), path in zip(points, paths, strict=True)]
     again = "Resume with the same command and --resume."
     execute_runs(runs, again, resume=resume, log=log, stop=stop)
@@ -172,6 +184,10 @@ def execute_sweep(
     draw_sweep(out / PLOTS, rows)
     diverged = [path for path in paths if _status(path) == "diverged"]
     return SweepOutcome(out, table, paths, diverged)
+
+
+def _paths(points: Sequence[tuple[str, Config]], out: Path) -> list[Path]:
+    return [out / RUNS / f"{label}-seed{config.seed}" for label, config in points]
 
 
 def execute_runs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,7 +18,6 @@ import numpy as np
 from rich.console import RenderableType
 
 from fedlp_jax.config.sweep import Log
-from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.cells import (
     CellRun,
@@ -154,8 +154,9 @@ def write_table(table: Table, out: Path) -> None:
         for name, content in (
             ("json", f"{text}\n"), ("csv", as_csv(table)), ("md", markdown(table))
         ):  # fmt: skip
-            with replacing(out / f"table.{name}") as file:
-                file.write(content.encode())
+            part = out / f".table.{name}.{os.getpid()}"  # several processes may run other cells
+            part.write_text(content, encoding="utf-8")
+            part.replace(out / f"table.{name}")
     except OSError as error:
         raise FedLPError(
             f"the table cannot be written to {out}: {why(error)}. All cells are kept; once files "

@@ -6,7 +6,7 @@ from small import DIGITS
 
 import fedlp_jax as fl
 from fedlp_jax.config.loading import load_config
-from fedlp_jax.config.sweep import execute_sweep, parse_grid, sweep_points
+from fedlp_jax.config.sweep import execute_sweep, parse_grid, remaining, sweep_points
 from fedlp_jax.reporting.run_directory import read_metrics
 
 GRID = {"algorithm.client_optimizer.learning_rate": (0.1, 0.2)}
@@ -89,6 +89,17 @@ def test_a_value_out_of_range_writes_nothing(file):
         execute_sweep(points, file.parent / "out")
     assert not hasattr(error.value, "__notes__")  # there is nothing to resume
     assert not (file.parent / "out").exists()
+
+
+def test_runs_that_have_not_ended_remain(file, tmp_path):
+    points = sweep_points(file, {}, {}, 4)
+    endings = [("done", 3), ("done", 2), ("diverged", 1), ("interrupted", 2)]
+    for seed, (status, rounds) in enumerate(endings):
+        path = tmp_path / f"out/runs/small-seed{seed}"
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text(f'{{"status": "{status}", "rounds": {rounds}}}')
+    assert remaining(points, tmp_path / "out") == [points[1], points[3]]
+    assert remaining(points, tmp_path / "new") == points
 
 
 @pytest.mark.slow

@@ -394,7 +394,7 @@ def test_progress_counts_the_cells_that_run(tmp_path, monkeypatch):
     assert said.exit_code == 0, said.output
     assert "compiling for 1 runs of 2 rounds in all" in said.stderr
     said = fedlp(*words, "--splits", "iid")
-    assert (said.exit_code, said.stderr) == (0, "")
+    assert said.exit_code == 0 and "compiling" not in said.stderr
 
 
 @pytest.mark.slow
