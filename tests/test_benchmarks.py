@@ -47,6 +47,7 @@ from benchmarks import (
 )
 from benchmarks.timing import rounds_of
 from benchmarks.workloads import WORKLOADS, made_up, smoke
+from fedlp_jax.execution.plan import GPU_KERNELS
 
 pytestmark = pytest.mark.slow  # each test starts a whole command
 
@@ -709,6 +710,23 @@ def test_goals_stand_beside_what_was_measured():
     assert "W2, over naive JAX: 0.5, at most 1: reached" in said
     assert "W3, over naive JAX: at most 1; not measured" in said
     assert goals.reached(rows[1:]) == []  # a CPU has none
+
+
+def test_a_goal_is_of_the_most_clients_and_of_one_commit():
+    host = {"cell": {"kind": "environment"}, "result": {"device": {"platform": "gpu"}}}
+    depths = [
+        {"cell": {"kind": "mixed depths", "cohort": c}, "result": {"ratio_to_fedavg": ratio}}
+        for c, ratio in ((100, 0.9), (25, 0.5))
+    ]
+    cell = {"workload": "W2", "steps": 60}
+    tuned = {"flags": f"{GPU_KERNELS['tuned']}=true"}
+    earlier = timed(1, digests=("a", "a"), **cell) | {"commit": "b"}
+    rows = [host, *depths, earlier, timed(1, digests=("c", "c"), **cell, **tuned)]
+    found = {goal["what"]: goal["measured"] for goal in goals.reached(rows)}
+    assert found["FedLP-Hetero(1) over FedAvg, 100 clients"] == 0.9
+    assert found["programs with other bits the second time"] == 0
+    rows.append(timed(1, digests=("d", "d"), **cell))
+    assert goals.reached(rows)[-1]["measured"] == 1
 
 
 # A loop of two kernels, one of which slices a large array, and a call of another; a CPU's text.
