@@ -193,10 +193,11 @@ def sweep(workload: str, runs: int, rounds: int) -> dict[str, Any]:
     data = parts.dataset(chosen)
     clients = parts.partition(chosen, data)
     settings: dict[str, Any] = {"seeds": runs, "rounds": rounds, "cohort": chosen.cohort}
-    for _ in range(2):  # the first compiles
+    times = []
+    for _ in range(1 + _LEAST):
         found = fl.sweep(parts.algorithm(chosen), data, clients, **settings).runs
-    seconds = sum(run.readings["run_seconds"] for run in found)
-    return _milliseconds([seconds], runs * rounds * chosen.client_steps)
+        times.append(sum(run.readings["run_seconds"] for run in found))
+    return _milliseconds(times[1:], runs * rounds * chosen.client_steps)  # the first compiles
 
 
 def masked_mean(model: str, cohort: int) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def reached(rows: Sequence[Row]) -> list[dict[str, Any]]:
         add(f"{name}, own cohort, ms a client-step", scale * _OWN_COHORT[name], ours)
         add(f"{name}, over naive JAX", _TO_NAIVE, _ratio(ours, times["naive"]))
         add(f"{name}, over torch's graphs", _TO_TORCH, _ratio(ours, times["torch graphs"]))
-        many = [row for row in _of_workload(rows, name) if _lanes(row["cell"]) >= _MANY]
+        many = _many(rows, "rounds", name)
         add(f"{name}, 100 lanes or more, ms a client-step", scale * _MANY_LANES[name], _least(many))
+        if sweeps := _many(rows, "sweep", name):
+            add(f"{name}, a sweep of as many", scale * _MANY_LANES[name], _least(sweeps))
         if name == "W1":
             table = _ratio(_least(many), 1e3 / _TABLE_STEPS)
             add("the paper's table, modelled from W1's steps, s", _TABLE_SECONDS, table)
@@ -107,11 +109,10 @@ def _plain(rows: Sequence[Row], kind: str, workload: str) -> list[Row]:
     return [r for r in _results(rows, kind, workload=workload) if {*r["cell"]} <= known]
 
 
-def _of_workload(rows: Sequence[Row], name: str) -> list[Row]:
-    """Rounds and sweeps of a workload in float32."""
-    kinds = ("rounds", "sweep")
-    found = [row for kind in kinds for row in _results(rows, kind, workload=name)]
-    return [row for row in found if "dtype" not in row["cell"]]
+def _many(rows: Sequence[Row], kind: str, name: str) -> list[Row]:
+    """Of a workload in float32 with many clients at once."""
+    found = _results(rows, kind, workload=name)
+    return [r for r in found if _lanes(r["cell"]) >= _MANY and "dtype" not in r["cell"]]
 
 
 def _lanes(cell: Mapping[str, Any]) -> int:

@@ -29,6 +29,8 @@ def module(workload: Workload) -> nn.Module:
         return fl.models.MLP(num_classes=10, init="pytorch", dtype=workload.dtype)
     if workload.model == "fedlp_cnn":
         return fl.models.FedLPCNN(num_classes=10, init="pytorch", dtype=workload.dtype)
+    if workload.dtype is not None:
+        raise ValueError(f"{workload.model} computes in float32, not {workload.dtype}.")
     return SmallCNN()
 
 

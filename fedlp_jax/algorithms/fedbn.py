@@ -32,7 +32,7 @@ def fedbn(
     task: Task,
     *,
     client_optimizer: optax.GradientTransformation,
-    norm: str = r"(?i)norm|\bbn",
+    norm: str = r"(?i)norm|(?<![a-z])bn",
     keep: masks.Keep = 1.0,
     submodels: Submodels | None = None,
     **settings: Any,
@@ -47,20 +47,30 @@ def fedbn(
       client_optimizer: any optax transform.
       norm: a regular expression for the variables of normalisations, searched in their paths
         ("conv1/norm/scale"). The default finds modules with "norm" in their names, as flax and the
-        models of this package name them, and those whose names begin with "bn".
+        models of this package name them, and those with a part "bn", such as "fc2_bn" or "bn1".
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
       submodels: which part of the model each client holds; None = the whole.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...).
 
     Raises:
-      FedLPError: (before anything compiles) a model without normalisation.
+      FedLPError: (before anything compiles) a model without normalisation, or batch statistics
+        that `norm` does not find.
     """
     scheme = submodels or submodel.whole()
     kept, pattern = submodel.personal(norm, scheme), path_pattern(norm)
 
     def init(task: Task, key: Array, example: Batch) -> Variables:
-        shapes = jax.eval_shape(lambda: scheme.init(task, key, example))["params"]
-        paths = ["/".join(path) for path in flatten_dict(shapes)]
+        shapes = jax.eval_shape(lambda: scheme.init(task, key, example))
+        paths, statistics = (
+            ["/".join(map(str, path)) for path in flatten_dict(shapes.get(name, {}))]
+            for name in ("params", "batch_stats")
+        )
+        missed = [path for path in statistics if not pattern.search(path)]
+        if missed:
+            raise FedLPError(
+                f"fedbn keeps normalisations with clients, but {norm!r} does not find the batch "
+                f"statistics {', '.join(missed)}; name them in norm."
+            )
         if not any(map(pattern.search, paths)):
             raise FedLPError(
                 f"fedbn keeps normalisations with clients, but the model has none: {norm!r} is "

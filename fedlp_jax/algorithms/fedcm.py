@@ -62,8 +62,8 @@ def fedcm(
 
     def finish(trained: Trained, terms: Terms, own: PyTree) -> tuple[Variables, Terms, PyTree]:
         del terms
-        whole = trained.steps.astype(jnp.float32) * (rate * trained.scale)  # eta S_k
-        return trained.update, Terms({"whole": whole}, {}), own
+        moved = trained.steps.astype(jnp.float32) * (rate * trained.scale)  # eta S_k
+        return trained.update, Terms({"moved": moved}, {}), own
 
     return compose(
         task,
@@ -85,8 +85,9 @@ def _mixed(step: Step, terms: Terms, own: PyTree) -> PyTree:
 
 def _mean_gradient(terms: Terms, sent: Reduced) -> tuple[Variables, Terms]:
     delta = jax.tree.map(
-        lambda d, whole: -d / jnp.where(whole > 0, whole, 1),  # nobody sent it, or had examples
+        # d is 0 where nobody sent the layer, or no sender took a step.
+        lambda d, moved: -d / jnp.where(moved > 0, moved, 1),
         sent.update["params"],
-        sent.extras.numbers["whole"],
+        sent.extras.numbers["moved"],
     )
     return sent.update, Terms(terms.numbers, {"delta": delta})

@@ -6,10 +6,10 @@ arXiv:2301.09604. With d_k = x_k - x the update of client k and p_k = a_k / sum 
     eta = max(1, sum p_k |d_k|^2 / (2 (|d|^2 + epsilon)))
     x' = x + eta d                                             eta = 1 is FedAvg
 
-The paper has p_k = 1 / M; its authors' code weighs both means by examples, as `weighting` does
-here. One eta is computed for the whole model. Under layer masks both norms are sums over the layers
-that were sent, each with its own mean over the clients that sent it. A layer with one sender adds
-as much to one as to the other, which pulls eta to its floor of 1.
+The paper has p_k = 1 / M; its authors' code (github.com/Divyansh03/FedExP) weighs both means by
+examples, as `weighting` does here. One eta is computed for the whole model. Under layer masks both
+norms are sums over the layers that were sent, each with its own mean over the clients that sent it.
+A layer with one sender adds as much to one as to the other, which pulls eta to its floor of 1.
 
 Iterates oscillate where eta is large. The paper therefore reports the mean of the last two models;
 a run here reports the last.
@@ -69,8 +69,8 @@ def fedexp(
     found = [name for name, given in refused.items() if given]
     if found:
         raise FedLPError(
-            "fedexp takes its step from the norms of updates and of their masked mean, layer by "
-            f"layer, which {found[0]} would change or hide; omit it, or use it with fl.fedlp_homo."
+            "fedexp takes its step from the norms of updates and of their masked mean, so it has "
+            f"no {found[0]} of the user's choice; omit it, or use it with fl.fedlp_homo."
         )
     return compose(
         task,

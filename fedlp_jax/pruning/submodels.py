@@ -239,12 +239,17 @@ def _keeping(level: Submodel, own: dict[tuple[str, ...], Any], whole: Variables)
 def _matcher(pattern: str) -> Callable[[tuple[str, ...]], bool]:
     """Whether a path, its collection included, matches."""
     expression = path_pattern(pattern)
-    return lambda path: bool(expression.search("/".join(path[1:])))
+    return lambda path: bool(expression.search(_joined_path(path)))
+
+
+def _joined_path(path: tuple[str | int, ...]) -> str:
+    """A path without its collection; a list of layers has numbers in it."""
+    return "/".join(map(str, path[1:]))
 
 
 def _check_split(what: str, variables: Variables, server: Variables) -> None:
     """Refuses a choice that leaves clients nothing to keep, or nothing to share."""
-    paths = ["/".join(path[1:]) for path in flatten_dict(variables) if path[0] == "params"]
+    paths = [_joined_path(path) for path in flatten_dict(variables) if path[0] == "params"]
     shared = len(jax.tree.leaves(server.get("params", {})))
     if shared == len(paths):
         raise FedLPError(

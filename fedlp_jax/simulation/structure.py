@@ -22,7 +22,6 @@ from fedlp_jax.execution.compilation import Same
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Run
-from fedlp_jax.tasks.task import Task
 
 _CONSTANTS = (type(None), bool, int, str, bytes)
 _OF_LINEN = {"_id", "_parent_ref", "_state"}  # what flax keeps in each module
@@ -58,25 +57,23 @@ def _traced(algorithm: Algorithm) -> tuple[Any, ...]:
 def lasting(algorithm: Algorithm) -> Hashable | None:
     """A key of what rounds and evaluations read; algorithms made later may have an equal one.
 
-    A task equals itself alone, and its functions are taken to be pure, as by `jax.jit`. The rest
-    of the algorithm must consist of constants and of what libraries define: a function of the
-    user's may read a variable that changes meanwhile, and an array may be large.
+    The algorithm and its task must consist of constants and of what libraries define: a function or
+    a module of the user's may read a variable that changes meanwhile, and an array may be large.
 
     Returns:
       The key; None = the algorithm has other parts.
     """
-    task = algorithm.task
-    key = _content(_traced(algorithm), {id(task): (Same(task), task)})
-    return key if _lasts(key, task) else None
+    key = content(_traced(algorithm))
+    return key if _lasts(key) else None
 
 
-def _lasts(key: Any, task: Task) -> bool:
-    """Whether a part of a content is the task, constants, or of libraries."""
+def _lasts(key: Any) -> bool:
+    """Whether a part of a content consists of constants, or is of libraries."""
     if isinstance(key, tuple):
-        return key[:1] != (np.ndarray,) and all(_lasts(part, task) for part in key)
+        return key[:1] != (np.ndarray,) and all(map(_lasts, key))
     if isinstance(key, type):
         return _of_library(key.__module__)
-    if not isinstance(key, Same) or key.value is task:
+    if not isinstance(key, Same):
         return True
     if isinstance(key.value, dict):  # the variables that a function may read
         return _of_library(str(key.value.get("__name__")))

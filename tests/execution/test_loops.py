@@ -69,24 +69,30 @@ def test_padded_share_counts_the_lanes_of_all_levels():
 
 
 @pytest.mark.parametrize(
-    ("cohort", "own", "most_common"), [(10, 0.22, 0.59), (100, 0.0, 0.65)], ids=["10", "100"]
+    ("cohort", "narrow", "wide"),
+    [(10, (0.22, 4.9), (0.59, 4.1)), (100, (0.0, 5), (0.65, 5))],
+    ids=["10", "100"],
 )
-def test_narrow_levels_leave_few_lanes_idle(cohort, own, most_common):
-    """FedLP-Hetero(1) with the authors' draws; idle is the share of the computed steps."""
+def test_narrow_levels_leave_few_lanes_idle(cohort, narrow, wide):
+    """FedLP-Hetero(1) with the authors' draws: idle share of the steps, and chunks of a round."""
     draws = reference_draws(np.zeros(50_000, int), flag=1, cohort=cohort, rounds=200)
     level, cohorts = draws.depths - 1, draws.cohorts
     assert np.bincount(level).tolist() == [56, 9, 8, 11, 16]
     plan = with_even_chunks(Plan(1, cohort), cohort, level)
 
-    def idle(widths):
-        shares = [
-            lay_out(np.ones(cohort, int), level[np.sort(ids)], [1.0] * 5, plan, widths=widths)
-            for ids in cohorts
-        ]
-        return np.mean([layout.padded_share for layout in shares])
+    def found(widths):
+        idle, chunks = [], []
+        for ids in cohorts:
+            one = np.ones(cohort, int)
+            layout = lay_out(one, level[np.sort(ids)], [1.0] * 5, plan, widths=widths)
+            idle.append(layout.padded_share)
+            chunks.append((-(-np.diff(layout.segment[0]) // np.array(widths or plan.width))).sum())
+        return np.mean(idle), np.mean(chunks)
 
-    assert idle(widths_by_level(plan, level, 5)) == pytest.approx(own, abs=0.01)
-    assert idle(()) == pytest.approx(most_common, abs=0.01)  # W clients of every level
+    near = {"rel": 0, "abs": 0.01}
+    for widths, (share, chunks) in ((widths_by_level(plan, level, 5), narrow), ((), wide)):
+        assert found(widths)[0] == pytest.approx(share, **near)
+        assert found(widths)[1] == pytest.approx(chunks, rel=0, abs=0.05)
 
 
 def test_unknown_orders_of_levels_are_refused():
