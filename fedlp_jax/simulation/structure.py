@@ -22,11 +22,14 @@ from fedlp_jax.execution.compilation import Same
 from fedlp_jax.simulation.evaluation import evaluator
 from fedlp_jax.simulation.program import rounds_of
 from fedlp_jax.simulation.run import Run
+from fedlp_jax.tasks.task import Task
 
 _CONSTANTS = (type(None), bool, int, str, bytes)
 _OF_LINEN = {"_id", "_parent_ref", "_state"}  # what flax keeps in each module
 # Packages whose functions and classes read nothing that changes while the process runs.
-_LIBRARIES = {"builtins", "fedlp_jax", "flax", "functools", "jax", "numpy", "optax"}
+_LIBRARIES = {
+    *("builtins", "collections", "fedlp_jax", "flax", "functools", "jax", "numpy", "optax"),
+}
 
 
 def structures(runs: Sequence[Run]) -> list[Hashable]:
@@ -57,27 +60,43 @@ def _traced(algorithm: Algorithm) -> tuple[Any, ...]:
 def lasting(algorithm: Algorithm) -> Hashable | None:
     """A key of what rounds and evaluations read; algorithms made later may have an equal one.
 
-    The algorithm and its task must consist of constants and of what libraries define: a function or
-    a module of the user's may read a variable that changes meanwhile, and an array may be large.
+    A task equals itself alone. The rest of the algorithm must consist of constants and of what
+    libraries define, and nothing in the task may be the user's: their code may read a variable that
+    changes meanwhile. Arrays may be large.
 
     Returns:
       The key; None = the algorithm has other parts.
     """
-    key = content(_traced(algorithm))
-    return key if _lasts(key) else None
+    task = algorithm.task
+    key = _content(_traced(algorithm), {id(task): (Same(task), task)})
+    return key if _lasts(key, task) and _of_libraries(content(task)) else None
 
 
-def _lasts(key: Any) -> bool:
-    """Whether a part of a content consists of constants, or is of libraries."""
+def _lasts(key: Any, task: Task) -> bool:
+    """Whether a part of a content is the task, constants, or of libraries."""
     if isinstance(key, tuple):
-        return key[:1] != (np.ndarray,) and all(map(_lasts, key))
+        return key[:1] != (np.ndarray,) and all(_lasts(part, task) for part in key)
+    if isinstance(key, Same) and not (_is_globals(key.value) or type(key.value) is types.CodeType):
+        return key.value is task
+    return _of_libraries(key)
+
+
+def _is_globals(value: Any) -> bool:
+    """Whether a value is the variables of a file, which a function may read."""
+    return isinstance(value, dict) and "__name__" in value
+
+
+def _of_libraries(key: Any) -> bool:
+    """Whether libraries define all types, functions and objects of a content."""
+    if isinstance(key, tuple):
+        return all(map(_of_libraries, key))
     if isinstance(key, type):
         return _of_library(key.__module__)
     if not isinstance(key, Same):
         return True
-    if isinstance(key.value, dict):  # the variables that a function may read
-        return _of_library(str(key.value.get("__name__")))
-    return isinstance(key.value, types.CodeType)
+    if _is_globals(key.value):
+        return _of_library(str(key.value["__name__"]))
+    return _of_library(getattr(key.value, "__module__", None) or type(key.value).__module__)
 
 
 def _of_library(module: str) -> bool:

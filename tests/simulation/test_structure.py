@@ -20,6 +20,12 @@ TASK = fl.classification(Steps(depth=1))
 SGD = {"client_optimizer": optax.sgd(1.0), "batch_size": 4}
 
 
+@pytest.fixture(autouse=True)
+def of_the_package(monkeypatch):
+    """`Steps` stands for a model of the package, which cannot read what changes meanwhile."""
+    monkeypatch.setattr(Steps, "__module__", "fedlp_jax.nn.models")
+
+
 def prepared(algorithm, seed=0, cohort=2):
     plan = fl.Plan(devices=1)
     return Simulation(algorithm, DATA, CLIENTS, rounds=1, cohort=cohort, seed=seed, plan=plan)
@@ -186,7 +192,7 @@ def test_algorithms_made_alike_have_one_lasting_key(make):
     assert key == lasting(make(0.5)) and hash(key) == hash(lasting(make(0.5)))
 
 
-def test_the_lasting_key_is_of_a_task_and_of_its_constants():
+def test_the_lasting_key_is_of_all_constants():
     others = [
         fl.fedavg(TASK, client_optimizer=optax.sgd(1.0), batch_size=4),
         fl.fedavg(TASK, client_optimizer=optax.sgd(0.5), batch_size=4),
@@ -197,6 +203,13 @@ def test_the_lasting_key_is_of_a_task_and_of_its_constants():
     keys = [lasting(algorithm) for algorithm in others]
     assert None not in keys
     assert len(set(keys)) == len(others)
+
+
+def test_a_module_of_the_user_has_no_lasting_key(monkeypatch):
+    algorithm = fl.fedavg(TASK, client_optimizer=optax.sgd(1.0))
+    assert lasting(algorithm) is not None
+    monkeypatch.setattr(Steps, "__module__", "mine")  # its call may read a variable of that file
+    assert lasting(algorithm) is None
 
 
 RATE = 0.5

@@ -27,6 +27,12 @@ SHARED = {"rounds": 3, "cohort": 4, "eval_every": 2}
 SGD = {"client_optimizer": optax.sgd(0.1), "epochs": 2, "batch_size": 4}
 
 
+@pytest.fixture(autouse=True)
+def of_the_package(monkeypatch):
+    """`Steps` stands for a model of the package, which cannot read what changes meanwhile."""
+    monkeypatch.setattr(Steps, "__module__", "fedlp_jax.nn.models")
+
+
 def uneven(seed):
     return fl.partition.dirichlet(DATA.train.labels, clients=12, alpha=0.5, seed=seed, min_size=1)
 
