@@ -199,14 +199,15 @@ _STEPS = {"W2": 60, "W3": 6, "W1": 50, "W4": 5}  # of a client in the workload i
 
 
 def _own_cohorts() -> list[Cell]:
-    """Each workload as it is, then PyTorch, whose process leaves the memory to itself."""
-    ours_and_naive = [
-        {"kind": kind, "workload": name, "steps": steps}
-        for name, steps in _STEPS.items()
-        for kind in ("rounds", "naive")
-    ]
+    """Each workload as it is, then naive JAX with any kernels, as it would be written, and PyTorch.
+
+    PyTorch's process leaves the memory to itself.
+    """
+    of_workloads = [{"workload": name, "steps": steps} for name, steps in _STEPS.items()]
+    ours = [{"kind": "rounds"} | one for one in of_workloads]
+    naive = [{"kind": "naive", "flags": _ANY} | one for one in of_workloads]
     torch = {"kind": "torch graphs", "graphs": 10, "platform": "cpu"}
-    return ours_and_naive + [torch | {"workload": w, "steps": n} for w, n in _STEPS.items()]
+    return [*ours, *naive, *(torch | one for one in of_workloads)]
 
 
 def _lanes() -> list[Cell]:

@@ -106,6 +106,8 @@ def _results(rows: Sequence[Row], kind: str, **values: Any) -> list[Row]:
 def _plain(rows: Sequence[Row], kind: str, workload: str) -> list[Row]:
     """Of a workload as it is: its own cohort, and no option that changes the program."""
     known = {"kind", "workload", "steps", "graphs", "platform"}
+    if kind == "naive":
+        known.add("flags")  # those without `fl.setup`
     return [r for r in _results(rows, kind, workload=workload) if {*r["cell"]} <= known]
 
 

@@ -41,7 +41,8 @@ def plan(
     context: typer.Context,
     config: ConfigFile,
     seconds: Annotated[
-        float, typer.Option(help="About how long to time rounds.", metavar="S")
+        float,
+        typer.Option(help="Seconds to time rounds for, but at least five.", metavar="S"),
     ] = 5.0,
     devices: Annotated[
         str | None,

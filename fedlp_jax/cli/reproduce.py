@@ -118,6 +118,8 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
         typer.echo(line, err=True)
 
     todo = unfinished(study, cells)
+    if not todo:
+        say(f"all {len(cells)} cells have ended; nothing is run")
     with stop_signals() as stop:
         if jax.default_backend() == "cpu":  # one cell after another
             keep_programs()  # many share one

@@ -207,6 +207,12 @@ def _with_parents(path: Path, root: Path, children: tuple[Path, ...]) -> Raw:
                 f"{path} extends {parent}, which is outside {root}; a configuration extends files "
                 "of its own folder, or of the folder configs that it is in."
             )
+        if not (path.parent / parent).exists():
+            near = nearest(parent, [p.name for p in path.parent.glob("*.y*ml")])
+            raise FedLPError(
+                f"{path} extends {parent}, which is no file of {path.parent}"
+                f"{near or '; copy it there, or give another.'}"
+            )
         inherited = _with_parents(path.parent / parent, root, (*children, path.resolve()))
         inherited.pop("name", None)
         base = merge(base, inherited)

@@ -54,6 +54,7 @@ _COLUMNS = (
     "seed_sd", "published", "difference", "agreement",
 )  # fmt: skip
 _DECIMALS = 4  # in table.json and table.csv
+_SMOKE = "Scale smoke trains on digits: its accuracies are comparable to nothing."
 _TITLES: dict[Draws, str] = {
     "reference": "The published runs again: partition, depths, cohorts and masks are those that "
     f"the authors' code draws from seed {SEED}.",
@@ -179,8 +180,7 @@ def markdown(table: Table) -> str:
     lines = [
         f"{_title(table)}. Published: {table.published_source}, {table.published_rounds} rounds.",
         f"A number in brackets counts the rounds of a cell that has fewer than {table.rounds}.",
-        *["Scale `smoke` trains on digits: its accuracies are comparable to nothing."]
-        * (table.scale == "smoke"),
+        *[_SMOKE] * (table.scale == "smoke"),
     ]
     for draws, entries in _parts(table).items():
         seeds = max(len(entry["seeds"]) for entry in entries)
@@ -216,7 +216,8 @@ def result_tables(table: Table, out: Path, figures: Sequence[str]) -> list[Rende
         for draws, entries in _parts(table).items()
     ]
     files = ", ".join(("table.md", "table.csv", "table.json", *figures))
-    return [*views, note(f"Written to {out}: {files}")]
+    smoke = [note(_SMOKE)] * (table.scale == "smoke")
+    return [*views, *smoke, note(f"Written to {out}: {files}")]
 
 
 def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:

@@ -27,6 +27,7 @@ from by_hand import (
     key,
     shuffled,
 )
+from flax import nnx
 from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
@@ -854,11 +855,46 @@ class Normed(nn.Module):
         return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, name=self.named)(x))
 
 
-@pytest.mark.parametrize("named", [None, "bn1", "my_norm"])
+@pytest.mark.parametrize("named", [None, "bn1", "my_norm", "fc2_bn", "stem_BN"])
 def test_fedbn_finds_normalisations_by_name(named):
     made = fl.fedbn(fl.classification(Normed(named)), client_optimizer=optax.sgd(RATE))
     variables = made.init(jax.random.key(0), example(), CLIENTS).variables
     assert [*variables] == ["params"] and sorted(variables["params"]) == ["Dense_0", "Dense_1"]
+
+
+class Listed(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.List([nnx.Linear(4, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)])
+        self.out = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.body[1](self.body[0](x.reshape(x.shape[0], -1))))
+
+
+def test_fedbn_names_layers_of_a_list_and_refuses_statistics_that_it_does_not_find():
+    task, sgd = fl.classification(Listed(nnx.Rngs(0))), optax.sgd(RATE)
+    with pytest.raises(
+        fl.FedLPError, match="statistics body/1/mean, body/1/var; name them in norm"
+    ):
+        fl.fedbn(task, client_optimizer=sgd).init(jax.random.key(0), example(), CLIENTS)
+    made = fl.fedbn(task, client_optimizer=sgd, norm="body/1")
+    variables = made.init(jax.random.key(0), example(), CLIENTS).variables
+    assert [*variables] == ["params"] and [*variables["params"]["body"]] == [0]
+
+
+@pytest.mark.parametrize("schedule", [None, lambda round: jnp.where(round == 1, 0.5, 0.1)])
+def test_what_fedcm_sends_on_is_a_gradient_whatever_the_rate(schedule):
+    """Of one step of one client from x: Delta is the gradient at x."""
+    settings = {"client_optimizer": optax.sgd(RATE), "steps": 1, "batch_size": 64}
+    one = fl.fedcm(TASK, alpha=1.0, client_schedule=schedule, **settings)
+    whole = fl.partition.iid(DATA.train.labels, clients=1, seed=0)
+    start = one.init(jax.random.key(0), example(), 1).variables
+    result = fl.simulate(one, DATA, whole, rounds=1, cohort=1, variables=start)
+    moved = flat(start["params"]) - flat(result.variables["params"])
+    rate = RATE if schedule is None else RATE * 0.5
+    delta = flat(result.state.algorithm.trees["delta"])
+    np.testing.assert_allclose(delta, moved / rate, rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(delta) > 0.1
 
 
 def test_fedbn_refuses_a_model_without_normalisation():
@@ -1039,9 +1075,17 @@ def test_submodels_with_heads_of_their_own_take_part(name):
         ),
         ("fedluar", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "fedluar applies updates again"),
         ("fedlama", {"aggregator": "median"}, "masked mean, .* omit aggregator"),
-        ("fedexp", {"aggregator": "median"}, "which aggregator would change or hide"),
-        ("fedexp", {"privacy": fl.Privacy(1.0, 1.0, 1e-5)}, "which privacy would change"),
-        ("fedexp", {"submodels": fl.widths.by_width(WIDTHS)}, "submodels of several widths would"),
+        ("fedexp", {"aggregator": "median"}, "it has no aggregator of the user's choice"),
+        (
+            "fedexp",
+            {"privacy": fl.Privacy(1.0, 1.0, 1e-5)},
+            "it has no privacy of the user's choice",
+        ),
+        (
+            "fedexp",
+            {"submodels": fl.widths.by_width(WIDTHS)},
+            "it has no submodels of several widths",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, settings, message):

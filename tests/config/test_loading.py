@@ -171,7 +171,7 @@ def test_overrides_merge_like_a_last_child(write):
         ({"b": "extends: a.yaml", "a": "extends: b.yaml"}, "extends itself, through b.yaml."),
         ({"a": "extends: ../outside.yaml"}, "extends ../outside.yaml, which is outside"),
         ({"a": "extends: /etc/passwd"}, "extends /etc/passwd, which is outside"),
-        ({"a": "extends: nobody.yaml"}, "nobody.yaml does not exist."),
+        ({"a": "extends: nobody.yaml"}, "extends nobody.yaml, which is no file of"),
         ({"base": HOMO, "a": "extends: bse.yaml"}, "did you mean 'base.yaml'?"),
         ({"a": "extends: 3"}, "extends must be a file name or a list of them (got 3)."),
         ({"a": ""}, "a.yaml holds None, not fields and values; start from"),
