@@ -49,8 +49,11 @@ def read_plain(path: str | Path, limit: int = TEXT_BYTES) -> bytes:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file, which replaces `path` when the block succeeds; otherwise `path` stays."""
-    part = path.with_name(f".{path.name}")
+    """Opens a new file, which replaces `path` when the block succeeds; otherwise `path` stays.
+
+    Several processes may do so at once; the last one's file stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     part.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
     try:
         with part.open("xb") as file:

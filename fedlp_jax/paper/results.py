@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +17,7 @@ import numpy as np
 from rich.console import RenderableType
 
 from fedlp_jax.config.sweep import Log
+from fedlp_jax.data.files import replacing
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.cells import (
     CellRun,
@@ -155,9 +155,8 @@ def write_table(table: Table, out: Path) -> None:
         for name, content in (
             ("json", f"{text}\n"), ("csv", as_csv(table)), ("md", markdown(table))
         ):  # fmt: skip
-            part = out / f".table.{name}.{os.getpid()}"  # several processes may run other cells
-            part.write_text(content, encoding="utf-8")
-            part.replace(out / f"table.{name}")
+            with replacing(out / f"table.{name}") as file:
+                file.write(content.encode())
     except OSError as error:
         raise FedLPError(
             f"the table cannot be written to {out}: {why(error)}. All cells are kept; once files "

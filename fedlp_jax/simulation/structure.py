@@ -60,9 +60,11 @@ def _traced(algorithm: Algorithm) -> tuple[Any, ...]:
 def lasting(algorithm: Algorithm) -> Hashable | None:
     """A key of what rounds and evaluations read; algorithms made later may have an equal one.
 
-    A task equals itself alone. The rest of the algorithm must consist of constants and of what
-    libraries define, and nothing in the task may be the user's: their code may read a variable that
-    changes meanwhile. Arrays may be large.
+    A task equals itself alone. Code of the user's has no key, because it may read a variable that
+    changes meanwhile. Nor has an array outside the task, because the key would keep it alive.
+
+    Args:
+      algorithm: whose parts besides are constants and what libraries define.
 
     Returns:
       The key; None = the algorithm has other parts.

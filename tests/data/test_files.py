@@ -29,7 +29,8 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"old")
     (tmp_path / "other").write_bytes(b"mine")
-    (tmp_path / ".a").symlink_to(tmp_path / "other")  # nothing is written through it
+    part = tmp_path / f".a.{os.getpid()}"
+    part.symlink_to(tmp_path / "other")  # nothing is written through it
     with pytest.raises(KeyError), replacing(file) as new:
         new.write(b"half")
         raise KeyError
@@ -39,6 +40,18 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert file.read_bytes() == b"new"
     assert (tmp_path / "other").read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path)) == ["a", "other"]
+
+
+def test_processes_may_replace_a_file_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    with replacing(file) as ours:
+        ours.write(b"ours")
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 0)
+            with replacing(file) as theirs:
+                theirs.write(b"theirs")
+        assert file.read_bytes() == b"theirs"
+    assert file.read_bytes() == b"ours" and os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize(
