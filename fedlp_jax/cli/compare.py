@@ -47,6 +47,7 @@ def compare(
     from fedlp_jax.reporting import compare as comparing
     from fedlp_jax.reporting.metrics import headline_of
     from fedlp_jax.reporting.plots import axes_of, curves
+    from fedlp_jax.reporting.tables import note
 
     paths = [Path(run).expanduser() for run in runs]
     experiments = comparing.by_configuration(paths)
@@ -75,6 +76,10 @@ def compare(
         for line in lines[1:]:
             shown.add_row(*map(escape, line))
         console.print(shown)
+        for sentence in table.notes:
+            console.print(note(sentence))
     else:
         written = {"md": table.to_markdown, "latex": table.to_latex, "csv": table.to_csv}
         typer.echo(written[format]().rstrip("\n"))
+        for sentence in table.notes:  # not among the lines of a table that goes into a file
+            typer.echo(sentence, err=True)

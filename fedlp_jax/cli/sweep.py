@@ -67,7 +67,7 @@ def sweep(
     rounds = sum(one.rounds for one in todo)
     with stop_signals() as stop, SweepProgress(len(todo), rounds) as shown:
         outcome = execute_sweep(points, out, resume=resume, log=shown.update, stop=stop)
-    typer.echo(outcome.table.to_markdown())
+    typer.echo(outcome.table)
     for one in outcome.diverged:
         typer.echo(f"{one} diverged; its metrics end there.")
     typer.echo(f"\n{len(outcome.runs)} runs in {outcome.directory}; {TABLE} there has this table.")

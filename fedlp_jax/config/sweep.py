@@ -180,7 +180,7 @@ def execute_sweep(
     rows = _rows(points, paths)
     table = compare(rows)
     with replacing(out / TABLE) as file:
-        file.write(f"{table.to_markdown()}\n".encode())
+        file.write(f"{table}\n".encode())
     draw_sweep(out / PLOTS, rows)
     diverged = [path for path in paths if _status(path) == "diverged"]
     return SweepOutcome(out, table, paths, diverged)

@@ -47,10 +47,16 @@ class Comparison:
       columns: of the table.
       cells: label -> a cell for each column; None where no run has the number.
       runs: label -> how many runs.
+      notes: sentences about missing numbers.
     """
 
-    def __init__(self, experiments: Mapping[str, Sequence[Rows]], columns: Sequence[Column]):
-        self.columns = list(columns)
+    def __init__(
+        self,
+        experiments: Mapping[str, Sequence[Rows]],
+        columns: Sequence[Column],
+        notes: Sequence[str] = (),
+    ):
+        self.columns, self.notes = list(columns), list(notes)
         self.runs = {label: len(runs) for label, runs in experiments.items()}
         self.cells = {
             label: [_cell([column.of(rows) for rows in runs]) for column in columns]
@@ -113,10 +119,10 @@ class Comparison:
         return text.getvalue()
 
     def __str__(self) -> str:
-        return self.to_markdown()
+        return "\n\n".join([self.to_markdown(), *self.notes])
 
     def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+        return str(self)
 
 
 def compare(
@@ -163,7 +169,8 @@ def compare(
             f"no run has {metric!r}{nearest(metric, keys) or '.'} They have {', '.join(keys)}."
         )
     every = _columns(metric, target, set(keys))
-    return Comparison(grouped, every if columns is None else _chosen(every, columns))
+    chosen = every if columns is None else _chosen(every, columns)
+    return Comparison(grouped, chosen, _notes(grouped, metric))
 
 
 def by_configuration(paths: Iterable[str | Path]) -> dict[str, list[Rows]]:
@@ -304,6 +311,23 @@ def _columns(metric: str, target: float | None, keys: set[str]) -> list[Column]:
         title = f"{title} to {target:g}"
         columns.append(Column(title, unit, None, _sum_of(key, factor, reached)))
     return columns
+
+
+def _notes(experiments: Mapping[str, Sequence[Rows]], metric: str) -> list[str]:
+    """Says which experiments lack the metric, and which test metric they have instead."""
+    lacking: dict[str, list[str]] = {}  # the other metric -> experiments
+    for label, runs in experiments.items():
+        if not any(_values(rows, metric) for rows in runs):
+            rows = (row for run in runs for row in run) if metric.startswith("test_") else ()
+            lacking.setdefault(headline_of(rows, default=""), []).append(label)
+    notes = []
+    for other, labels in lacking.items():
+        why = ""
+        if other == f"{metric}_personal":
+            why = " Their clients keep layers of their own, so there is no model for everybody."
+        instead = other and f" Compare them by the metric {other}."
+        notes.append(f"{', '.join(labels)}: no {metric}.{why}{instead}")
+    return notes
 
 
 def _chosen(columns: Sequence[Column], titles: Sequence[str]) -> list[Column]:

@@ -86,7 +86,9 @@ def report(
     of = charts.marks(list(found))
     tested = [k for k, v in rows.items() if any(metric in row for run in v for row in run)]
     body = [
-        _section("Summary", _table(_upright([table.header, *table.lines()]))),
+        _section(
+            "Summary", _table(_upright([table.header, *table.lines()])), " ".join(table.notes)
+        ),
         _section("Learning curves", _legend(of) + _charts(_by_round(rows, of), "curve")),
         _section(
             f"{metric.replace('_', ' ').capitalize()} against cost",

@@ -56,6 +56,26 @@ def test_a_loss_is_better_when_smaller():
     assert cells(table, "a")["rounds to 0.25"].mean == 2
 
 
+def test_what_lacks_the_metric_is_named_with_the_metric_that_it_has():
+    own = [{"round": 1, "test_accuracy_personal": 0.9, "upload_bytes": 1}]
+    untested = [{"round": 1, "train_loss": 2.0, "upload_bytes": 1}]
+    runs = {"FedAvg": rows(0.5), "FedBN": own, "FedPer": [own, own], "stopped": untested}
+    table = fl.compare(runs)
+    assert cells(table, "FedBN")["final test accuracy"] is None
+    assert table.notes == [
+        "FedBN, FedPer: no test_accuracy. Their clients keep layers of their own, so there is no "
+        "model for everybody. Compare them by the metric test_accuracy_personal.",
+        "stopped: no test_accuracy.",
+    ]
+    assert str(table) == "\n\n".join([table.to_markdown(), *table.notes])
+    assert fl.compare(runs, metric="train_loss").notes == ["FedAvg, FedBN, FedPer: no train_loss."]
+    other = fl.compare(runs, metric="test_accuracy_personal").notes
+    assert other[0] == (
+        "FedAvg: no test_accuracy_personal. Compare them by the metric test_accuracy."
+    )
+    assert fl.compare({"FedBN": own}).notes == []
+
+
 def test_columns_are_chosen_by_their_titles():
     runs = {"a": rows(0.2, 0.8)}
     table = fl.compare(runs, target=0.5, columns=("upload", "final", "rounds to"))
@@ -103,6 +123,24 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         fl.compare([tmp_path])
     with pytest.raises(fl.FedLPError, match="no run has 'accuracy'; did you mean|They have round"):
         fl.compare({"a": rows(0.5)}, metric="accuracy")
+
+
+def test_the_command_says_below_the_table_what_lacks_the_metric(tmp_path):
+    for name, row in (
+        ("avg", rows(0.5)[0]),
+        ("bn", {"round": 1, "test_accuracy_personal": 0.9, "upload_bytes": 1}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(
+            yaml.safe_dump({"name": name, "algorithm": name})
+        )
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    call = typer.testing.CliRunner().invoke
+    for words in ([], ["--format", "csv"]):
+        said = call(cli.app, ["compare", str(tmp_path), *words])
+        below = said.stderr if words else said.stdout
+        assert "bn: no test_accuracy. Their clients" in below, said.output
+        assert ("Their clients" in said.stdout) != bool(words)
 
 
 def test_the_command_groups_seeds_and_names_what_differs(tmp_path, monkeypatch):
