@@ -31,7 +31,7 @@ import fedlp_jax as fl
 from benchmarks import command
 from benchmarks.timing import alternate, spread
 from fedlp_jax.aggregation.means import masked_mean
-from fedlp_jax.aggregation.reducer import UploadInfo
+from fedlp_jax.aggregation.reducer import Received, UploadInfo
 from fedlp_jax.execution.map_clients import Level, map_sum
 from fedlp_jax.execution.plan import Plan, over_clients, resolve
 from fedlp_jax.pruning.layers import LayerTable, layer_table
@@ -160,7 +160,7 @@ def _ours(stack: Variables, mask: Array, layers: LayerTable, plan: Plan, cohort:
     segment = jnp.array([[0, cohort // devices]] * devices, jnp.int32)
     total, _, _ = map_sum([level], (), (stack, mask), segment, plan)
     unread: Any = None  # a mean needs the sums only
-    return reducer.reduce(total, unread, unread, unread, (), layers, plan).update
+    return reducer.reduce(Received(total, unread, unread, unread), (), layers, plan).update
 
 
 def _compare(expected: Variables, result: Variables) -> None:

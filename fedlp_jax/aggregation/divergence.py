@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlp_jax.aggregation.pipeline import joined, layers_of_payload
-from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer, UploadInfo
 from fedlp_jax.aggregation.robust import by_layer
 from fedlp_jax.errors import check_number
 from fedlp_jax.execution.plan import Plan
@@ -37,18 +37,13 @@ def largest(clients: int) -> Reducer:
         total = votes.sum()
         return (votes[:, None] * rows).sum(axis=0) / jnp.where(total > 0, total, 1.0)
 
-    def select(
-        stacked: Variables,
-        uploads: UploadInfo,
-        counted: Array,
-        client: Array,
-        state: PyTree,
-        layers: LayerTable,
-    ) -> Array:
-        able = (uploads.mask > 0) & counted[:, None] & (client >= 0)[:, None]
-        squares = jax.vmap(lambda update: squared_norms(update, layers))(stacked["params"])
+    def select(received: Received, state: PyTree, layers: LayerTable) -> Array:
+        ids, counted = received.client[:, None], received.counted[:, None]
+        able = (received.uploads.mask > 0) & counted & (ids >= 0)
+        params = received.contributions["params"]
+        squares = jax.vmap(lambda update: squared_norms(update, layers))(params)
         norms = jnp.where(able, squares, -jnp.inf)
-        ids = jnp.broadcast_to(client[:, None], norms.shape)
+        ids = jnp.broadcast_to(ids, norms.shape)
         place = jnp.argsort(jnp.lexsort((ids, -norms), axis=0), axis=0).astype(jnp.int32)
         return (able & (place < state)).astype(jnp.float32)
 
@@ -82,15 +77,7 @@ def with_squares(mean: Reducer) -> Reducer:
     ) -> PyTree:
         return mean.embed(contribution, level, squared(variables), indexed(layers))
 
-    def reduce(
-        contributions: PyTree,
-        uploads: UploadInfo,
-        counted: Array,
-        client: Array,
-        state: PyTree,
-        layers: LayerTable,
-        plan: Plan,
-    ) -> Aggregate:
-        return mean.reduce(contributions, uploads, counted, client, state, indexed(layers), plan)
+    def reduce(received: Received, state: PyTree, layers: LayerTable, plan: Plan) -> Aggregate:
+        return mean.reduce(received, state, indexed(layers), plan)
 
     return mean._replace(prepare=prepare, embed=embed, reduce=reduce)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer, UploadInfo
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.pruning.submodels import Submodel
@@ -92,19 +92,12 @@ def _mean(
 ) -> Reducer:
     """A mean whose parameters are divided by `divisor(sum)`, `f32[L]` or a tree of weights."""
 
-    def reduce(
-        contributions: WeightedSum,
-        uploads: UploadInfo,
-        counted: Array,
-        client: Array,
-        state: PyTree,
-        layers: LayerTable,
-        plan: Plan,
-    ) -> Aggregate:
-        del uploads, counted, client, state, plan
-        update = _divided(contributions, divisor(contributions), layers)
-        gate = jax.tree.map(lambda weight: weight > 0, _sent_weight(contributions))
-        return Aggregate(update, gate, contributions.cohort_weight)
+    def reduce(received: Received, state: PyTree, layers: LayerTable, plan: Plan) -> Aggregate:
+        del state, plan
+        summed: WeightedSum = received.contributions
+        update = _divided(summed, divisor(summed), layers)
+        gate = jax.tree.map(lambda weight: weight > 0, _sent_weight(summed))
+        return Aggregate(update, gate, summed.cohort_weight)
 
     return Reducer(lambda variables: (), prepare, _embed, reduce, sensitivity=sensitivity)
 

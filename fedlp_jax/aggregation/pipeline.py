@@ -11,14 +11,13 @@ layers, so every reducer takes it as it takes batch statistics.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedlp_jax.aggregation import privacy as private
 from fedlp_jax.aggregation.privacy import Privacy
-from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer, UploadInfo
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, Cohort, PyTree, Terms, Variables, wide
@@ -113,55 +112,38 @@ class UpdatePipeline:
             payload = private.clipped(update, upload.mask, bound, layers) | beside
         return self.reducer.prepare(payload, upload, counted, layers)
 
-    def select(
-        self,
-        contributions: Any,
-        uploads: UploadInfo,
-        counted: Array,
-        cohort: Cohort,
-        state: PyTree,
-        layers: LayerTable,
-    ) -> Array:
+    def select(self, received: Received, state: PyTree, layers: LayerTable) -> Array:
         """`f32[D * P, L]`, what the server asks for after the training; arguments of `reduce`."""
         assert self.reducer.select is not None
-        inner = state.inner if self.clips else state
-        return self.reducer.select(contributions, uploads, counted, cohort.client, inner, layers)
+        return self.reducer.select(received, state.inner if self.clips else state, layers)
 
     def reduce(
-        self,
-        contributions: Any,
-        uploads: UploadInfo,
-        counted: Array,
-        cohort: Cohort,
-        state: PyTree,
-        layers: LayerTable,
-        plan: Plan,
+        self, received: Received, cohort: Cohort, state: PyTree, layers: LayerTable, plan: Plan
     ) -> Aggregate:
         """What the cohort adds up to, before any noise.
 
         Args:
-          contributions: their sum over clients, or `[D * P, ...]` if the reducer is stacked.
-          uploads: `[D * P, ...]`.
-          counted: `bool[D * P]`.
+          received: of the cohort, in its slots `[D * P]`.
           cohort: the clients.
           state: from `init`.
           layers: of the server's variables, see `layers_of_payload`.
           plan: resolved.
         """
-        inner, sums = state.inner if self.clips else state, contributions
+        inner, summed = state.inner if self.clips else state, received.contributions
         if self.privacy is not None:
             # The divisor has to be a constant, so it counts the clients asked for.
-            sums = contributions._replace(cohort_weight=_requested(cohort))
-        aggregate = self.reducer.reduce(sums, uploads, counted, cohort.client, inner, layers, plan)
+            constant = summed._replace(cohort_weight=_requested(cohort))
+            received = received._replace(contributions=constant)
+        aggregate = self.reducer.reduce(received, inner, layers, plan)
         if self.privacy is not None:
-            aggregate = aggregate._replace(cohort_weight=contributions.cohort_weight)
+            aggregate = aggregate._replace(cohort_weight=summed.cohort_weight)
         update, extras = separated(aggregate.update)
         return aggregate._replace(update=update, extras=extras)
 
     def privatize(
         self,
         aggregate: Aggregate,
-        uploads: UploadInfo,
+        received: Received,
         cohort: Cohort,
         state: PyTree,
         key: Array,
@@ -172,8 +154,8 @@ class UpdatePipeline:
         if self.privacy is None or self.reducer.sensitivity is None:
             return aggregate
         chosen = (cohort.client >= 0)[:, None]
-        planned = jnp.where(chosen, uploads.mask, 0.0).sum(axis=0) > 0
-        scale = self.reducer.sensitivity(uploads.keep, chosen)
+        planned = jnp.where(chosen, received.uploads.mask, 0.0).sum(axis=0) > 0
+        scale = self.reducer.sensitivity(received.uploads.keep, chosen)
         deviation = state.noise * state.clip / _requested(cohort)
         deviation = jnp.where(planned, deviation * scale, 0.0)
         update = private.noised(aggregate.update, key, round, deviation, layers)

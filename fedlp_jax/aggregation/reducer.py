@@ -23,6 +23,15 @@ class UploadInfo(NamedTuple):
     keep: Array  # f32[L], the probability with which it was sent
 
 
+class Received(NamedTuple):
+    """What the server has of a cohort."""
+
+    contributions: PyTree  # their sum over clients, or [C, ...] if the reducer is stacked
+    uploads: UploadInfo  # [C, ...]
+    counted: Array  # bool[C], False = contributes nothing
+    client: Array  # i32[C], ids; -1 = empty slot
+
+
 class Aggregate(NamedTuple):
     """What the clients of a round add up to."""
 
@@ -41,9 +50,8 @@ class Reducer(NamedTuple):
     # (contribution, submodel, server's variables, layers of the submodel)
     #   -> contribution in the server's structure
     embed: Callable[[PyTree, Submodel, Variables, LayerTable], PyTree]
-    # (contributions, uploads [C, ...], counted bool[C], client i32[C], state, layers, plan)
-    #   -> aggregate; contributions are their sum, or [C, ...] if stacked
-    reduce: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable, Plan], Aggregate]
+    # (received, state, layers, plan) -> aggregate
+    reduce: Callable[[Received, PyTree, LayerTable, Plan], Aggregate]
     stacked: bool = False  # contributions are kept side by side instead of being summed
     # (keep f32[C, L], chosen bool[C, 1]) -> f32[L], the largest factor that multiplies a client's
     # update in the sum; None = unknown, so privacy is refused. Needs a `WeightedSum`.
@@ -52,8 +60,7 @@ class Reducer(NamedTuple):
     # after all, such as those that moved far. The others are neither booked nor averaged. None = it
     # sends what was drawn. A deadline of `Faults` is still modelled with all layers drawn.
     sends: Callable[[Variables, LayerTable], Array] | None = None
-    # (contributions [C, ...], uploads [C, ...], counted bool[C], client i32[C], state, layers)
-    #   -> f32[C, L]: the layers that the server asks for once each client has reported a number for
-    # every layer; only where stacked. None = what was drawn.
-    select: Callable[[PyTree, UploadInfo, Array, Array, PyTree, LayerTable], Array] | None = None
+    # (received, state, layers) -> f32[C, L]: the layers that the server asks for once each client
+    # has reported a number for every layer; only where stacked. None = what was drawn.
+    select: Callable[[Received, PyTree, LayerTable], Array] | None = None
     senders: int = 1  # clients that `select` asks for; smaller cohorts are refused

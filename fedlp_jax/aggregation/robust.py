@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlp_jax.aggregation.reducer import Aggregate, Reducer, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer, UploadInfo
 from fedlp_jax.errors import check_number
 from fedlp_jax.execution.map_clients import over_columns
 from fedlp_jax.execution.plan import Plan
@@ -55,18 +55,11 @@ def by_layer(rule: Rule, number: Any = ()) -> Reducer:
         del layers
         return level.embed(update, variables)
 
-    def reduce(
-        contributions: Variables,
-        uploads: UploadInfo,
-        counted: Array,
-        client: Array,
-        state: PyTree,
-        layers: LayerTable,
-        plan: Plan,
-    ) -> Aggregate:
+    def reduce(received: Received, state: PyTree, layers: LayerTable, plan: Plan) -> Aggregate:
+        stacked, uploads, counted, client = received
         weight = jnp.where(counted, uploads.weight, jnp.zeros_like(uploads.weight))
         votes = weight[:, None] * uploads.mask
-        update = apply_rule(rule, contributions, votes, client, state, layers, plan)
+        update = apply_rule(rule, stacked, votes, client, state, layers, plan)
         return Aggregate(update, votes.sum(axis=0) > 0, weight.sum())
 
     def init(variables: Variables) -> PyTree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fedlp_jax.accounting.ledger import layers_of_levels
 from fedlp_jax.aggregation.pipeline import layers_of_payload, separated
-from fedlp_jax.aggregation.reducer import Aggregate, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, UploadInfo
 from fedlp_jax.aggregation.server import Reduced, gated, server_step
 from fedlp_jax.algorithms.client_round import (
     Broadcast,
@@ -154,18 +154,36 @@ def run_round(
     # Reduce the cohort, and step the server.
     pipeline, finite, numbers = parts.pipeline, metrics.finite, state.aggregator
     contributions = stacked if pipeline.reducer.stacked else summed
+    received = Received(contributions, uploads, finite, cohort.client)
     of_payload = layers_of_payload(table, payload)
-    if pipeline.reducer.select is not None:
-        sent = pipeline.select(contributions, uploads, finite, cohort, numbers, of_payload)
-    if not isinstance(sent, tuple):  # fewer layers than were drawn
-        masks, uploads = masks._replace(upload=sent), uploads._replace(mask=sent)
-    aggregate = pipeline.reduce(contributions, uploads, finite, cohort, numbers, of_payload, plan)
-    aggregate = pipeline.privatize(aggregate, uploads, cohort, numbers, key, number, table)
+    masks, received = _sent_after_all(parts, masks, sent, received, numbers, of_payload)
+    aggregate = pipeline.reduce(received, cohort, numbers, of_payload, plan)
+    aggregate = pipeline.privatize(aggregate, received, cohort, numbers, key, number, table)
     senders = jnp.where(finite[:, None], masks.upload, 0.0).sum(axis=0)  # f32[L], that count
     policy = _learned(parts, policy, state, aggregate, senders, finite, cohort, table)
     state = _step_server(parts, state, number, policy, aggregate, rests, senders, outcomes, table)
     reported = RoundMetrics(metrics, masks.upload, masks.download, state.halted, bits)
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
+
+
+def _sent_after_all(
+    parts: Parts,
+    masks: Masks,
+    sent: Array | tuple[()],
+    received: Received,
+    numbers: PyTree,
+    layers: LayerTable,
+) -> tuple[Masks, Received]:
+    """The masks and what the server has, where fewer layers are sent than were drawn.
+
+    `sent: f32[D * P, L]` is what clients decided by their updates; () = they did not.
+    """
+    if parts.pipeline.reducer.select is not None:
+        sent = parts.pipeline.select(received, numbers, layers)
+    if isinstance(sent, tuple):
+        return masks, received
+    uploads = received.uploads._replace(mask=sent)
+    return masks._replace(upload=sent), received._replace(uploads=uploads)
 
 
 def _level(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlp_jax.aggregation.means import cohort_mean, inverse_probability, masked_mean
-from fedlp_jax.aggregation.reducer import UploadInfo
+from fedlp_jax.aggregation.reducer import Received, UploadInfo
 from fedlp_jax.pruning.layers import layer_table
 
 RNG = np.random.default_rng(0)
@@ -42,7 +42,8 @@ def run(reducer, updates=UPDATES, counted=COUNTED):
 
 def aggregate(reducer, total, layers):
     """The update; a mean reads nothing but the sums."""
-    return reducer.reduce(total, None, None, None, reducer.init({}), layers, None).update
+    received = Received(total, None, None, None)
+    return reducer.reduce(received, reducer.init({}), layers, None).update
 
 
 def mean(collection, layer, leaf, factor, divisor):

@@ -10,7 +10,7 @@ from small import Steps, dataset, flat, in_float64
 
 import fedlp_jax as fl
 from fedlp_jax.aggregation import robust
-from fedlp_jax.aggregation.reducer import UploadInfo
+from fedlp_jax.aggregation.reducer import Received, UploadInfo
 from fedlp_jax.execution.plan import Plan, over_clients
 from fedlp_jax.pruning.layers import layer_table
 
@@ -55,8 +55,8 @@ def reduced(reducer, stacked, votes, state, layers, plan=ONE):
     weight = jnp.asarray(votes).max(axis=1)
     sent = (jnp.asarray(votes) > 0).astype(jnp.float32)
     client = jnp.arange(len(weight), dtype=jnp.int32)
-    uploads = UploadInfo(weight, sent, sent)
-    return reducer.reduce(stacked, uploads, weight > 0, client, state, layers, plan).update
+    received = Received(stacked, UploadInfo(weight, sent, sent), weight > 0, client)
+    return reducer.reduce(received, state, layers, plan).update
 
 
 def voted(rule, stacked=None, plan=ONE):

@@ -13,7 +13,7 @@ import fedlp_jax as fl
 from benchmarks import theory as bench
 from fedlp_jax import theory
 from fedlp_jax.accounting.ledger import Ledger
-from fedlp_jax.aggregation.reducer import UploadInfo
+from fedlp_jax.aggregation.reducer import Received, UploadInfo
 from fedlp_jax.pruning.layers import LayerTable, layer_table
 from fedlp_jax.types import Batch, Normalize
 
@@ -89,7 +89,8 @@ def test_moments_against_the_package_over_every_mask(name, weight):
             )
         )(jnp.eye(clients), jnp.asarray(a), mask, jnp.asarray(KEEP))
         total = jax.tree.map(lambda x: x.sum(axis=0), lifted)
-        return reducer.reduce(total, None, None, None, (), table, None).update["params"]["a"]["x"]
+        received = Received(total, None, None, None)
+        return reducer.reduce(received, (), table, None).update["params"]["a"]["x"]
 
     every, chance = masks(KEEP)
     with jax.enable_x64(True):
