@@ -204,13 +204,26 @@ def test_modules_are_found_beside_the_configuration_from_the_command_line(tmp_pa
         ({"model": {"name": "own_lacking:x"}}, "importing own_lacking failed: No module named"),
         ({"model": {"name": "a:b:c"}}, "not written as module:function"),
         ({"model": {"name": "os:system"}}, "Python's own library"),
-        ({"data": {"name": "own_parts:three"}}, "returned a int, not a fl.Dataset"),
-        ({"task": {"name": "own_parts:three"}}, "returned a int, not a fl.Task"),
-        ({"partition": {"name": "own_parts:three"}}, "returned a int, not a fl.Partition"),
-        ({"algorithm": {"name": "own_parts:three"}}, "returned a int, not a fl.Algorithm"),
+        ({"data": {"name": "own_parts:three"}}, "returned 3, .* a fedlp_jax.data.dataset.Dataset"),
+        ({"task": {"name": "own_parts:three"}}, "returned 3, .* a fedlp_jax.tasks.task.Task"),
+        (
+            {"partition": {"name": "own_parts:three"}},
+            "returned 3, .* a fedlp_jax.data.partition.Partition",
+        ),
+        (
+            {"algorithm": {"name": "own_parts:three"}},
+            "returned 3, .* a fedlp_jax.algorithms.base.Algorithm",
+        ),
+        (
+            {
+                "algorithm": RAW["algorithm"]
+                | {"name": "compose", "policy": {"name": "own_parts:three"}}
+            },
+            "returned 3, .* a fedlp_jax.pruning.policy.MaskPolicy",
+        ),
         (
             {"algorithm": RAW["algorithm"] | {"aggregator": "own_parts:three"}},
-            "returned a int, not a fl.Reducer",
+            "returned 3, .* a fedlp_jax.aggregation.reducer.Reducer",
         ),
     ],
 )
