@@ -20,6 +20,7 @@ import fedlp_jax as fl
 from benchmarks import family
 from fedlp_jax import cli
 from fedlp_jax.config.loading import parse_config
+from fedlp_jax.config.schema import ALGORITHMS
 from fedlp_jax.execution import plan as plans
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,6 +124,13 @@ def test_the_configuration_is_valid():
     section = re.search(r"`algorithm\.privacy: (\{.*\})`", PAGE)[1]
     raw["algorithm"]["privacy"] = yaml.safe_load(section)
     assert parse_config(raw).algorithm.privacy.delta == 1e-3
+
+
+def test_the_table_of_algorithms_has_a_row_for_each():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    named = re.findall(r"`(\w+)`", " ".join(first))
+    assert sorted(named) == sorted(set(ALGORITHMS) - {"compose"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
