@@ -41,13 +41,11 @@ def compare(
 ) -> None:
     """Set runs next to each other; those that differ only in their seed become a mean."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     from fedlp_jax.reporting import compare as comparing
     from fedlp_jax.reporting.metrics import headline_of
     from fedlp_jax.reporting.plots import axes_of, curves
-    from fedlp_jax.reporting.tables import note
+    from fedlp_jax.reporting.tables import NumbersTable, note
 
     paths = [Path(run).expanduser() for run in runs]
     experiments = comparing.by_configuration(paths)
@@ -67,14 +65,10 @@ def compare(
     if format == "table":
         console = Console()
         lines = [table.header, *table.lines()]
-        widths = (max(map(len, column)) + 3 for column in zip(*lines, strict=True))
-        if sum(widths) >= console.width:  # an experiment a column instead of a line
+        shown = NumbersTable("", lines[0], lines[1:])
+        if not shown.fits(console.width):  # an experiment a column instead of a line
             lines = [list(column) for column in zip(*lines, strict=True)]
-        shown = Table(*map(escape, lines[0]))
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for line in lines[1:]:
-            shown.add_row(*map(escape, line))
+            shown = NumbersTable("", lines[0], lines[1:])
         console.print(shown)
         for sentence in table.notes:
             console.print(note(sentence))

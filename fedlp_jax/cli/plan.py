@@ -11,11 +11,11 @@ import typer
 from fedlp_jax.cli.options import ConfigFile
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
 
     from fedlp_jax.config.overview import Overview
     from fedlp_jax.config.schema import Config
+    from fedlp_jax.reporting.tables import NumbersTable
     from fedlp_jax.simulation.estimate import Estimate
     from fedlp_jax.simulation.scaling import Link, Modelled, Scaling
 
@@ -132,20 +132,22 @@ def _numbers(devices: str | None, step_seconds: float | None) -> list[int]:
     return numbers
 
 
-def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[Table | Text]:
+def _scaled(model: Scaling, numbers: Sequence[int], source: str) -> list[NumbersTable | Text]:
     """The table of a round on other numbers of devices, and what it says in sentences."""
-    from fedlp_jax.reporting.tables import note, numbers_table
+    from fedlp_jax.reporting.tables import NumbersTable, note
 
     one, most = model(1), model.worthwhile()
-    head = ("devices", "steps", "training", "fixed", "reduction", "a round", "speed-up", "lost to")
+    parts = [f"{part} [s]" for part in ("training", "fixed", "reduction", "a round")]
+    head = ["devices", "steps", *parts, "speed-up", "lost to"]
     rows = []
     for found in map(model, numbers):
         seconds = (found.training, found.fixed, found.reduction, found.seconds)
-        times = [f"{value:.3g} s" for value in seconds]
+        times = [f"{value:.3g}" for value in seconds]
         speedup = f"{one.seconds / found.seconds:.1f}"
         rows.append((str(found.devices), f"{found.steps:,.0f}", *times, speedup, _lost(found)))
-    table = numbers_table("A round on other numbers of devices, modelled", head, rows)
-    table.columns[-1].justify = "left"
+    table = NumbersTable(
+        "A round on other numbers of devices, modelled", head, rows, words={len(head) - 1}
+    )
     notes = [
         f"from a step of {model.pace.step:.3g} s and {model.pace.fixed:.3g} s a round besides, "
         f"{source}; one reduction of {model.reduced_bytes / 1e6:.3g} MB at "
@@ -174,11 +176,11 @@ def _lost(found: Modelled) -> str:
     return f"{found.limit}, {share:.0%}" if share >= 0.1 else ""
 
 
-def _table(config: Config, view: Overview, found: Estimate) -> Table:
+def _table(config: Config, view: Overview, found: Estimate) -> NumbersTable:
     from fedlp_jax.config.overview import training_macs
     from fedlp_jax.execution.plan import size
     from fedlp_jax.reporting.progress import duration
-    from fedlp_jax.reporting.tables import numbers_table
+    from fedlp_jax.reporting.tables import NumbersTable
     from fedlp_jax.simulation.tuning import words
 
     macs = training_macs(config, view)
@@ -199,7 +201,5 @@ def _table(config: Config, view: Overview, found: Estimate) -> Table:
     if macs is not None:
         text = f"modelled; {macs / 1e9:,.4g} a round, a backward pass counted as two forward"
         rows.append(("training of all clients", f"{macs * rounds / 1e9:,.4g} GMAC", text))
-    table = numbers_table(f"{config.name} with {words(found.plan)}", ("", "", ""), rows)
-    table.show_header = False
-    table.columns[2].justify = "left"
-    return table
+    title = f"{config.name} with {words(found.plan)}"
+    return NumbersTable(title, ("", "", ""), rows, words={2})

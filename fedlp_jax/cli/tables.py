@@ -18,7 +18,7 @@ from fedlp_jax.execution.plan import gpu_kernels
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.metrics import headline
 from fedlp_jax.reporting.progress import duration
-from fedlp_jax.reporting.tables import numbers_table, two_columns
+from fedlp_jax.reporting.tables import NumbersTable, two_columns
 
 
 def result_table(summary: Mapping[str, Any], directory: Path) -> Table:
@@ -83,14 +83,14 @@ def _partition_table(view: Overview) -> Table:
     return two_columns(rows, title="Partition")
 
 
-def _layer_table(view: Overview) -> Table:
+def _layer_table(view: Overview) -> NumbersTable:
     layers, macs = view.layers, view.levels[-1].macs
     by_layer = macs_by_layer(macs, layers)
-    return numbers_table(
+    return NumbersTable(
         "Layers",
         ("layer", "parameters", "statistics", "MACs per example"),
         (
-            (escape(name), f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
+            (name, f"{params:,}", f"{statistics:,}", f"{count:,}" if count else "")
             for name, params, statistics, count in zip(
                 layers.names, layers.params, layers.statistics, by_layer, strict=True
             )
@@ -104,8 +104,8 @@ def _layer_table(view: Overview) -> Table:
     )
 
 
-def _level_table(view: Overview) -> Table:
-    return numbers_table(
+def _level_table(view: Overview) -> NumbersTable:
+    return NumbersTable(
         "Submodels",
         ("submodel", "clients", "shared parameters", "held parameters", "MACs per example"),
         (

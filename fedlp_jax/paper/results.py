@@ -45,7 +45,7 @@ from fedlp_jax.paper.published import (
 from fedlp_jax.reporting.environment import origin
 from fedlp_jax.reporting.progress import duration
 from fedlp_jax.reporting.run_directory import plain
-from fedlp_jax.reporting.tables import note, numbers_table
+from fedlp_jax.reporting.tables import NumbersTable, note
 
 LAST = 10  # rounds to average over, if there are as many
 _MEANS = ("last_ten_mean", "final", "best", "last_ten_sd", "upload_megabytes", "seconds")
@@ -204,7 +204,7 @@ def markdown(table: Table) -> str:
 def result_tables(table: Table, out: Path, figures: Sequence[str]) -> list[RenderableType]:
     """The accuracies next to the published ones, for a terminal."""
     views = [
-        numbers_table(
+        NumbersTable(
             f"{_title(table)},\nand the paper's after {ROUNDS}; draws: {draws}",
             ("", *_accuracy_titles("paper")),
             (
@@ -246,7 +246,7 @@ def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
         strict=True,
     )  # fmt: skip
     return [
-        numbers_table(
+        NumbersTable(
             "Comm.: thousand parameters that a client downloads and uploads in a round\n"
             "Comp.: million multiply-accumulates of one image's forward pass",
             ("", "Comm.", "paper", "diff.", "Comp.", "paper", "diff.", "with 36.36", "diff."),
@@ -257,7 +257,7 @@ def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
         ),
         note(DIGIT_SLIP),
         "",
-        numbers_table(
+        NumbersTable(
             "Not in the paper: MB per client and round, with batch statistics and the\n"
             "bits of the mask; thousand parameters that a client holds; million\n"
             "multiply-accumulates",
@@ -265,7 +265,7 @@ def cost_tables(costs: Sequence[RowCost]) -> list[RenderableType]:
             ((label, *words) for label, words in zip(labels, more, strict=True)),
         ),
         "",
-        numbers_table(
+        NumbersTable(
             "By depth",
             ("depth", "exchanged params", "held params", "forward MACs", "backward MACs"),
             (
@@ -288,7 +288,7 @@ def estimate_tables(estimates: Mapping[Cell, Estimate]) -> list[RenderableType]:
 
     rows = dict.fromkeys(cell.row for cell in estimates)
     return [
-        numbers_table(
+        NumbersTable(
             "Expected for the unfinished cells",
             ("", "cells", "MB up", "10^9 MACs", "time"),
             (

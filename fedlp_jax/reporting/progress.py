@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedlp_jax.reporting.metrics import headline, smaller_is_better
 
@@ -56,7 +56,8 @@ class Progress:
         for row in done:
             self._count(row)
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            # Of a narrow line the name gives way, not the numbers.
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -126,7 +127,7 @@ class Progress:
             best = int(np.argmin(np.where(np.isnan(costs), np.inf, costs)))
             table.add_row(
                 metric.replace("_", " "),
-                sparkline(values, _SPARKS if self._console.width >= 70 else _SPARKS // 2),
+                sparkline(values, _SPARKS if self._console.width >= 92 else _SPARKS // 2),
                 f"{values[-1]:.4f}",
                 f"best {values[best]:.4f} in round {rounds[best]}",
             )

@@ -10,10 +10,10 @@ def row(round, **more):
     return {"round": round, "train_loss": 1.0 / round, "upload_bytes": 500_000} | more
 
 
-def shown(rounds, terminal=False, show=None, rows=None):
+def shown(rounds, terminal=False, show=None, rows=None, width=120, name="demo"):
     text = io.StringIO()
-    console = Console(file=text, force_terminal=terminal, width=120)
-    with Progress(rounds, "demo", show=show, console=console) as progress:
+    console = Console(file=text, force_terminal=terminal, width=width)
+    with Progress(rounds, name, show=show, console=console) as progress:
         for one in rows or [row(r) for r in range(1, rounds + 1)]:
             progress.update(one)
     return text.getvalue()
@@ -43,6 +43,16 @@ def test_a_slow_run_gets_a_line_every_ten_seconds(monkeypatch):
         str(r) for r in range(1, 32, 3)
     ]
     assert lines[2].endswith("1h06m left")  # 996 rounds of 4 seconds
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_nothing_off(width):
+    rows = [row(r, test_accuracy_personal=r / 22002) for r in range(1, 12001, 1000)]
+    text = shown(12000, terminal=True, rows=rows, width=width, name="a-run-of-a-rather-long-name")
+    last = text.rsplit("train loss", 1)[1]
+    for number in ("11001/12000", "0.5000", "0:00:00"):
+        assert number in last
+    assert "…" not in last
 
 
 def test_the_last_known_accuracy_stays():
