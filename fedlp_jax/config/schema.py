@@ -36,7 +36,7 @@ from pydantic import (
 from fedlp_jax import algorithms
 from fedlp_jax.aggregation.uploads import Upload, cast, quantize, top_k
 from fedlp_jax.algorithms.compose import compose
-from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT
+from fedlp_jax.algorithms.presets import BEHAVIOURS, DEFAULT, Behaviour
 from fedlp_jax.clients.failures import Faults
 from fedlp_jax.config import own
 from fedlp_jax.data import partition as schemes
@@ -463,6 +463,12 @@ class SweepSection(Section):
     seeds: Annotated[Whole, Field(ge=1)] = 1  # how many, from the run's own on
 
 
+def preset(kind: type[Section], behaviour: Behaviour = BEHAVIOURS[DEFAULT]) -> dict[str, Any]:
+    """What a behaviour sets of a section's fields where a file does not."""
+    fields, values = kind.model_fields, behaviour._asdict()
+    return {k: v for k, v in values.items() if k in fields and _fits(fields[k], v)}
+
+
 def _fits(field: Any, value: Any) -> bool:
     """Whether a behaviour's value may become this field: some algorithms know only one."""
     return get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
@@ -509,15 +515,14 @@ class Config(Section):
         """Replaces `behaviour` by its settings; a field that is set wins."""
         if not isinstance(raw, Mapping) or raw.get("behaviour") not in (None, *BEHAVIOURS):
             return raw
-        preset = BEHAVIOURS[raw.get("behaviour") or DEFAULT]._asdict()
+        behaviour = BEHAVIOURS[raw.get("behaviour") or DEFAULT]
         raw = {**raw, "behaviour": None}
         if raw.get("draws") is None:
-            raw["draws"] = preset["draws"]
+            raw["draws"] = behaviour.draws
         for section in ("partition", "model", "algorithm"):
             values = raw.get(section)
             if isinstance(values, Mapping) and values.get("name") in (*KINDS[section],):
-                fields = KINDS[section][values["name"]].model_fields
-                defaults = {k: v for k, v in preset.items() if k in fields and _fits(fields[k], v)}
+                defaults = preset(KINDS[section][values["name"]], behaviour)
                 raw[section] = defaults | {
                     k: v for k, v in values.items() if v is not None or k not in defaults
                 }

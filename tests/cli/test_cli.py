@@ -264,7 +264,21 @@ def test_algorithms_are_listed_with_a_line_each_and_told_in_full():
     )
     one = fedlp("algorithms", "scaffold").stdout
     assert "Algorithm 1" in one or "SCAFFOLD" in one
-    assert "  batch_size: 32\n" in one and "  client_optimizer: (required)\n" in one
+    fields = [line.split() for line in one.splitlines()]
+    for start in (
+        "client_optimizer (required)",
+        "batch_size 32",
+        "weighting uniform",  # its own default
+        "layers by_module what",  # the behaviour's
+        "upload none compression of",
+    ):
+        words = start.split()
+        assert words in [line[: len(words)] for line in fields], start
+    for name, start in {
+        "fedbuff": ["profile", "(required)"],
+        "fjord": ["per_batch", "true"],
+    }.items():
+        assert start in [line.split()[:2] for line in fedlp("algorithms", name).stdout.splitlines()]
     unknown = fedlp("algorithms", "scafold")
     assert unknown.exit_code == 2 and "did you mean 'scaffold'?" in unknown.output
 
