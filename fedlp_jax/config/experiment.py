@@ -28,6 +28,7 @@ from fedlp_jax.execution.plan import Plan
 from fedlp_jax.prng import root_key
 from fedlp_jax.reporting.environment import environment
 from fedlp_jax.reporting.plots import draw_run, some_clients
+from fedlp_jax.reporting.progress import say
 from fedlp_jax.reporting.run_directory import (
     BEST,
     CLIENTS,
@@ -130,13 +131,13 @@ def execute(
             if start is not None:
                 plan = {k: v for k, v in config.plan.model_dump().items() if v is not None}
                 config = with_plan(config, dataclasses.replace(start.plan, **plan))
-            arguments = build(config) | _beside(config, path, extras or Extras())
+            arguments = _arguments(config, path, extras or Extras(), progress)
         record = Record(config, directory, list(start.rows) if start is not None else [])
         try:
             result = simulate(
                 **arguments,
                 log=record.append,
-                progress=_shown(config.name, progress),
+                progress=_title(config.name, progress),
                 checkpoint=run_checkpoint(config, path, overwrite),
                 resume=start,
                 stop=stop,
@@ -163,9 +164,16 @@ def execute(
         return Outcome(result, path, summary)
 
 
-def _shown(name: str, progress: bool | None) -> str | bool:
+def _title(name: str, progress: bool | None) -> str | bool:
     """The name that the progress shows; False = none is shown."""
     return name if (sys.stderr.isatty() if progress is None else progress) else False
+
+
+def _arguments(config: Config, path: Path, extras: Extras, progress: bool | None) -> dict[str, Any]:
+    """Says that the data are loaded, and builds the arguments of `simulate`."""
+    if _title(config.name, progress) and processes.is_first():
+        say(config.name, f"loading {config.data.name} ...")
+    return build(config) | _beside(config, path, extras)
 
 
 def _beside(config: Config, path: Path, extras: Extras) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Progress:
         show: bool | None = None,
         console: Console | None = None,
         done: Sequence[Mapping[str, Any]] = (),
+        parameters: int | None = None,
     ):
         """Prepares the display of a run.
 
@@ -46,10 +47,12 @@ class Progress:
           show: None = on a terminal only.
           console: to print to; None = stderr.
           done: rows of the rounds before, if the run is resumed.
+          parameters: of the model, if known.
         """
         self._console = console or _stderr()
         self._show = self._console.is_terminal if show is None else show
         self._rounds, self._name, self._first = rounds, name, len(done) + 1
+        self._model = "" if parameters is None else f" of a model of {parameters:,} parameters"
         self._uploaded = 0.0  # bytes
         self._test, self._tested = "", 0
         self._curves: dict[str, list[tuple[int, float]]] = {}  # metric -> rounds and values
@@ -68,7 +71,7 @@ class Progress:
             get_time=time.monotonic,
         )
         self._task = self._bar.add_task(
-            name, total=rounds, completed=len(done), numbers="loading and compiling ..."
+            name, total=rounds, completed=len(done), numbers="compiling ..."
         )
         self._line_round, self._line_at = len(done), self._bar.get_time()
         self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
@@ -79,7 +82,7 @@ class Progress:
             self._live.start()
         elif self._show and self._rounds:
             which = "the first" if self._first == 1 else f"round {self._first}"
-            self._line(f"compiling {which} of {self._rounds} rounds ...")
+            self._line(f"compiling {which} of {self._rounds} rounds{self._model} ...")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -147,7 +150,16 @@ class Progress:
         return "  ".join(filter(None, parts))
 
     def _line(self, text: str) -> None:
-        self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
+        _print(self._console, self._name, text)
+
+
+def say(name: str, text: str) -> None:
+    """Prints on stderr what a run does before its progress begins."""
+    _print(_stderr(), name, text)
+
+
+def _print(console: Console, name: str, text: str) -> None:
+    console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _stderr() -> Console:

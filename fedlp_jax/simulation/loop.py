@@ -22,7 +22,7 @@ from fedlp_jax.errors import collecting, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.map_clients import open_connections
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.reporting.progress import Progress
+from fedlp_jax.reporting.progress import Progress, say
 from fedlp_jax.reporting.sinks import Sink, opened
 from fedlp_jax.simulation import snapshot as snapshots
 from fedlp_jax.simulation import validation as checks
@@ -138,7 +138,7 @@ def simulate(
       FedLPError: bad input, before anything is compiled.
       DivergedError: no client of a round had a finite update.
     """
-    checks.check_start(rounds, first_round, checkpoint, resume)
+    title = _begin(data, progress, rounds, first_round, checkpoint, resume)
     if resume is not None:
         plan = resume.plan if plan is None else plan
         first_round, rounds = resume.round + 1, rounds - resume.round
@@ -165,7 +165,7 @@ def simulate(
     left = range(0) if asked else range(run.first_round, run.last_round + 1)
     done = resume.rows if resume is not None else ()
     watch, recorder = _observers(run, done, early_stop, keep_best, profile)
-    with processes.losses_explained(), _listeners(run, done, progress, log, sinks) as listeners:
+    with processes.losses_explained(), _listeners(run, done, title, log, sinks) as listeners:
         _start(run, bool(left), resume, compiled)
         with listening_to_ctrl_c(stop) as (ask, pressed), recorder:
             ends = processes.stop_together(lambda: ask() or watch.stops, run.plan.mesh)
@@ -174,17 +174,39 @@ def simulate(
     return dataclasses.replace(run.result(), stopped=watch.reason)
 
 
+def _begin(
+    data: Dataset,
+    progress: bool | str,
+    rounds: int,
+    first_round: int,
+    checkpoint: Checkpoint | None,
+    resume: Snapshot | None,
+) -> str:
+    """Checks where the run starts, says that it does, and returns its name for the progress.
+
+    Returns:
+      The name; empty if no progress is shown here.
+    """
+    checks.check_start(rounds, first_round, checkpoint, resume)
+    if not progress or not processes.is_first():
+        return ""
+    # What the data are is checked later.
+    name = progress if isinstance(progress, str) else getattr(data, "name", "") or "a run"
+    say(name, "preparing data and model ...")
+    return name
+
+
 @contextlib.contextmanager
 def _listeners(
     run: Run,
     done: Sequence[Row],
-    progress: bool | str,
+    title: str,
     log: Callable[[Row], None] | None,
     sinks: Sequence[Sink],
 ) -> Iterator[list[Callable[[Row], None]]]:
     """Yields what is called with each row: the progress bar; in the first process, the others."""
-    name, first = run.spec.data.name if progress is True else str(progress), processes.is_first()
-    shown = Progress(run.last_round, name, show=bool(first and progress), done=done)
+    first, parameters = processes.is_first(), run.facts["parameters"]
+    shown = Progress(run.last_round, title, show=bool(title), done=done, parameters=parameters)
     with shown, opened(sinks if first else (), run.facts) as writers:
         yield [shown.update, *([log] if log is not None and first else []), *writers]
 

@@ -111,6 +111,9 @@ def test_runs_and_says_where_and_at_what_cost():
     assert said.exit_code == 0, said.output
     assert "runs/small-1" in said.stdout
     assert "of FedAvg's" in said.stdout
+    stages = ("loading digits", "preparing data and model", "compiling the first of 2 rounds of a")
+    for line, stage in zip(said.stderr.splitlines()[:3], stages, strict=True):
+        assert line.startswith(f"small: {stage}")
     assert "round 2/2" in said.stderr
     assert len(read_metrics("runs/small-1")) == 2
     written = yaml.safe_load(Path("runs/small-1/config.yaml").read_text())

@@ -14,6 +14,7 @@ from small import Steps, dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.execution import compilation
+from fedlp_jax.simulation import loop
 from fedlp_jax.simulation.program import rounds_of
 
 DATA = dataset()
@@ -584,6 +585,16 @@ def test_nothing_is_compiled_before_a_refusal(caplog, settings, what):
     with jax.log_compiles(True):
         run(fl.fedavg(TASK, **COMMON), rounds=1)
     assert [r for r in caplog.records if "ompil" in r.getMessage()]  # the log would have shown it
+
+
+def test_progress_says_what_it_does_before_it_takes_long(monkeypatch, capsys):
+    def prepare(*_, **__):
+        assert capsys.readouterr().err == f"{DATA.name}: preparing data and model ...\n"
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "Simulation", prepare)
+    with pytest.raises(InterruptedError):
+        run(fl.fedavg(TASK, **COMMON), progress=True)
 
 
 def test_rounds_of_a_simulation_start_at_one_and_after_compiling():
