@@ -53,6 +53,7 @@ class Batch(NamedTuple):
     labels: Array  # i32[B] classes, or targets [B, ...] of any shape and dtype
     valid: Array | None  # bool[B], False = padding; None = every row counts (known statically)
     normalize: Normalize  # of the data set; a task may carry another
+    classes: Array | None = None  # bool[outputs], those that training heeds; None = all
 
 
 class Examples(NamedTuple):

@@ -55,7 +55,7 @@ def standardised(z):
     return (z - z.mean(axis=0)) / deviation, deviation
 
 
-def gradient(weights, exits, x, y, consistency=0.0):
+def gradient(weights, exits, x, y, consistency=0.0, classes=None):
     """Of the mean over rows of the loss of a ReLU network with exits, by hand.
 
     The loss is `sum_i CE_i + consistency / (n - 1) sum_{j != i} KL(p_j || p_i)` over the n exits.
@@ -66,13 +66,17 @@ def gradient(weights, exits, x, y, consistency=0.0):
       x: `[B, features]`.
       y: `[B]`.
       consistency: weight of the divergence, whose first argument is a constant.
+      classes: those whose logits are not replaced by 0; None = all.
 
     Returns:
       `(gradients like weights, sum over rows of the cross-entropy of the deepest exit)`.
     """
     below, probabilities = forward(weights, exits[-1], x), {}
+    heeded = (
+        1.0 if classes is None else np.isin(np.arange(weights[f"head{exits[-1]}"][1].size), classes)
+    )
     for i in exits:
-        logits = below[i] @ weights[f"head{i}"][0] + weights[f"head{i}"][1]
+        logits = heeded * (below[i] @ weights[f"head{i}"][0] + weights[f"head{i}"][1])
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities[i] = p / p.sum(axis=1, keepdims=True)
     grads, back = {}, 0.0
@@ -82,7 +86,7 @@ def gradient(weights, exits, x, y, consistency=0.0):
             of_logits = p - np.eye(p.shape[1])[y]
             for q in others:  # the gradient of sum q (log q - log p)
                 of_logits = of_logits + consistency / len(others) * (p - q)
-            of_logits = of_logits / len(y)
+            of_logits = heeded * of_logits / len(y)
             grads[f"head{i}"] = [below[i].T @ of_logits, of_logits.sum(axis=0)]
             back = back + of_logits @ weights[f"head{i}"][0].T
         back = back * (below[i] > 0)

@@ -29,7 +29,7 @@ from fedlp_jax.clients.local_training import (
     is_finite,
     local_update,
 )
-from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, with_flipped_labels
+from fedlp_jax.clients.outcomes import ClientOutcome, corrupted, flipped, with_flipped_labels
 from fedlp_jax.execution.client_state import ClientState
 from fedlp_jax.execution.loops import RunLoops, run_loops
 from fedlp_jax.execution.map_clients import entry
@@ -39,7 +39,7 @@ from fedlp_jax.prng import Purpose, client_key, root_key
 from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
 from fedlp_jax.pruning.masks import MaskPolicy, always
 from fedlp_jax.pruning.submodels import Submodel, Submodels
-from fedlp_jax.tasks.task import Task
+from fedlp_jax.tasks.task import Aux, Task
 from fedlp_jax.types import (
     NO_TERMS,
     Array,
@@ -71,6 +71,7 @@ class Parts:
     server_rule: ServerRule | None
     upload: Upload | None
     asynchrony: Asynchrony | None = None
+    own_classes: bool = False
     # Trees that a client sends and reads besides the model, and numbers that it sends; None = not
     # counted yet.
     exchanged: tuple[int, int, int] | None = None
@@ -299,6 +300,8 @@ def _trained(
 ) -> tuple[Variables, ClientMetrics]:
     """The variables of ONE client, its head included, after its local training."""
     parts, task = program.parts, program.submodel.task
+    if parts.own_classes:
+        task = _with_own_classes(program, broadcast.examples, inputs, variables)
     if program.corruption == "label_flip" and inputs.outcome is not None:
         task = with_flipped_labels(task, inputs.outcome)
     train = local_update(
@@ -322,6 +325,25 @@ def _trained(
         broadcast.scale,
         run,
     )
+
+
+def _with_own_classes(
+    program: ClientProgram, examples: Examples, inputs: ClientInput, variables: Variables
+) -> Task:
+    """The task whose loss heeds the classes that ONE client has examples of."""
+    task, client = program.submodel.task, inputs.client
+    labels = examples.labels[client.rows]
+    if program.corruption == "label_flip" and inputs.outcome is not None:
+        labels = flipped(labels, inputs.outcome)
+    outputs = jax.eval_shape(task.outputs, variables, program.example).shape[-1]
+    own = jnp.arange(labels.shape[0], dtype=jnp.int32) < client.size
+    is_class = labels[:, None] == jnp.arange(outputs, dtype=labels.dtype)[None]
+    classes = (is_class & own[:, None]).any(axis=0)
+
+    def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
+        return task.loss(variables, batch._replace(classes=classes), key)
+
+    return task._replace(loss=loss)
 
 
 def _gradient_rule(

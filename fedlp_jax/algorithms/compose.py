@@ -67,6 +67,7 @@ def compose(
     server_rule: ServerRule | None = None,
     upload: Upload | Sequence[Upload] | None = None,
     asynchrony: Asynchrony | None = None,
+    own_classes: bool = False,
 ) -> Algorithm:
     """Builds an algorithm. Every named one is a short call of this.
 
@@ -106,6 +107,9 @@ def compose(
       upload: compression of updates: `fl.top_k`, `fl.quantize`, `fl.cast`, or several in order.
       asynchrony: when clients arrive and what late updates count, from
         `fedlp_jax.clients.asynchrony`; None = all begin together, and the server waits.
+      own_classes: in training, the logits of classes that a client has no examples of are 0, so
+        that it does not push them down: the masked loss of HeteroFL (arXiv:2010.01264). Train
+        metrics are those of the masked logits.
 
     Raises:
       FedLPError: a setting that is out of range or unknown.
@@ -113,6 +117,7 @@ def compose(
     if epochs is None and steps is None:
         epochs = 1
     _check_parts(task, client_optimizer, server_optimizer)
+    _check_classes(task, own_classes)
     work = check_work(LocalWork(batch_size, epochs, steps))
     preset = presets.named(behaviour)
     weighting = preset.weighting if weighting is None else weighting
@@ -135,6 +140,7 @@ def compose(
         server_rule=server_rule,
         upload=_chained(upload),
         asynchrony=asynchrony,
+        own_classes=own_classes,
     )
     return _algorithm(parts, privacy, train_loss)
 
@@ -301,6 +307,16 @@ def _check_optimizers(parts: Parts, model: Variables, sizes: np.ndarray) -> None
     check_optimizer("client", parts.client_optimizer, model["params"])
     check_optimizer("server", parts.server_optimizer, model["params"])
     warn_of_restarts(parts.client_optimizer, model["params"], local_steps(sizes, parts.work))
+
+
+def _check_classes(task: Task, own_classes: Any) -> None:
+    if not isinstance(own_classes, bool):
+        raise FedLPError(f"own_classes={shown(own_classes)} must be true or false.")
+    if own_classes and not task.heeds_classes:
+        raise FedLPError(
+            "own_classes=True leaves out the logits of classes that a client has no examples of, "
+            "but this task has no classes; use fl.classification, or own_classes=False."
+        )
 
 
 def _check_parts(task: Any, client_optimizer: Any, server_optimizer: Any) -> None:

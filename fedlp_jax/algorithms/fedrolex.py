@@ -31,6 +31,7 @@ def fedrolex(
     shares: Sequence[float] | None = None,
     client_optimizer: optax.GradientTransformation,
     rescale: bool = True,
+    own_classes: bool = True,
     weighting: Literal["examples", "uniform"] = "uniform",
     keep: masks.Keep = 1.0,
     **settings: Any,
@@ -45,6 +46,7 @@ def fedrolex(
       shares: the probability of each of several rates; None = all alike.
       client_optimizer: any optax transform.
       rescale: divide the outputs of cut layers by r in training.
+      own_classes: as in `heterofl`; so does the authors' code.
       weighting: a_k.
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
       **settings: as in `compose` (epochs, batch_size, layers, ...).
@@ -55,5 +57,6 @@ def fedrolex(
         submodels=by_width(widths, shares, rolling, rescale=rescale),
         policy=masks.bernoulli(keep),
         weighting=weighting,
+        own_classes=own_classes,
         **settings,
     )

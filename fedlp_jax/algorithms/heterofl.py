@@ -4,9 +4,9 @@ Diao et al., ICLR 2021. A client of rate r holds the first `ceil(r C)` of the C 
 hidden layer, and each entry is averaged over the clients that hold it.
 
 Four points differ from the paper. Batch statistics are cut and averaged like parameters, where the
-paper normalises by the batch and estimates them again before a test ("static BN"). A client's loss
-covers all classes, not its own alone. Rates are drawn once, not in every round. All test numbers
-are those of the whole model.
+paper normalises by the batch and estimates them again before a test ("static BN"). The rows of the
+last layer are averaged over all who sent it, not over those who have examples of the row's class.
+Rates are drawn once, not in every round. All test numbers are those of the whole model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def heterofl(
     shares: Sequence[float] | None = None,
     client_optimizer: optax.GradientTransformation,
     rescale: bool = True,
+    own_classes: bool = True,
     weighting: Literal["examples", "uniform"] = "uniform",
     keep: masks.Keep = 1.0,
     **settings: Any,
@@ -46,6 +47,8 @@ def heterofl(
       shares: the probability of each of several rates; None = all alike.
       client_optimizer: any optax transform.
       rescale: divide the outputs of cut layers by r in training, the paper's Scaler.
+      own_classes: leave the logits of classes without examples out of a client's loss, as the paper
+        does (`compose`); False for a task that is no classification.
       weighting: a_k; in the paper all clients count alike.
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
       **settings: as in `compose` (epochs, batch_size, layers, ...).
@@ -56,5 +59,6 @@ def heterofl(
         submodels=by_width(widths, shares, rescale=rescale),
         policy=masks.bernoulli(keep),
         weighting=weighting,
+        own_classes=own_classes,
         **settings,
     )

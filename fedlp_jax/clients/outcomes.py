@@ -220,11 +220,16 @@ def with_flipped_labels(task: Task, outcome: ClientOutcome) -> Task:
     """A task that trains ONE client, if it is corrupt, on `highest label - label`."""
 
     def loss(variables: Variables, batch: Batch, key: Array) -> Any:
-        top = outcome.strength.astype(batch.labels.dtype)
-        labels = jnp.where(outcome.corrupt, top - batch.labels, batch.labels)
-        return task.loss(variables, batch._replace(labels=labels), key)
+        batch = batch._replace(labels=flipped(batch.labels, outcome))
+        return task.loss(variables, batch, key)
 
     return task._replace(loss=loss)
+
+
+def flipped(labels: Array, outcome: ClientOutcome) -> Array:
+    """The labels on which ONE client trains that may flip them."""
+    top = outcome.strength.astype(labels.dtype)
+    return jnp.where(outcome.corrupt, top - labels, labels)
 
 
 def with_outcomes(metrics: RoundMetrics, outcomes: Outcomes) -> RoundMetrics:

@@ -32,12 +32,15 @@ def classification(
       A task whose loss is the mean over the valid rows of a batch; metrics "loss" and "accuracy".
     """
     names = ("loss", "accuracy")
-    return supervised(network(module), _measure, _check, names, normalize, augment)
+    task = supervised(network(module), _measure, _check, names, normalize, augment)
+    return task._replace(heeds_classes=True)
 
 
 def _measure(logits: Array, batch: Batch) -> Metrics:
     """Cross-entropy and hits over the valid rows of `logits: [B, classes]`."""
     logits = logits.astype(wide(logits.dtype))
+    if batch.classes is not None:  # 0 and not -inf, as in the code of HeteroFL
+        logits = jnp.where(batch.classes[None], logits, jnp.zeros_like(logits))
     # One-hot rather than a gather: its gradient is a subtraction, not a scatter.
     target = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
     loss = optax.softmax_cross_entropy(logits, target)

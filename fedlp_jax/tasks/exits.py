@@ -78,7 +78,16 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float) -> Task:
             )
         last.check(shape, example, classes)
 
-    return Task(init, loss, evaluate, outputs, check, whole.metrics, exits=tuple(exits))
+    return Task(
+        init,
+        loss,
+        evaluate,
+        outputs,
+        check,
+        whole.metrics,
+        heeds_classes=whole.heeds_classes,
+        exits=tuple(exits),
+    )
 
 
 def _held(exit: Task, variables: Variables, batch: Batch) -> Variables:

@@ -71,6 +71,7 @@ class FedAvg:
     rho = 0.0  # momentum of the clients' SGD
     buffer = 0  # arrivals that an update takes, where the server does not wait
     consistency = 0.0  # of exits
+    own_classes = False  # a client heeds the logits of its own classes alone
 
     def __init__(self):
         self.server = defaultdict(float)  # by array
@@ -391,8 +392,12 @@ class FedLPHetero(InclusiveFL):
         return head if depth < 3 else {}
 
 
+class OwnClasses(FedAvg):
+    own_classes = True
+
+
 class HeteroFL(FedAvg):
-    rescales = True
+    rescales = own_classes = True
 
     def held(self, client, round):
         units, rate = self.units(client, round)
@@ -414,7 +419,7 @@ class FedRolex(HeteroFL):
 
 
 class Fjord(HeteroFL):
-    rescales = False
+    rescales = own_classes = False
 
     def narrowed(self, leaf, client, round, step):
         draw = jax.random.fold_in(jax.random.fold_in(key(round, client, TRAIN), step), DRAWN_UNITS)
@@ -426,6 +431,8 @@ class Fjord(HeteroFL):
 
 
 class FederatedDropout(HeteroFL):
+    own_classes = False
+
     def units(self, client, round):
         draw = jax.random.fold_in(key(round, client, DRAWN_UNITS), UNITS)
         order = np.argsort(np.asarray(jax.random.uniform(draw, (UNITS,), jnp.float32)))
@@ -562,7 +569,18 @@ ROWS = {
         task=DEEP,
         alone=with_all_exits(DEEP),
     ),
-    "heterofl": Row(fl.heterofl, HeteroFL, {"widths": WIDTHS}, neutral={"widths": 1.0}),
+    "own_classes": Row(
+        fl.fedlp_homo,
+        OwnClasses,
+        {"own_classes": True},
+        neutral={"own_classes": False},
+    ),
+    "heterofl": Row(
+        fl.heterofl,
+        HeteroFL,
+        {"widths": WIDTHS},
+        neutral={"widths": 1.0, "own_classes": False},
+    ),
     "fedrolex": Row(fl.fedrolex, FedRolex, {"widths": WIDTHS}, weigh="uniform"),
     "fjord": Row(fl.fjord, Fjord, {"widths": WIDTHS}, neutral={"widths": 1.0}),
     "federated_dropout": Row(
@@ -653,7 +671,9 @@ def trained(rule, x, own, client, round, rate, private, sends):
             pairs = {n: [w[n, i] * mask[n, i] for i in (0, 1)] for n, _ in w}
             inputs = DATA.train.inputs[batch].astype(np.float64)
             labels = DATA.train.labels[batch]
-            grads, _ = gradient(pairs, rule.exits(client), inputs, labels, rule.consistency)
+            classes = DATA.train.labels[rows] if rule.own_classes else None
+            exits = rule.exits(client)
+            grads, _ = gradient(pairs, exits, inputs, labels, rule.consistency, classes)
             moving = [leaf for leaf in w if rule.trains(leaf[0], sends, steps, whole)]
             for leaf in moving:
                 g = mask[leaf] * grads[leaf[0]][leaf[1]]
@@ -1010,6 +1030,7 @@ LEARNS = {
     "fedlp_hetero": {"depths": "uniform"},
     "inclusivefl": {"depths": "uniform"},
     "depthfl": {"depths": "uniform", "consistency": 0.1},
+    "own_classes": {"keep": 0.7, "own_classes": True},
     "heterofl": {"widths": [1.0, 0.5]},
     "fedrolex": {"widths": [1.0, 0.5]},
     "fjord": {"widths": [1.0, 0.5]},
@@ -1119,3 +1140,10 @@ def test_layers_that_the_cohort_does_not_hold_do_not_rest():
     (shallow, deep), (shallow_after, deep_after) = hidden
     np.testing.assert_array_equal(deep_after, deep)
     assert not np.array_equal(shallow_after, shallow)
+
+
+def test_own_classes_need_classes():
+    with pytest.raises(fl.FedLPError, match="use fl.classification, or own_classes=False"):
+        fl.heterofl(fl.regression(Steps()), widths=0.5, **LOCAL)
+    with pytest.raises(fl.FedLPError, match="own_classes='yes' must be true or false"):
+        fl.fedavg(TASK, own_classes="yes", **LOCAL)

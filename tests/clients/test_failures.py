@@ -236,12 +236,15 @@ def test_gaussian_noise_replaces_an_update():
 
 
 @pytest.mark.slow
-def test_flipped_labels_are_those_of_flipped_data():
+@pytest.mark.parametrize("own_classes", [False, True])
+def test_flipped_labels_are_those_of_flipped_data(own_classes):
     split = DATA.train
     flipped = dataclasses.replace(DATA, train=split._replace(labels=2 - split.labels))
     twin = dataclasses.replace(PARTS, labels=2 - PARTS.labels)
-    _, corrupt = step(fl.Corruption("label_flip", 1.0))
-    clean = fl.simulate(MEAN, flipped, twin, rounds=1, cohort=COHORT, seed=SEED, plan=ONE)
+    one = fl.fedavg(TASK, own_classes=own_classes, **LOCAL)
+    faults = fl.Faults(corruption=fl.Corruption("label_flip", 1.0))
+    corrupt = run(one, rounds=1, faults=faults)
+    clean = fl.simulate(one, flipped, twin, rounds=1, cohort=COHORT, seed=SEED, plan=ONE)
     np.testing.assert_allclose(flat(corrupt.variables), flat(clean.variables), rtol=1e-6)
 
 
