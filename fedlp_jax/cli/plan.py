@@ -42,7 +42,7 @@ def plan(
     config: ConfigFile,
     seconds: Annotated[
         float,
-        typer.Option(help="Seconds to time rounds for, but at least five.", metavar="S"),
+        typer.Option(help="About how long to time rounds; at least one is.", metavar="S"),
     ] = 5.0,
     devices: Annotated[
         str | None,
@@ -89,8 +89,8 @@ def plan(
     loaded = load(*split_words([config, *context.args]))
     arguments = build(loaded)
     if step_seconds is None:
-        view = overview(loaded, arguments)
         typer.echo("compiling, then timing a few rounds ...", err=True)
+        view = overview(loaded, arguments)
         show(_table(loaded, view, estimate(arguments, seconds)))
     if numbers:
         link = Link(bandwidth * 1e9, latency / 1e6)
@@ -186,7 +186,8 @@ def _table(config: Config, view: Overview, found: Estimate) -> NumbersTable:
     macs = training_macs(config, view)
     device = "not known" if found.device_bytes is None else size(found.device_bytes)
     free = "" if found.free_bytes is None else f"{size(found.free_bytes)} free"
-    times, rounds = f"{found.rounds_timed} rounds timed", found.rounds
+    times = "1 round timed" if found.rounds_timed == 1 else f"{found.rounds_timed} rounds timed"
+    rounds = found.rounds
     megabytes = (view.upload_bytes / 1e6, view.download_bytes / 1e6)
     rows = [
         ("compilation", duration(found.compile_seconds), "measured; a second start takes less"),

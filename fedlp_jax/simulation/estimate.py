@@ -47,28 +47,30 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
 
     Args:
       arguments: of `simulate`, as from `config.build`.
-      seconds: about how long to time rounds; at least a round is timed three times.
+      seconds: about how long to time rounds. At least one is, after one that warms up; of rounds
+        that take longer, no second one is.
 
     Raises:
       FedLPError: bad input, or a round that does not fit the memory.
     """
     budget = check_number("seconds", seconds, gt=0)
     timed = Rounds(**of_rounds(arguments))
-    run, count = timed.run, _rounds_of_turn(timed, budget / _TURNS)
-    turns = [timed(range(1, 1 + count)) / count for _ in range(_TURNS)]
+    run = timed.run
+    turns, (count,) = _turns([timed], budget)
     assert run.program is not None
-    tests = [
-        _seconds(run.program.test, run.state.variables, *run.stage.tested())
-        for _ in range(1 + _TURNS)
-    ]
+    tested = run.state.variables, *run.stage.tested()
+    _seconds(run.program.test, *tested)  # warms up
+    tests = [_seconds(run.program.test, *tested)]
+    while len(tests) < _TURNS and sum(tests) < budget:
+        tests.append(_seconds(run.program.test, *tested))
     rounds, every = arguments["rounds"], arguments.get("eval_every") or max(arguments["rounds"], 1)
     memory, need = run.program.round.memory_analysis(), needed_bytes(run.program.round)
     return Estimate(
         run.plan,
         sum(run.program.seconds.values()),
-        statistics.median(turns),
-        _TURNS * count,
-        statistics.median(tests[1:]),  # the first warms up
+        statistics.median(turn[0] for turn in turns),
+        len(turns) * count,
+        statistics.median(tests),
         -(-rounds // every),
         rounds,
         None if need is None else need + int(memory.argument_size_in_bytes),
@@ -85,7 +87,7 @@ def measure_pace(arguments: Mapping[str, Any], seconds: float = 5.0) -> tuple[Pa
 
     Args:
       arguments: of `simulate`, as from `config.build`.
-      seconds: about how long to time rounds.
+      seconds: about how long to time rounds, as for `estimate`.
 
     Returns:
       The pace of one of these devices, and the run.
@@ -101,11 +103,7 @@ def measure_pace(arguments: Mapping[str, Any], seconds: float = 5.0) -> tuple[Pa
     if whole.run.size > devices:
         with contextlib.suppress(FedLPError):  # a robust rule may need more clients
             timed.append(Rounds(**settings | {"cohort": devices, "plan": whole.run.plan}))
-    counts = [_rounds_of_turn(one, budget / len(timed) / _TURNS) for one in timed]
-    turns = [
-        [one(range(1, 1 + n)) / n for one, n in zip(timed, counts, strict=True)]
-        for _ in range(_TURNS)
-    ]
+    turns, counts = _turns(timed, budget)
     times = [statistics.median(column) for column in zip(*turns, strict=True)]
     steps = [
         statistics.fmean(load(one.run, devices, r)[0] for r in range(1, 1 + n))
@@ -135,10 +133,24 @@ def of_rounds(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in ignored}
 
 
-def _rounds_of_turn(timed: Rounds, seconds: float) -> int:
-    """How many rounds take about so long; the first warms up."""
-    timed([1])
-    return min(max(int(seconds / max(timed([1]), 1e-9)), 1), _MOST_ROUNDS)
+def _turns(timed: Sequence[Rounds], seconds: float) -> tuple[list[list[float]], list[int]]:
+    """Times rounds of programs, which take turns; no turn begins once `seconds` have passed.
+
+    Returns:
+      Seconds of a round of each program, for one to three turns; how many rounds each has a turn.
+    """
+    for one in timed:
+        one([1])  # warms up
+    first = [one([1]) for one in timed]
+    spent, each = sum(first), seconds / len(timed) / _TURNS
+    counts = [min(max(int(each / max(time, 1e-9)), 1), _MOST_ROUNDS) for time in first]
+    if spent >= seconds:
+        counts = [1] * len(timed)
+    turns = [first] if max(counts) == 1 else []
+    while len(turns) < _TURNS and (not turns or spent < seconds):
+        turns.append([one(range(1, 1 + n)) / n for one, n in zip(timed, counts, strict=True)])
+        spent += sum(time * n for time, n in zip(turns[-1], counts, strict=True))
+    return turns, counts
 
 
 def _seconds(program: Any, *arguments: Any) -> float:

@@ -13,7 +13,7 @@ from fedlp_jax.config.loading import parse_config
 from fedlp_jax.config.overview import overview, training_macs
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.simulation.estimate import estimate
+from fedlp_jax.simulation.estimate import _turns, estimate
 
 DATA = dataset()
 ARGUMENTS = {
@@ -33,10 +33,32 @@ ARGUMENTS = {
 @pytest.mark.parametrize(("every", "tests"), [(None, 1), (2, 4), (7, 1), (3, 3)])
 def test_the_whole_run_is_its_parts(every, tests):
     found = estimate(ARGUMENTS | {"eval_every": every, "early_stop": None}, seconds=0.01)
-    assert (found.rounds, found.tests, found.rounds_timed % 3) == (7, tests, 0)
+    assert (found.rounds, found.tests) == (7, tests) and found.rounds_timed >= 1
     parts = found.compile_seconds + 7 * found.round_seconds + tests * found.test_seconds
     assert found.total_seconds == pytest.approx(parts) and found.round_seconds > 0
     assert found.device_bytes > DATA.train.inputs.nbytes and found.process_bytes > 2**20
+
+
+@pytest.mark.parametrize(
+    ("rounds", "turns", "counts", "calls"),
+    [
+        ([20.0], 1, [1], 2),  # the first warms up
+        ([3.0], 2, [1], 3),  # the second passes the five seconds
+        ([1.0], 3, [1], 4),
+        ([0.1], 3, [16], 2 + 3 * 16),
+        ([20.0, 0.1], 1, [1, 1], 4),
+        ([1.0, 0.1], 3, [1, 8], 4 + 3 * 9),
+    ],
+)
+def test_timing_ends_when_the_time_is_over(rounds, turns, counts, calls):
+    called = []
+
+    def program(seconds):
+        return lambda numbers: called.extend(numbers) or seconds * len(numbers)
+
+    times, found = _turns([program(seconds) for seconds in rounds], 5.0)
+    assert (len(times), found, len(called)) == (turns, counts, calls)
+    assert times[0] == pytest.approx(rounds)
 
 
 def test_training_is_counted_in_three_forward_passes_an_example():
