@@ -82,8 +82,8 @@ def test_a_run_sends_the_layers_of_the_listed_masks():
     config = parse_config(HOMO)
     draws = drawn(build(config), keep=0.5)
     result = fl.simulate(**build(config))
-    state = draws.policy().init(result.layers, 20)
-    sent = np.asarray(state[1])[0] @ result.layers.params
+    _, _, masks = draws.policy().init(result.layers, 20)
+    sent = np.asarray(masks)[0] @ result.layers.params
     assert 0 < sent.sum() < 5 * result.layers.params.sum()
     assert result.history["upload_params"][0] == sent.sum()
 
