@@ -123,10 +123,10 @@ def _run(study: Study, cells: Sequence[Cell]) -> None:
     with stop_signals() as stop:
         if jax.default_backend() == "cpu":  # one cell after another
             keep_programs()  # many share one
-            done = run_study(study, cells, progress=True, say=say, stop=stop)
+            done = run_study(study, cells, todo=todo, progress=True, say=say, stop=stop)
         else:
             with SweepProgress(len(todo), sum(study.config(x).rounds for x in todo)) as shown:
-                done = run_study(study, cells, stop=stop, log=shown.update)
+                done = run_study(study, cells, todo=todo, stop=stop, log=shown.update)
     table, figures = done
     show(*result_tables(table, study.out, figures))
 

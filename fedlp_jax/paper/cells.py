@@ -12,6 +12,7 @@ after any interruption.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -19,13 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from pydantic import Field
+
 from fedlp_jax.config.build import build, build_partition
 from fedlp_jax.config.experiment import execute
 from fedlp_jax.config.loading import load_config
 from fedlp_jax.config.resume import identity
-from fedlp_jax.config.schema import Config, Data
+from fedlp_jax.config.schema import Config, Data, Text
 from fedlp_jax.config.sweep import Log, execute_runs
-from fedlp_jax.data.loading import load
+from fedlp_jax.data.loading import Dataset, load
 from fedlp_jax.errors import FedLPError, why
 from fedlp_jax.paper.costs import row_cost
 from fedlp_jax.paper.published import DRAWS, ROWS, SPLITS, Cell, Draws, cell_config
@@ -52,6 +55,16 @@ _STEPS = 3  # local steps that `estimate` measures
 _SHA256 = {"cifar10": "016371612be976197eeaa1bd2e25e13cc9bedc98b13d12e30cfc972d1a231e39"}
 
 
+class _FromFile(Data):
+    """A data set that is read from a file of it. A run is the same without the file."""
+
+    file: Text = Field(exclude=True)
+
+    def build(self, **arguments: Any) -> Dataset:
+        """Reads the file."""
+        return dataclasses.replace(load(self.file), name=self.name)
+
+
 class Study(NamedTuple):
     """Cells of one scale in one directory."""
 
@@ -64,7 +77,7 @@ class Study(NamedTuple):
         """The configuration of a cell in this study.
 
         Raises:
-          FedLPError: as `cell_config`, or a file of another data set.
+          FedLPError: as `cell_config`, or a file for a scale that needs none.
         """
         config = cell_config(cell, self.scale, self.rounds)
         if self.data is None:
@@ -73,12 +86,7 @@ class Study(NamedTuple):
             raise FedLPError(
                 f"scale {self.scale} has its data, the embedded {config.data.name}; omit --data."
             )
-        if Path(self.data).name != f"{config.data.name}.npz":
-            raise FedLPError(
-                f"the data of scale {self.scale} are {config.data.name}; name their file "
-                f"{config.data.name}.npz instead of {Path(self.data).name}."
-            )
-        return config.model_copy(update={"data": Data(name=self.data)})
+        return config.model_copy(update={"data": _FromFile(name=config.data.name, file=self.data)})
 
     def path(self, cell: Cell) -> Path:
         """The run directory of a cell."""
@@ -145,7 +153,7 @@ def check_file(study: Study) -> None:
     """
     if study.data is None:
         return
-    name, data = Path(study.data).stem, load(study.data)
+    name, data = study.config(Cell("fedavg", "iid")).data.name, load(study.data)
     if data.hash != _SHA256[name]:
         raise FedLPError(
             f"{study.data} holds {data}, but not the images of {name} in their order; write it "
@@ -157,6 +165,7 @@ def run_cells(
     study: Study,
     cells: Sequence[Cell],
     *,
+    todo: Sequence[Cell] | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] | None = None,
@@ -166,6 +175,7 @@ def run_cells(
     Args:
       study: directory and scale.
       cells: to run, in this order.
+      todo: those that have not ended, as `unfinished` says; None = it is asked.
       progress: as in `experiment.execute`.
       say: called with a line when a cell begins: its name and the expected time left.
       stop: as in `experiment.execute`.
@@ -174,7 +184,7 @@ def run_cells(
       FedLPError: the directory holds another study, another process runs one of these cells, or the
         data cannot be read.
     """
-    todo = unfinished(study, cells)
+    todo = unfinished(study, cells) if todo is None else todo
     started = time.perf_counter()
     for ran, cell in enumerate(todo):
         done = len(cells) - len(todo) + ran
@@ -199,6 +209,7 @@ def run_cells_together(
     study: Study,
     cells: Sequence[Cell],
     *,
+    todo: Sequence[Cell] | None = None,
     log: Log | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> None:
@@ -207,13 +218,15 @@ def run_cells_together(
     Args:
       study: directory and scale.
       cells: to run.
+      todo: as for `run_cells`.
       log: called with the name of a cell, its seed and each of its rows.
       stop: as in `experiment.execute`.
 
     Raises:
       FedLPError: as `run_cells`.
     """
-    runs = [(cell.name, study.config(cell), study.path(cell)) for cell in unfinished(study, cells)]
+    todo = unfinished(study, cells) if todo is None else todo
+    runs = [(cell.name, study.config(cell), study.path(cell)) for cell in todo]
     execute_runs(runs, "The same command resumes the study.", resume=True, log=log, stop=stop)
 
 
@@ -312,7 +325,7 @@ def _refuse_other_cell(config: Config, path: Path) -> None:
 
 
 def _by_name(config: Config) -> Config:
-    """With the name of its data set where it reads a file of it, such as cifar10.npz."""
+    """With the name of its data set where it names a file of it, such as cifar10.npz."""
     if not config.data.name.endswith(".npz"):
         return config
     data = config.data.model_copy(update={"name": Path(config.data.name).stem})

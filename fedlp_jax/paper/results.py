@@ -85,6 +85,7 @@ def run_study(
     study: Study,
     cells: Sequence[Cell],
     *,
+    todo: Sequence[Cell] | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] | None = None,
@@ -102,14 +103,16 @@ def run_study(
       FedLPError: as `run_cells`, and no cell has begun then; or a file of other examples; or the
         table cannot be written, and all cells are kept.
     """
-    if unfinished(study, cells):  # which refuses the directory of another study
+    if todo is None:
+        todo = unfinished(study, cells)  # which refuses the directory of another study
+    if todo:
         check_file(study)
     try:
         if log is None:
-            for _ in run_cells(study, cells, progress=progress, say=say, stop=stop):
+            for _ in run_cells(study, cells, todo=todo, progress=progress, say=say, stop=stop):
                 write_table(make_table(study), study.out)
         else:
-            run_cells_together(study, cells, log=log, stop=stop)
+            run_cells_together(study, cells, todo=todo, log=log, stop=stop)
     except BaseException as error:
         try:
             _write(study)

@@ -18,6 +18,7 @@ import typer.testing
 import fedlp_jax as fl
 from fedlp_jax import FedLPError, __version__, cli
 from fedlp_jax.config.loading import dump_config, load_config
+from fedlp_jax.config.resume import run_checkpoint
 from fedlp_jax.execution import plan as plans
 from fedlp_jax.paper import cells as cells_module
 from fedlp_jax.paper import results
@@ -413,14 +414,61 @@ def test_cells_that_run_together_are_what_they_are_alone(tmp_path):
 
 
 def test_a_study_may_read_its_data_set_from_a_file(tmp_path):
-    invented(Study(tmp_path), IID[0])
-    study = Study(tmp_path, data="/elsewhere/cifar10.npz")
-    assert study.config(IID[1]).data.name == "/elsewhere/cifar10.npz"
+    plain, study = Study(tmp_path), Study(tmp_path, data="/elsewhere/images.npz")
+    invented(plain, IID[0])
     assert unfinished(study, IID) == IID[1:]  # the first is the same cell
-    with pytest.raises(FedLPError, match="name their file cifar10.npz instead of mnist.npz"):
-        read_cells(Study(tmp_path, data="mnist.npz"))
+    settings = [run_checkpoint(one.config(IID[1]), tmp_path).settings for one in (plain, study)]
+    assert settings[0] == settings[1]  # one resumes the other's
+    assert dump_config(study.config(IID[1])) == dump_config(plain.config(IID[1]))
     with pytest.raises(FedLPError, match="scale smoke has its data, the embedded digits; omit"):
         read_cells(Study(tmp_path, "smoke", data="digits.npz"))
+
+
+@pytest.mark.slow
+def test_a_cell_that_began_with_the_data_set_goes_on_with_a_file_of_it(tmp_path, monkeypatch):
+    data = fl.load("digits")
+    x, y, u, v = (*data.train, *data.test)
+    np.savez("digits.npz", train_inputs=x, train_labels=y, test_inputs=u, test_labels=v)
+    monkeypatch.setattr(cells_module, "_SHA256", {"digits": data.hash})
+    monkeypatch.setattr(
+        cells_module, "load", lambda file: fl.load(file, normalize=data.normalize)
+    )  # small numbers, which a file of pixels does not have
+    asked = []
+    with pytest.raises(KeyboardInterrupt):
+        list(
+            run_cells(
+                Study(tmp_path / "halves", "smoke"),
+                IID[:1],
+                stop=lambda: asked.append(1) or len(asked) > 2,
+            )
+        )
+    halves, whole = (
+        Study(tmp_path / name, "smoke", data=file)
+        for name, file in (("halves", "digits.npz"), ("whole", None))
+    )
+    assert len(read_cells(halves)[IID[0]].rows) == 1
+    list(run_cells(halves, IID[:1]))
+    list(run_cells(whole, IID[:1]))
+    resumed, at_once = (
+        [{**row, "seconds": 0} for row in read_cells(study)[IID[0]].rows]
+        for study in (halves, whole)
+    )
+    assert resumed == at_once and len(resumed) == 2
+
+
+def test_the_cells_of_a_study_are_read_once_before_they_run(tmp_path, monkeypatch):
+    study, read, before = Study(tmp_path, "smoke"), [], []
+    invented(study, IID[0])
+    executing(monkeypatch, study)
+    execute, reading = cells_module.execute, cells_module.read_runs
+    monkeypatch.setattr(
+        cells_module, "execute", lambda *a, **k: before.append(len(read)) or execute(*a, **k)
+    )
+    monkeypatch.setattr(cells_module, "read_runs", lambda one: read.append(one) or reading(one))
+    words = ["--out", str(tmp_path), "--scale", "smoke", "--rows", "fedavg,homo-0.5"]
+    said = fedlp(*words, "--splits", "iid")
+    assert said.exit_code == 0 and "cell 2 of 2: homo-0.5" in said.stderr
+    assert before == [1]
 
 
 def test_a_file_of_other_examples_is_refused_before_a_cell_begins(tmp_path):
