@@ -383,6 +383,12 @@ class _Member:
                 lanes.end(lane)
                 self._last = last
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last round that counts is booked, where that is before the last of all."""
+        reached = 0 if self.run is None else self.run.reached
+        return self.error is not None or (self._last is not None and reached >= self._last)
+
     def due(self, round: int) -> bool:
         """Whether to save after this round."""
         return self._saver.due(round)
@@ -559,7 +565,11 @@ def _run_lanes(members: Sequence[_Member], program: LanesProgram, stop: Callable
         last = rounds.start - 1
         while len(pending) > ahead:
             for lane, records in lanes.records(pending.popleft()).items():
-                members[lane].read(records, lanes, lane, last)
+                member = members[lane]
+                if member.result is None:  # or else these rounds came after its end
+                    member.read(records, lanes, lane, last)
+                    if member.has_ended:
+                        member.finish(program.warnings)
 
     while rounds and lanes.live and not stop():
         first, live = rounds[0], [members[lane] for lane in lanes.live]
@@ -577,4 +587,5 @@ def _run_lanes(members: Sequence[_Member], program: LanesProgram, stop: Callable
     for lane in lanes.live:
         lanes.settle(lane)
     for member in members:
-        member.finish(program.warnings)
+        if member.result is None:
+            member.finish(program.warnings)

@@ -354,6 +354,31 @@ def test_each_run_stops_early_by_itself():
 
 
 @pytest.mark.slow
+def test_the_end_of_a_run_is_known_while_others_go_on(programs):
+    stop = fl.EarlyStop(metric="train_loss", target=100.0)
+    settings = SHARED | {"data": DATA, "clients": EVEN, "cohort": 4, "rounds": 12, "seed": 0}
+    events, runs = [], {"good": (0.1, None), "stops": (0.1, stop), "diverges": (1e30, None)}
+
+    def point(label, rate, early_stop):
+        own = {"algorithm": homo(rate=rate), "plan": fl.Plan(rounds_at_once=1)}
+        return sweep.Point(
+            label,
+            settings | own | {"early_stop": early_stop},
+            log=lambda row: events.append((label, row["round"])),
+            ended=lambda result, error: events.append((label, "ended")),
+        )
+
+    results = sweep.run_points([point(label, *one) for label, one in runs.items()], at_once=3)
+    assert programs == [(3, 3)]
+    for label, result in zip(runs, results, strict=True):
+        assert events.count((label, "ended")) == 1
+        if label != "good":
+            assert len(result.history) < 4
+            assert events.index((label, "ended")) < events.index(("good", 6))
+    assert events[-1] == ("good", "ended")
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_all_runs_after_the_round_in_flight():
     def log(label, seed, row):
         if row["round"] == 2 and seed == 1:
