@@ -470,8 +470,12 @@ def preset(kind: type[Section], behaviour: Behaviour = BEHAVIOURS[DEFAULT]) -> d
 
 
 def _fits(field: Any, value: Any) -> bool:
-    """Whether a behaviour's value may become this field: some algorithms know only one."""
-    return get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
+    """Whether a behaviour's value may become this field.
+
+    Some algorithms know only one, and a transformer's `heads` are others.
+    """
+    known = get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
+    return known and (field.default is None or isinstance(field.default, type(value)))
 
 
 def _folder_name(name: str) -> str:

@@ -134,6 +134,7 @@ def test_a_behaviour_sets_what_is_not_given(name):
     assert config.draws == ("reference" if reference else "own")
     assert parse_config(tree | {"draws": "own"}).draws == "own"
     assert "behaviour" not in config.model_dump()
+    assert parse_config(tree | {"model": {"name": "transformer"}}).model.heads == 4  # of attention
 
 
 @pytest.mark.parametrize(
