@@ -388,9 +388,9 @@ def _gate_rule(program: ClientProgram, inputs: ClientInput) -> GateRule | None:
         # One object for all parameters with the same two gates, which it keeps alive.
         both: dict[Any, tuple[Gate, Gate, Gate]] = {}
 
-        def gate(path: tuple[str, ...]) -> Gate:
+        def gate(path: tuple[str | int, ...]) -> Gate:
             first: Gate = of_layer[layer_of[path]] if of_layer and path in layer_of else True
-            second = allowed("/".join(path))
+            second = allowed("/".join(map(str, path)))
             if isinstance(first, bool) or isinstance(second, bool):
                 return second if first is True else first if second is True else False
             key = id(first), id(second)

@@ -267,8 +267,8 @@ def _check_given(own: dict[tuple[str, ...], Any], shapes: dict[tuple[str, ...], 
     for path, x in own.items():
         if x.shape != shapes[path].shape:
             raise FedLPError(
-                f"{'/'.join(path)} of the given variables is {list(x.shape)}, but clients keep "
-                f"{list(shapes[path].shape)} there; give variables of this model."
+                f"{'/'.join(map(str, path))} of the given variables is {list(x.shape)}, but "
+                f"clients keep {list(shapes[path].shape)} there; give variables of this model."
             )
 
 
@@ -308,7 +308,7 @@ def depth_prefix(task: Task, depth: int, whole: Variables, example: Batch) -> Su
     for path in sorted(shared):
         if shapes[path].shape != server[path].shape:
             raise FedLPError(
-                f"{'/'.join(path)} is {shapes[path].shape} at depth {depth} but "
+                f"{'/'.join(map(str, path))} is {shapes[path].shape} at depth {depth} but "
                 f"{server[path].shape} in the whole model; shared variables need one shape, "
                 "private ones a name of their own."
             )

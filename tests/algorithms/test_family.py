@@ -902,6 +902,30 @@ def test_fedbn_names_layers_of_a_list_and_refuses_statistics_that_it_does_not_fi
     assert [*variables] == ["params"] and [*variables["params"]["body"]] == [0]
 
 
+class Two(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[1](nnx.relu(self.layers[0](x.reshape(x.shape[0], -1))))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "trained"),
+    [
+        ("fedrep", {"head": "layers/1", "head_epochs": 1}, [True, True]),  # steps have gates
+        ("fedbabu", {"head": "layers/1"}, [True, False]),  # layers have
+    ],
+)
+def test_modules_in_a_list_are_told_apart_in_training(name, settings, trained):
+    task = fl.classification(Two(nnx.Rngs(0)))
+    made = getattr(fl, name)(task, client_optimizer=optax.sgd(RATE), batch_size=64, **settings)
+    result = fl.simulate(made, DATA, POPULATION, rounds=1, cohort=CLIENTS, seed=0)
+    model = result.variables if result.models is None else result.models[0]
+    start, end = (x["params"]["layers"] for x in (task.init(jax.random.key(0), example()), model))
+    assert [bool((start[i]["kernel"] != end[i]["kernel"]).any()) for i in (0, 1)] == trained
+
+
 @pytest.mark.parametrize("schedule", [None, lambda round: jnp.where(round == 1, 0.5, 0.1)])
 def test_what_fedcm_sends_on_is_a_gradient_whatever_the_rate(schedule):
     """Of one step of one client from x: Delta is the gradient at x."""
