@@ -70,19 +70,17 @@ class Progress:
             console=self._console,
             get_time=time.monotonic,
         )
-        self._task = self._bar.add_task(
-            name, total=rounds, completed=len(done), numbers="compiling ..."
-        )
+        self._task = self._bar.add_task(name, total=rounds, completed=len(done), numbers="")
         self._line_round, self._line_at = len(done), self._bar.get_time()
         self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
-        """Shows table and bar, or a first line."""
-        if self._show and self._console.is_terminal:
-            self._live.start()
-        elif self._show and self._rounds:
+        """Says what is compiled; on a terminal, shows table and bar."""
+        if self._show and self._rounds:
             which = "the first" if self._first == 1 else f"round {self._first}"
             self._line(f"compiling {which} of {self._rounds} rounds{self._model} ...")
+        if self._show and self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -65,6 +65,7 @@ def test_the_last_known_accuracy_stays():
 def test_a_table_and_a_bar_on_a_terminal():
     rows = [row(1, test_accuracy=0.5), row(2), row(3, test_accuracy=0.25)]
     text = shown(3, terminal=True, rows=rows)
+    assert text.startswith("demo: compiling the first of 3 rounds ...\n")
     assert "3/3" in text and "1.5 MB" in text
     last = text.rsplit("train loss", 1)[1]  # what is left on the screen
     assert "█▃▁" in last and "0.3333" in last and "best 0.3333 in round 3" in last
