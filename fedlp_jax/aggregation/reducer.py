@@ -63,4 +63,5 @@ class Reducer(NamedTuple):
     # (received, state, layers) -> f32[C, L]: the layers that the server asks for once each client
     # has reported a number for every layer; only where stacked. None = what was drawn.
     select: Callable[[Received, PyTree, LayerTable], Array] | None = None
+    of_senders: bool = False  # the mean over those who sent a layer, by their weights
     senders: int = 1  # clients that `select` asks for; smaller cohorts are refused

@@ -28,6 +28,7 @@ from fedlp_jax.clients.local_training import (
     local_steps,
 )
 from fedlp_jax.clients.optimizers import check_optimizer, warn_of_restarts
+from fedlp_jax.clients.sgd import check_same_sgd
 from fedlp_jax.errors import FedLPError, check_choice, shown
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning import submodels as submodel
@@ -158,6 +159,7 @@ def _algorithm(parts: Parts, privacy: Privacy | None, train_loss: str) -> Algori
             "privacy needs updates of a known norm, which compression changes; omit upload or "
             "privacy."
         )
+    _check_received(parts)
     if parts.asynchrony is not None:
         _check_asynchrony(parts, privacy)
     if parts.submodels.slices:
@@ -198,6 +200,37 @@ def _submodels(submodels: Submodels | None, personal: str | None) -> Submodels:
     if personal is not None:
         return submodel.personal(personal, submodels)
     return submodels or submodel.whole()
+
+
+def _check_received(parts: Parts) -> None:
+    """Refuses rules that read the aggregate as something that it is not."""
+    pipeline, upload, rule = parts.pipeline, parts.upload, parts.server_rule
+    reducer, feedback = pipeline.reducer, upload is not None and upload.init is not None
+    keeps = feedback or parts.local_training.init is not None
+    if reducer.select is not None and (keeps or pipeline.clip is not None):
+        what = "what clients keep changes" if keeps else "clip= changes the updates"
+        raise FedLPError(
+            f"the aggregator chooses who sends a layer once all have trained, but {what} before; "
+            "omit it, or choose aggregator='masked_mean'."
+        )
+    if rule is None:
+        return
+    if rule.of_senders and not reducer.of_senders:
+        raise FedLPError(
+            "this algorithm's rule for the server is defined for the mean over the clients that "
+            "sent a layer; use aggregator='masked_mean', or fl.fedavg with the other."
+        )
+    if rule.whole_moves and (pipeline.clip is not None or (upload is not None and not feedback)):
+        raise FedLPError(
+            "this algorithm's server adds up what clients moved, and the clients do too, so that "
+            "nothing may be lost between them: omit clip, and give an upload error feedback, as "
+            "fl.top_k(0.1, error_feedback=True) has."
+        )
+    if rule.moves_resting and feedback:
+        raise FedLPError(
+            "this algorithm's server moves layers that nobody sends, but an upload with error "
+            "feedback would send their updates later as well; use error_feedback=False."
+        )
 
 
 def _check_asynchrony(parts: Parts, privacy: Privacy | None) -> None:
@@ -306,6 +339,8 @@ def _named(aggregator: str | Mapping[str, Any]) -> Reducer:
 def _check_optimizers(parts: Parts, model: Variables, sizes: np.ndarray) -> None:
     check_optimizer("client", parts.client_optimizer, model["params"])
     check_optimizer("server", parts.server_optimizer, model["params"])
+    if parts.local_training.sgd is not None:
+        check_same_sgd(parts.client_optimizer, model["params"], parts.local_training.sgd)
     warn_of_restarts(parts.client_optimizer, model["params"], local_steps(sizes, parts.work))
 
 

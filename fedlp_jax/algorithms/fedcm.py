@@ -51,10 +51,10 @@ def fedcm(
       **settings: as in `compose` (epochs, batch_size, submodels, server_optimizer, ...).
 
     Raises:
-      FedLPError: an alpha out of range, or another client optimizer.
+      FedLPError: an alpha out of range, or another client optimizer or aggregator.
     """
     alpha = check_number("alpha", alpha, gt=0, le=1)
-    rate = as_sgd(client_optimizer, "fedcm", momentum=False).rate
+    sgd = as_sgd(client_optimizer, "fedcm", momentum=False)
 
     def first(params: PyTree, clients: int) -> Terms:
         del clients
@@ -62,15 +62,15 @@ def fedcm(
 
     def finish(trained: Trained, terms: Terms, own: PyTree) -> tuple[Variables, Terms, PyTree]:
         del terms
-        moved = trained.steps.astype(jnp.float32) * (rate * trained.scale)  # eta S_k
+        moved = trained.steps.astype(jnp.float32) * (sgd.rate * trained.scale)  # eta S_k
         return trained.update, Terms({"moved": moved}, {}), own
 
     return compose(
         task,
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
-        local_training=LocalTraining(gradient=_mixed, finish=finish),
-        server_rule=ServerRule(first, lambda terms: terms, _mean_gradient),
+        local_training=LocalTraining(gradient=_mixed, finish=finish, sgd=sgd),
+        server_rule=ServerRule(first, lambda terms: terms, _mean_gradient, of_senders=True),
         **settings,
     )
 

@@ -51,7 +51,8 @@ def feddyn(
       **settings: as in `compose` (epochs, batch_size, submodels, ...).
 
     Raises:
-      FedLPError: a negative alpha, or another weighting.
+      FedLPError: a negative alpha, another weighting or aggregator, `clip`, or an upload that loses
+        a part of the update for good.
     """
     alpha = check_number("alpha", alpha, ge=0)
     check_choice("feddyn's weighting", weighting, ("uniform",))
@@ -65,7 +66,13 @@ def feddyn(
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(_zeros, _regularised, _moved),
-        server_rule=ServerRule(first, lambda terms: Terms(terms.numbers, {}), _corrected),
+        server_rule=ServerRule(
+            first,
+            lambda terms: Terms(terms.numbers, {}),
+            _corrected,
+            of_senders=True,
+            whole_moves=True,
+        ),
         weighting=weighting,
         **settings,
     )

@@ -51,11 +51,11 @@ def fedluar(
         `masks.recycling`.
       client_optimizer: any optax transform.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, layers, ...), but not
-        `privacy`.
+        `privacy` and no upload with error feedback.
 
     Raises:
-      FedLPError: `recycled` below 0, or privacy; (before anything compiles) so many layers that
-        nothing is left to send.
+      FedLPError: `recycled` below 0, privacy, or error feedback; (before anything compiles) so
+        many layers that nothing is left to send.
     """
     if settings.get("privacy") is not None:
         raise FedLPError(

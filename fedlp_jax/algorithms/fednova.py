@@ -44,13 +44,13 @@ def fednova(
       **settings: as in `compose` (epochs, batch_size, submodels, server_optimizer, ...).
 
     Raises:
-      FedLPError: another client optimizer.
+      FedLPError: another client optimizer or aggregator.
     """
-    momentum = as_sgd(client_optimizer, "fednova", momentum=True).momentum
+    sgd = as_sgd(client_optimizer, "fednova", momentum=True)
 
     def finish(trained: Trained, terms: Terms, own: PyTree) -> tuple[Variables, Terms, PyTree]:
         del terms
-        a = jnp.maximum(_weights(trained.steps.astype(jnp.float32), momentum), 1.0)
+        a = jnp.maximum(_weights(trained.steps.astype(jnp.float32), sgd.momentum), 1.0)
         params = jax.tree.map(lambda d: d / a, trained.update["params"])
         return {**trained.update, "params": params}, Terms({"a": a}, {}), own
 
@@ -58,8 +58,10 @@ def fednova(
         task,
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
-        local_training=LocalTraining(finish=finish),
-        server_rule=ServerRule(lambda params, clients: NO_TERMS, lambda terms: terms, _scaled),
+        local_training=LocalTraining(finish=finish, sgd=sgd),
+        server_rule=ServerRule(
+            lambda params, clients: NO_TERMS, lambda terms: terms, _scaled, of_senders=True
+        ),
         **settings,
     )
 

@@ -51,16 +51,16 @@ def scaffold(
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...).
 
     Raises:
-      FedLPError: another client optimizer or weighting.
+      FedLPError: another client optimizer, weighting or aggregator.
     """
     check_choice("scaffold's weighting", weighting, ("uniform",))
-    rate = as_sgd(client_optimizer, "scaffold", momentum=False).rate
+    sgd = as_sgd(client_optimizer, "scaffold", momentum=False)
     return compose(
         task,
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
-        local_training=LocalTraining(_zeros, _corrected, _option_ii(rate)),
-        server_rule=ServerRule(_first, lambda terms: Terms({}, terms.trees), _mean),
+        local_training=LocalTraining(_zeros, _corrected, _option_ii(sgd.rate), sgd=sgd),
+        server_rule=ServerRule(_first, lambda t: Terms({}, t.trees), _mean, of_senders=True),
         weighting=weighting,
         **settings,
     )

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fedlp_jax.clients.sgd import SGD
 from fedlp_jax.data.batching import shuffled_rows, take_batch
 from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.execution.loops import Loops, RunLoops, run_loops
@@ -69,6 +70,7 @@ class LocalTraining(NamedTuple):
     # (number of the step, steps of the round) -> path of a parameter -> whether the step trains it;
     # parameters that share a gate should get the same object
     trains: Callable[[Array, Array], Callable[[str], Gate]] | None = None
+    sgd: SGD | None = None  # what the client optimizer has to be, for every parameter
 
 
 # (gradient, params, number of the step i32[]) -> gradient

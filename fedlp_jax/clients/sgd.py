@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from fedlp_jax.errors import FedLPError
+from fedlp_jax.types import PyTree
 
 _NUMBERS = np.array([3.0, -2.0, 0.5], np.float32)  # of the parameters and gradients of a trial
 _STEPS = 4
 _TOLERANCE = 1e-5
+# (factor on the gradients, steps before): a clip shows at one, a schedule at another.
+_TRIALS = [(1.0, 0), (1e-3, 0), (1e3, 0), *((1.0, n) for n in (7, 60, 500, 4_000, 100_000))]
 
 
 class SGD(NamedTuple):
@@ -34,28 +39,79 @@ def as_sgd(optimizer: optax.GradientTransformation, algorithm: str, momentum: bo
     Raises:
       FedLPError: it is another optimizer, or it has settings besides these.
     """
-    found = _trial(optimizer)
-    if found is None or (found.momentum and not momentum):
+    found = _tried(optimizer, jnp.asarray(_NUMBERS), _TRIALS)[0]
+    if found is None or not found.rate or (found.momentum and not momentum):
         kinds = "optax.sgd(rate)" + " or optax.sgd(rate, momentum)" * momentum
         raise FedLPError(
             f"{algorithm} is defined for plain SGD{' with or without momentum' * momentum}, and "
-            f"client_optimizer does something else; give {kinds}, without schedule, weight decay "
-            f"or {'Nesterov' if momentum else ''} momentum, or take another algorithm, such as "
+            f"client_optimizer does something else; give {kinds}, without schedule, clipping, "
+            f"weight decay or {'Nesterov ' * momentum}momentum, or take another algorithm, such as "
             "fl.fedprox or fl.fedadam, which allow any client optimizer."
         )
     return found
 
 
-def _trial(optimizer: optax.GradientTransformation) -> SGD | None:
-    """The numbers of which `_STEPS` steps of SGD with other gradients would be these."""
-    params = jax.numpy.asarray(_NUMBERS)
-    impulse = [params[::-1], *[params * 0] * (_STEPS - 1)]
-    with jax.numpy_dtype_promotion("standard"):
-        try:
-            first = _answers(optimizer, params, impulse)
-            steady = _answers(optimizer, params, [params] * _STEPS)
-        except TypeError:  # it wants more than gradients and parameters
-            return None
+def check_same_sgd(optimizer: optax.GradientTransformation, params: PyTree, sgd: SGD) -> None:
+    """Refuses an optimizer that treats parameters differently, by their names or ranks.
+
+    Args:
+      optimizer: of a client.
+      params: of the model.
+      sgd: what `as_sgd` found. A parameter that the optimizer never moves is none the less right.
+
+    Raises:
+      FedLPError: some parameter has another rate or momentum.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    small = jax.tree.map(lambda x: jnp.asarray(_NUMBERS).reshape(*[1] * (x.ndim - 1), 3), params)
+    trials = [_TRIALS[0], (1e3, 100_000)]
+    for path, found in zip(paths, _tried(optimizer, small, trials), strict=True):
+        if found is None or (found.rate and not np.allclose(found, sgd, _TOLERANCE)):
+            raise FedLPError(
+                f"this algorithm needs one rate for all parameters, {sgd.rate:g} with momentum "
+                f"{sgd.momentum:g}, but client_optimizer treats {jax.tree_util.keystr(path)} "
+                "otherwise; give optax.sgd(rate), or take an algorithm such as fl.fedprox, which "
+                "allows any client optimizer."
+            )
+
+
+def _tried(
+    optimizer: optax.GradientTransformation, params: PyTree, trials: Sequence[tuple[float, int]]
+) -> list[SGD | None]:
+    """For each leaf the numbers of which all trials would be steps; of rate 0 if it stays."""
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            found = [_trial(optimizer, params, *one) for one in trials]
+    except (AttributeError, TypeError, ValueError):  # no optimizer, or one of other parameters
+        return [None] * len(jax.tree.leaves(params))
+    return [_agreed(of_leaf) for of_leaf in zip(*found, strict=True)]
+
+
+def _agreed(found: Sequence[SGD | None]) -> SGD | None:
+    first, *others = found
+    if first is None or not all(x and np.allclose(x, first, _TOLERANCE) for x in others):
+        return None
+    return first
+
+
+def _trial(
+    optimizer: optax.GradientTransformation, params: PyTree, factor: float, count: int
+) -> list[SGD | None]:
+    """For each leaf, the numbers of which steps with other gradients would be these."""
+    steady = jax.tree.map(lambda x: x * factor, params)
+    impulse = jax.tree.map(lambda x: x[..., ::-1], steady)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    answers = [
+        _answers(optimizer, params, gradients, count)
+        for gradients in ([impulse, *[zero] * (_STEPS - 1)], [steady] * _STEPS)
+    ]
+    return [_fitted(*(x / factor for x in pair)) for pair in zip(*answers, strict=True)]
+
+
+def _fitted(first: np.ndarray, steady: np.ndarray) -> SGD | None:
+    """The numbers of SGD, from updates `[steps, n]` after one gradient and under a steady one."""
+    if not (first.any() or steady.any()):
+        return SGD(0.0, 0.0)
     rate = float(-steady[0][0] / _NUMBERS[0])
     if not 0 < rate < math.inf:
         return None
@@ -67,11 +123,15 @@ def _trial(optimizer: optax.GradientTransformation) -> SGD | None:
 
 
 def _answers(
-    optimizer: optax.GradientTransformation, params: jax.Array, gradients: list[jax.Array]
-) -> np.ndarray:
-    """The updates of successive steps, `[steps, n]`; the parameters stay where they are."""
-    state, updates = optimizer.init(params), []
+    optimizer: optax.GradientTransformation, params: PyTree, gradients: list[PyTree], count: int
+) -> list[np.ndarray]:
+    """The updates of each leaf in successive steps, `[steps, n]`; parameters stay as they are."""
+
+    def counted(x: Any) -> Any:
+        return x + count if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x
+
+    state, updates = jax.tree.map(counted, optimizer.init(params)), []
     for gradient in gradients:
         update, state = optimizer.update(gradient, state, params)
-        updates.append(np.asarray(update, np.float64))
-    return np.stack(updates)
+        updates.append([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(update)])
+    return [np.stack(of_leaf) for of_leaf in zip(*updates, strict=True)]

@@ -2,12 +2,15 @@
 
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
-from small import Steps
+from small import Steps, dataset
 
 import fedlp_jax as fl
-from fedlp_jax.clients.sgd import as_sgd
+from fedlp_jax.aggregation.divergence import largest
+from fedlp_jax.clients.sgd import SGD, as_sgd, check_same_sgd
 
 TASK = fl.classification(Steps(depth=1))
 
@@ -34,14 +37,46 @@ def test_its_numbers_are_found(optimizer, rate, momentum):
         optax.sgd(optax.linear_schedule(0.1, 0.0, 10)),
         optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
         optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+        optax.chain(optax.clip(30.0), optax.sgd(0.1)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        optax.chain(optax.clip_by_global_norm(50.0), optax.sgd(0.1)),
+        optax.chain(optax.adaptive_grad_clip(0.5), optax.sgd(0.1)),
+        optax.sgd(optax.piecewise_constant_schedule(0.1, {40: 0.1})),
+        optax.sgd(optax.warmup_cosine_decay_schedule(0.1, 0.1, 30, 90)),
+        optax.partition({"a": optax.sgd(0.1)}, {"fc1": "a"}),
         optax.sgd(0.0),
+        None,
     ],
-    ids=["adam", "nesterov", "schedule", "decay", "clip", "rate 0"],
 )
 @pytest.mark.parametrize("make", [fl.scaffold, fl.fednova, partial(fl.fedcm, alpha=0.5)])
 def test_others_are_refused(make, optimizer):
     with pytest.raises(fl.FedLPError, match="is defined for plain SGD.* such as fl.fedprox"):
         make(TASK, client_optimizer=optimizer)
+
+
+def by_name(rates):
+    """SGD with the rate that belongs to the first name found in a parameter's path."""
+
+    def labels(params):
+        def label(path, _):
+            return next((n for n in rates if n in jax.tree_util.keystr(path)), "rest")
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    still = {"rest": optax.sgd(0.1)}
+    return optax.partition(
+        {n: optax.sgd(r) if r else optax.set_to_zero() for n, r in rates.items()} | still, labels
+    )
+
+
+@pytest.mark.parametrize("make", [fl.scaffold, fl.fednova, partial(fl.fedcm, alpha=0.5)])
+def test_all_parameters_have_one_rate(make):
+    data = dataset()
+    clients = fl.partition.iid(data.train.labels, clients=6, seed=0)
+    mixed = make(TASK, client_optimizer=by_name({"hidden1": 0.01}))
+    with pytest.raises(fl.FedLPError, match="one rate for all parameters, 0.1 .*hidden1"):
+        fl.simulate(mixed, data, clients, rounds=1, cohort=3)
+    check_same_sgd(by_name({"hidden1": 0.0}), {"hidden1": {"bias": jnp.ones(4)}}, SGD(0.1, 0.0))
 
 
 def test_scaffold_refuses_momentum():
@@ -60,6 +95,22 @@ def test_scaffold_refuses_momentum():
         (lambda **s: fl.fedprox(TASK, mu=-1, **s), "mu=-1 must be a number of at least 0"),
         (lambda **s: fl.fedadam(TASK, tau=0, **s), "tau=0 must be a number above 0"),
         (lambda **s: fl.fedavgm(TASK, beta=1, **s), r"beta=1 must be a number in \[0, 1\)"),
+        (lambda **s: fl.scaffold(TASK, aggregator="median", **s), "use aggregator='masked_mean'"),
+        (lambda **s: fl.fednova(TASK, aggregator="krum", **s), "use aggregator='masked_mean'"),
+        (lambda **s: fl.fedcm(TASK, alpha=0.5, aggregator="cohort_mean", **s), "that sent a"),
+        (lambda **s: fl.feddyn(TASK, alpha=0.1, aggregator="cohort_mean", **s), "that sent a"),
+        (lambda **s: fl.feddyn(TASK, alpha=0.1, clip=0.1, **s), "omit clip"),
+        (lambda **s: fl.feddyn(TASK, alpha=0.1, upload=fl.top_k(0.1), **s), "error feedback"),
+        (
+            lambda **s: fl.fedluar(TASK, recycled=1, upload=fl.top_k(0.1, True), **s),
+            "use error_feedback=False",
+        ),
+        (lambda **s: fl.fedldf(TASK, senders=2, clip=0.1, **s), "clip= changes the updates"),
+        (lambda **s: fl.scaffold(TASK, aggregator=largest(2), **s), "what clients keep changes"),
+        (
+            lambda **s: fl.fedavg(TASK, aggregator=largest(2), upload=fl.top_k(0.1, True), **s),
+            "what clients keep changes",
+        ),
         (
             lambda **s: fl.scaffold(
                 TASK, privacy=fl.Privacy(1.0, 1.0), aggregator="cohort_mean", **s
