@@ -27,12 +27,16 @@ from fedlp_jax.pruning.submodels import Submodels
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Variables
 
+# Of the module that holds the variable itself, or the list that this module is in: a block such as
+# PreNorm_0 holds other layers too.
+_NORM = r"(?i)(norm|(?<![a-z])bn)[^/]*(/\d+)*/[^/]*$"
+
 
 def fedbn(
     task: Task,
     *,
     client_optimizer: optax.GradientTransformation,
-    norm: str = r"(?i)norm|(?<![a-z])bn",
+    norm: str = _NORM,
     keep: masks.Keep = 1.0,
     submodels: Submodels | None = None,
     **settings: Any,
@@ -46,23 +50,24 @@ def fedbn(
       task: what is learnt.
       client_optimizer: any optax transform.
       norm: a regular expression for the variables of normalisations, searched in their paths
-        ("conv1/norm/scale"). The default finds modules with "norm" in their names, as flax and the
-        models of this package name them, and those with a part "bn", such as "fc2_bn" or "bn1".
+        ("conv1/norm/scale"). The default finds what lies directly in a module with "norm" in its
+        name, as flax and the models of this package name them, or with a part "bn", such as
+        "fc2_bn" or "bn1".
       keep: the probability with which a layer is sent, as in `fedlp_homo`.
       submodels: which part of the model each client holds; None = the whole.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...).
 
     Raises:
-      FedLPError: (before anything compiles) a model without normalisation, or batch statistics
-        that `norm` does not find.
+      FedLPError: (before anything compiles) a model without normalisation, batch statistics that
+        `norm` does not find, or a matrix or convolution that it finds.
     """
     scheme = submodels or submodel.whole()
     kept, pattern = submodel.personal(norm, scheme), path_pattern(norm)
 
     def init(task: Task, key: Array, example: Batch) -> Variables:
         shapes = jax.eval_shape(lambda: scheme.init(task, key, example))
-        paths, statistics = (
-            ["/".join(map(str, path)) for path in flatten_dict(shapes.get(name, {}))]
+        params, statistics = (
+            {"/".join(map(str, path)): x for path, x in flatten_dict(shapes.get(name, {})).items()}
             for name in ("params", "batch_stats")
         )
         missed = [path for path in statistics if not pattern.search(path)]
@@ -71,11 +76,19 @@ def fedbn(
                 f"fedbn keeps normalisations with clients, but {norm!r} does not find the batch "
                 f"statistics {', '.join(missed)}; name them in norm."
             )
-        if not any(map(pattern.search, paths)):
+        found = [path for path in params if pattern.search(path)]
+        if not found:
             raise FedLPError(
                 f"fedbn keeps normalisations with clients, but the model has none: {norm!r} is "
-                f"found in no path of its parameters, which are {', '.join(paths)}; name them in "
-                "norm, give a model with normalisation, or use fl.fedavg."
+                f"found in no path of its parameters, which are {', '.join(params)}; name them "
+                "in norm, give a model with normalisation, or use fl.fedavg."
+            )
+        weights = [path for path in found if params[path].ndim > 1]
+        if weights:
+            raise FedLPError(
+                f"fedbn keeps normalisations with clients, but {norm!r} also finds "
+                f"{', '.join(weights)} with two dimensions or more; name normalisations alone in "
+                "norm, or use fl.fedper(head=...) to keep other layers as well."
             )
         return kept.init(task, key, example)
 

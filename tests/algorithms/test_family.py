@@ -882,6 +882,33 @@ def test_fedbn_finds_normalisations_by_name(named):
     assert [*variables] == ["params"] and sorted(variables["params"]) == ["Dense_0", "Dense_1"]
 
 
+class PreNorm(nn.Module):
+    """A block whose name has "norm" in it, though it holds a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(4)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(PreNorm()(x.reshape(x.shape[0], -1), train))
+
+
+def test_fedbn_shares_the_dense_layer_of_a_block_named_after_its_normalisation():
+    task, sgd = fl.classification(Blocks()), optax.sgd(RATE)
+    made = fl.fedbn(task, client_optimizer=sgd)
+    variables = made.init(jax.random.key(0), example(), CLIENTS).variables
+    assert [*variables] == ["params"]
+    assert {*variables["params"]} == {"PreNorm_0", "Dense_0"}
+    assert [*variables["params"]["PreNorm_0"]] == ["Dense_0"]
+    with pytest.raises(fl.FedLPError, match="'PreNorm' also finds PreNorm_0/Dense_0/kernel with"):
+        fl.fedbn(task, client_optimizer=sgd, norm="PreNorm").init(
+            jax.random.key(0), example(), CLIENTS
+        )
+
+
 class Listed(nnx.Module):
     def __init__(self, rngs):
         self.body = nnx.List([nnx.Linear(4, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)])
