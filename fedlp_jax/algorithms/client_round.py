@@ -383,14 +383,15 @@ def _gate_rule(program: ClientProgram, inputs: ClientInput) -> GateRule | None:
     layer_of = flatten_dict(program.layers.index["params"])
 
     def gates(params: PyTree, number: Array, steps: Array) -> PyTree:
-        allowed = (lambda path: True) if rule is None else rule(number, steps)
+        allowed = (lambda path, private: True) if rule is None else rule(number, steps)
         of_layer = [] if mask is None else [mask[i] > 0 for i in range(mask.shape[0])]
         # One object for all parameters with the same two gates, which it keeps alive.
         both: dict[Any, tuple[Gate, Gate, Gate]] = {}
 
         def gate(path: tuple[str | int, ...]) -> Gate:
-            first: Gate = of_layer[layer_of[path]] if of_layer and path in layer_of else True
-            second = allowed("/".join(map(str, path)))
+            private = path not in layer_of
+            first: Gate = True if private or not of_layer else of_layer[layer_of[path]]
+            second = allowed("/".join(map(str, path)), private)
             if isinstance(first, bool) or isinstance(second, bool):
                 return second if first is True else first if second is True else False
             key = id(first), id(second)

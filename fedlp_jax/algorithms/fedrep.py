@@ -10,7 +10,6 @@ and sends the body alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +18,13 @@ import optax
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.clients.local_training import LocalTraining
-from fedlp_jax.errors import check_number
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.nn.gated import Gate
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning import submodels as submodel
-from fedlp_jax.pruning.submodels import Submodels
+from fedlp_jax.pruning.submodels import Submodel, Submodels
 from fedlp_jax.tasks.task import Task
-from fedlp_jax.types import Array
+from fedlp_jax.types import Array, Batch, Variables
 
 
 def fedrep(
@@ -46,7 +45,8 @@ def fedrep(
 
     Args:
       task: what is learnt.
-      head: a regular expression for the head's variables, such as "fc2".
+      head: a regular expression for the head's variables, such as "fc2". The exit heads that
+        shallow clients keep for themselves belong to it.
       client_optimizer: any optax transform; its state of what a phase freezes stands still.
       head_epochs: passes over a client's data that train the head; its authors take 10.
       epochs: passes that train the body, after those.
@@ -55,22 +55,34 @@ def fedrep(
       **settings: as in `compose` (batch_size, server_optimizer, ...), but not `steps`.
 
     Raises:
-      FedLPError: epochs below 1; (before anything compiles) a head that is no part of the model, or
-        all of it.
+      FedLPError: epochs below 1; (before anything compiles) a head that is no part of the model or
+        of a depth, or all of it.
     """
     head_epochs = check_number("head_epochs", head_epochs, ge=1, integer=True)
     total = head_epochs + check_number("epochs", epochs, ge=1, integer=True)
 
-    def trains(number: Array, steps: Array) -> Callable[[str], Gate]:
+    kept = submodel.personal(head, submodels)
+
+    def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
+        levels = kept.levels(task, variables, example)
+        bare = [level.name for level in levels if not level.private_shapes.get("params")]
+        if bare:
+            raise FedLPError(
+                f"fedrep trains the head first, but head={head!r} finds nothing in "
+                f"{', '.join(bare)}; name the heads of all depths in it, such as 'fc3|exit'."
+            )
+        return levels
+
+    def trains(number: Array, steps: Array) -> Callable[[str, bool], Gate]:
         first = number < steps // total * head_epochs
         rest = ~first
-        return lambda path: first if re.search(head, path) else rest
+        return lambda path, private: first if private else rest
 
     return compose(
         task,
         client_optimizer=client_optimizer,
         epochs=total,
-        submodels=submodel.personal(head, submodels),
+        submodels=kept._replace(levels=levels),
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(trains=trains),
         **settings,

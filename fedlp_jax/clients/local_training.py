@@ -67,9 +67,10 @@ class LocalTraining(NamedTuple):
     gradient: Callable[[Step, Terms, PyTree], PyTree] | None = None
     # (trained, terms, state) -> (update to send, what is sent with it, state)
     finish: Callable[[Trained, Terms, PyTree], tuple[Variables, Terms, PyTree]] | None = None
-    # (number of the step, steps of the round) -> path of a parameter -> whether the step trains it;
-    # parameters that share a gate should get the same object
-    trains: Callable[[Array, Array], Callable[[str], Gate]] | None = None
+    # (number of the step, steps of the round) -> (path of a parameter, whether the client keeps it
+    # for itself) -> whether the step trains it; parameters that share a gate should get the same
+    # object
+    trains: Callable[[Array, Array], Callable[[str, bool], Gate]] | None = None
     sgd: SGD | None = None  # what the client optimizer has to be, for every parameter
 
 

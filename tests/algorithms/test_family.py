@@ -953,6 +953,40 @@ def test_modules_in_a_list_are_told_apart_in_training(name, settings, trained):
     assert [bool((start[i]["kernel"] != end[i]["kernel"]).any()) for i in (0, 1)] == trained
 
 
+@pytest.mark.slow
+def test_fedrep_trains_the_exit_head_of_a_shallow_client_before_its_body():
+    """The body takes one step from its start, under the head that the client ends with."""
+    task = fl.classification(Steps(depth=2))
+    made = fl.fedrep(
+        task,
+        head="head2",
+        head_epochs=1,
+        submodels=fl.submodel.by_depth([1], "persist"),
+        client_optimizer=optax.sgd(RATE),
+        batch_size=64,
+    )
+    one = fl.partition.iid(DATA.train.labels, clients=1, seed=0)
+    start = made.init(jax.random.key(0), example(), 1).variables
+    result = fl.simulate(made, DATA, one, rounds=1, cohort=1, variables=start)
+    end = result.models[0]["params"]
+    begun = {"hidden1": start["params"]["hidden1"], "head1": end["head1"]}
+    batch = example()._replace(inputs=DATA.train.inputs, labels=DATA.train.labels)
+    slope = jax.grad(lambda x: task.at_depth(1).loss({"params": x}, batch, jax.random.key(0))[0])
+    expected = flat(begun["hidden1"]) - RATE * flat(slope(begun)["hidden1"])
+    np.testing.assert_allclose(flat(end["hidden1"]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fedrep_refuses_a_head_that_some_depths_lack():
+    scheme = fl.submodel.by_depth("uniform", "shared")
+    settings = {"client_optimizer": optax.sgd(RATE), "submodels": scheme}
+    made = fl.fedrep(fl.classification(Steps()), head="head3", **settings)
+    with pytest.raises(fl.FedLPError, match="head='head3' finds nothing in depth_1, depth_2; name"):
+        made.init(jax.random.key(0), example(), CLIENTS)
+    fl.fedrep(fl.classification(Steps()), head="head", **settings).init(
+        jax.random.key(0), example(), CLIENTS
+    )
+
+
 @pytest.mark.parametrize("schedule", [None, lambda round: jnp.where(round == 1, 0.5, 0.1)])
 def test_what_fedcm_sends_on_is_a_gradient_whatever_the_rate(schedule):
     """Of one step of one client from x: Delta is the gradient at x."""
