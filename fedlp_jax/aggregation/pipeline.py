@@ -2,7 +2,7 @@
 
     clip each update -> reduce the cohort -> add noise
 
-Only the middle step is always there.
+Only the middle step is always there. An asynchronous server discounts what it has clipped.
 
 What an algorithm sends with the update travels as one more collection of it, cut into the same
 layers, so every reducer takes it as it takes batch statistics.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fedlp_jax.aggregation import privacy as private
 from fedlp_jax.aggregation.privacy import Privacy
-from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer, UploadInfo
+from fedlp_jax.aggregation.reducer import Aggregate, Received, Reducer
 from fedlp_jax.execution.plan import Plan
 from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, Cohort, PyTree, Terms, Variables, wide
@@ -89,28 +89,22 @@ class UpdatePipeline:
         """`f32[]`, the largest norm of an upload; None = unbounded."""
         return state.clip if self.clips else None
 
-    def prepare(
-        self,
-        payload: Variables,
-        upload: UploadInfo,
-        counted: Array,
-        bound: Array | None,
-        layers: LayerTable,
-    ) -> PyTree:
-        """What ONE client contributes.
+    def clipped(
+        self, payload: Variables, mask: Array, bound: Array | None, layers: LayerTable
+    ) -> Variables:
+        """The payload of ONE client with its update clipped, ready for `reducer.prepare`.
 
         Args:
           payload: `x_k - x` of the client's submodel, and what is sent with it, see `joined`.
-          upload: its weight and masks.
-          counted: `bool[]`, False = contribute nothing, whatever the update holds.
+          mask: `f32[L]`; what is not sent adds nothing to the norm.
           bound: see `bound`.
           layers: of the submodel, see `layers_of_payload`.
         """
-        if bound is not None:
-            beside = {name: tree for name, tree in payload.items() if name == _EXTRAS}
-            update, _ = separated(payload)
-            payload = private.clipped(update, upload.mask, bound, layers) | beside
-        return self.reducer.prepare(payload, upload, counted, layers)
+        if bound is None:
+            return payload
+        beside = {name: tree for name, tree in payload.items() if name == _EXTRAS}
+        update, _ = separated(payload)
+        return private.clipped(update, mask, bound, layers) | beside
 
     def select(self, received: Received, state: PyTree, layers: LayerTable) -> Array:
         """`f32[D * P, L]`, what the server asks for after the training; arguments of `reduce`."""

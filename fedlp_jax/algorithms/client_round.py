@@ -225,9 +225,6 @@ def train_client(
     update = jax.tree.map(jnp.subtract, end, start)
     inputs, sent = _gated(program, inputs, update)
     payload, training = _finished(program, broadcast, inputs, start, update, metrics.steps, kept)
-    if parts.asynchrony is not None:
-        numbers, now = broadcast.versions.numbers, level.extract(current)
-        payload = discounted(parts.asynchrony, numbers, inputs.staleness, payload, start, now)
     counted = active
     if outcome is not None:
         attack = client_key(broadcast.key, broadcast.round, inputs.client.id, Purpose.ATTACK)
@@ -235,9 +232,11 @@ def train_client(
         counted = counted & outcome.arrives
     payload, residual, bits = _transmitted(program, broadcast, inputs, payload, kept)
     counted = is_finite((payload, new_head, training, residual)) & counted
-    contribution = parts.pipeline.prepare(
-        payload, inputs.upload, counted, broadcast.bound, program.layers
-    )
+    payload = parts.pipeline.clipped(payload, inputs.upload.mask, broadcast.bound, program.layers)
+    if parts.asynchrony is not None:  # the client knew neither its age nor the newest model
+        numbers, now = broadcast.versions.numbers, level.extract(current)
+        payload = discounted(parts.asynchrony, numbers, inputs.staleness, payload, start, now)
+    contribution = parts.pipeline.reducer.prepare(payload, inputs.upload, counted, program.layers)
     summed, stacked = contribution, ()
     if program.embeds:
         like = payload_like(parts, broadcast.variables, broadcast.terms)

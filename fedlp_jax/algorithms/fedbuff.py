@@ -32,7 +32,8 @@ def fedbuff(
     `x' = x + 1/B sum_{k in buffer} s(tau_k) (x_k - x_{t_k})`, x_{t_k} the version that client k
     received and tau_k its age, `s(tau) = (1 + tau)^-exponent`. `fl.simulate(cohort=M)` keeps M
     clients in flight, and a round is one update of the server. Times are modelled: `simulated_time`
-    is that since the update before; an upload takes that of its expected size.
+    is that since the update before; an upload takes that of its expected size. `upload` and `clip`
+    apply to `x_k - x_{t_k}`, which is what the client sends; the server then discounts it.
 
     Args:
       task: what is learnt.

@@ -64,7 +64,7 @@ def discounted(
       asynchrony: the rule.
       numbers: its own, from the state.
       staleness: `i32[]`, tau.
-      update: `x_k - received`.
+      update: `x_k - received`, as the server has decoded and clipped it.
       received: the version that the client began with.
       current: the server's.
     """

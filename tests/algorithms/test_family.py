@@ -774,9 +774,6 @@ def plain(name, start, keep=KEEP):
                 if both[0] not in start:
                     continue
                 update = {leaf: w[leaf] - start[leaf] for leaf in both}
-                if rule.buffer:
-                    for leaf in both:
-                        update[leaf] = rule.aged(update[leaf], tau, old[leaf] - x[leaf])
                 vector = np.concatenate([update[leaf].ravel() for leaf in both])
                 draws = jax.random.fold_in(key(round, client, UPLOAD), index)
                 draws = np.asarray(jax.random.uniform(draws, (len(vector),), jnp.float32))
@@ -789,6 +786,8 @@ def plain(name, start, keep=KEEP):
                 sent = Sent(client, a, vector, held, {}, bits)
                 for leaf, part in zip(both, np.split(vector, [update[layer, 1].size]), strict=True):
                     part = part.reshape(update[leaf].shape)
+                    if rule.buffer:
+                        part = rule.aged(part, tau, old[leaf] - x[leaf])
                     *sent.parts[leaf], own[leaf] = rule.sent(leaf, part, own[leaf], steps)
                 uploads[layer].append(sent)
         downloaded.append(received)

@@ -1,10 +1,11 @@
 """Arrivals at an asynchronous server: a deterministic queue on the host."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import flat
+from small import dataset, flat
 
 import fedlp_jax as fl
 from fedlp_jax.aggregation.divergence import largest
@@ -152,3 +153,73 @@ def test_a_server_cannot_ask_more_clients_than_arrive_together():
         fl.FedLPError, match="exceeds the 2 clients of a server step.* raise buffer"
     ):
         fl.Simulation(one, data, clients, rounds=1, cohort=4)
+
+
+# Client 0 takes 1 second and client 1 takes 2.6: who arrives, and the version it began with.
+ORDER = [(0, 0), (0, 1), (1, 0), (0, 2), (0, 4), (0, 5), (1, 3)]
+
+
+def by_hand(start, data, clients, mixes, sent, kept):
+    """The model after the arrivals of `ORDER`, from the definition; x is [bias, kernel] in a row.
+
+    Each client takes one SGD step of rate 1/2 on all of its examples, in softmax regression.
+    """
+    versions, residual = [start], {0: 0.0, 1: 0.0}
+    for client, begun in ORDER:
+        received, current = versions[begun], versions[-1]
+        rows = clients.rows(client)
+        inputs, labels = data.train.inputs[rows].astype(np.float64), data.train.labels[rows]
+        logits = inputs @ received[3:].reshape(4, 3) + received[:3]
+        error = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        error[np.arange(len(rows)), labels] -= 1
+        gradient = np.concatenate([error.sum(axis=0), (inputs.T @ error).ravel()]) / len(rows)
+        whole = -0.5 * gradient + residual[client]
+        update = sent(whole)
+        residual[client] = kept * (whole - update)
+        s = 1 / np.sqrt(len(versions) - begun)  # of age len(versions) - 1 - begun
+        x = current + s * update
+        if mixes:
+            x = (1 - 0.625 * s) * current + 0.625 * s * (received + update)
+        versions.append(x)
+    return versions[-1]
+
+
+def largest_two(vector):
+    return np.where(np.abs(vector) >= np.sort(np.abs(vector))[-2], vector, 0.0)
+
+
+def shortened(vector):
+    return vector * min(1.0, 0.0625 / np.linalg.norm(vector))
+
+
+@pytest.mark.parametrize("mixes", [False, True], ids=["fedbuff", "fedasync"])
+@pytest.mark.parametrize(
+    ("settings", "sent", "kept"),
+    [
+        ({"clip": 0.0625}, shortened, 0),
+        ({"upload": fl.top_k(2 / 15), "clip": 0.0625}, lambda u: shortened(largest_two(u)), 0),
+        ({"upload": fl.top_k(2 / 15, error_feedback=True)}, largest_two, 1),
+    ],
+    ids=["clip", "top_k", "error_feedback"],
+)
+def test_a_late_client_compresses_its_own_update(mixes, settings, sent, kept):
+    """It cannot know how late it will be, nor the model that the server has by then."""
+    data = dataset(60)
+    clients = fl.partition.iid(data.train.labels, clients=2, seed=0)
+    task = fl.classification(fl.models.Logistic(num_classes=3))
+    common = {
+        "client_optimizer": optax.sgd(0.5),
+        "batch_size": 60,
+        "profile": fl.Profile(np.array([2.6e3, 1e3]), 1e12, 1e12),
+    }
+    one = fl.fedbuff(task, buffer=1, **common, **settings)
+    if mixes:
+        one = fl.fedasync(task, alpha=0.625, **common, **settings)
+    with jax.enable_x64(True):
+        start = {"params": {"fc": {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 3))}}}
+        result = fl.simulate(
+            one, data, clients, rounds=7, cohort=2, variables=start, plan=fl.Plan(1, 1)
+        )
+    assert result.history["staleness_max"].tolist() == [0, 0, 2, 1, 0, 0, 3]
+    expected = by_hand(np.zeros(15), data, clients, mixes, sent, kept)
+    np.testing.assert_allclose(flat(result.variables), expected, rtol=1e-9, atol=1e-12)
