@@ -69,12 +69,12 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float) -> Task:
         return last.outputs(_held(last, variables, batch), batch)
 
     def check(shape: tuple[int, ...], example: Batch, classes: int) -> None:
-        labels = example.labels
-        known = last.loss_and_outputs is not None and jnp.issubdtype(labels.dtype, jnp.integer)
-        if consistency and not (known and labels.ndim == 1):
+        # Labels do not tell: the targets of a regression may be whole numbers.
+        if consistency and not (whole.heeds_classes and last.loss_and_outputs is not None):
             raise FedLPError(
                 f"consistency={consistency:g} compares the class probabilities of exits, which "
-                "this task does not have; use fl.classification, or consistency=0."
+                "this task does not have; use fl.classification, a task of your own with "
+                "heeds_classes and loss_and_outputs, or consistency=0."
             )
         last.check(shape, example, classes)
 

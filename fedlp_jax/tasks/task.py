@@ -34,5 +34,6 @@ class Task(NamedTuple):
     at_width: Callable[[float], Task] | None = None  # rate -> narrower model, if it has widths
     # as `loss`, and the outputs [B, ...] of that training step; None = it does not tell
     loss_and_outputs: Callable[[Variables, Batch, Array], tuple[Array, Aux, Array]] | None = None
-    heeds_classes: bool = False  # `loss` leaves out what the batch's `classes` does not name
+    # `outputs` are logits of classes, and `loss` leaves out those that the batch's `classes` omits
+    heeds_classes: bool = False
     exits: tuple[Task, ...] = ()  # whose losses `loss` adds, the deepest last; () = it has one

@@ -1,6 +1,7 @@
 """Exits of InclusiveFL and DepthFL; their rounds are in test_family.py."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -9,6 +10,8 @@ from small import Steps, dataset, flat
 import fedlp_jax as fl
 from fedlp_jax.accounting.macs import forward_macs
 from fedlp_jax.data.batching import example_of
+from fedlp_jax.tasks.flax_adapter import network
+from fedlp_jax.tasks.supervised import supervised
 from fedlp_jax.types import Examples
 
 DATA = dataset()
@@ -47,13 +50,20 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(fl.FedLPError, match="this model has no depths"):
         made = fl.depthfl(fl.classification(fl.models.Logistic()), depths=1, **LOCAL)
         fl.simulate(made, DATA, POPULATION, rounds=1, cohort=2)
-    made = fl.depthfl(fl.regression(Steps()), depths=1, consistency=1, **LOCAL)
-    values = fl.from_arrays(
-        DATA.train.inputs,
-        np.eye(3, dtype=np.float32)[DATA.train.labels],
-        DATA.test.inputs,
-        np.eye(3, dtype=np.float32)[DATA.test.labels],
-        targets="values",
-    )
-    with pytest.raises(fl.FedLPError, match="use fl.classification, or consistency=0"):
-        fl.simulate(made, values, POPULATION, rounds=1, cohort=2)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_consistency_needs_classes_whatever_the_dtype_of_the_targets(dtype):
+    made = fl.depthfl(fl.regression(Steps(classes=1)), depths=1, consistency=1, **LOCAL)
+    example = EXAMPLE._replace(labels=jnp.zeros(1, dtype))
+    with pytest.raises(fl.FedLPError, match="use fl.classification, .* or consistency=0"):
+        made.task.check((1, 1), example, 0)
+
+
+def test_consistency_takes_a_task_of_ones_own_that_heeds_classes():
+    own = supervised(network(Steps()), lambda out, batch: {}, lambda *arguments: None, ("loss",))
+    made = fl.depthfl(own._replace(heeds_classes=True), depths=1, consistency=1, **LOCAL)
+    made.task.check((1, 3), EXAMPLE, 3)
+    made = fl.depthfl(own, depths=1, consistency=1, **LOCAL)
+    with pytest.raises(fl.FedLPError, match="of your own with heeds_classes"):
+        made.task.check((1, 3), EXAMPLE, 3)
