@@ -207,8 +207,7 @@ def train_client(
 
     current = broadcast.variables
     if parts.asynchrony is not None:
-        version = (broadcast.round - 1 - inputs.staleness) % (parts.asynchrony.most + 1)
-        broadcast = broadcast._replace(variables=entry(broadcast.versions.ring, version))
+        broadcast = _as_begun(parts, parts.asynchrony, broadcast, inputs.staleness)
 
     # Start from the server's variables and what the client kept, such as its head.
     start = level.extract(broadcast.variables)
@@ -249,6 +248,21 @@ def train_client(
         new_kept = jax.tree.map(lambda n, o: jnp.where(counted, n, o), new, kept)
         packed = pack(new_kept, {dtype: x.size for dtype, x in packed.items()})
     return summed, (metrics._replace(finite=counted), stacked, bits, sent), packed
+
+
+def _as_begun(
+    parts: Parts, asynchrony: Asynchrony, broadcast: Broadcast, staleness: Array
+) -> Broadcast:
+    """What ONE client read when it began.
+
+    The round stays that of its arrival: with the client it makes the keys of draws unique.
+    """
+    version, schedule = broadcast.round - 1 - staleness, parts.client_schedule
+    model = entry(broadcast.versions.ring, version % (asynchrony.most + 1))
+    broadcast = broadcast._replace(variables=model)
+    if not callable(schedule):
+        return broadcast
+    return broadcast._replace(scale=jnp.asarray(schedule(version + 1), jnp.float32))
 
 
 def client_state(

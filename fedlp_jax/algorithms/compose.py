@@ -100,7 +100,8 @@ def compose(
       layers: what is kept or pruned as one: "by_module", "by_tensor", or a mapping from regular
         expression to layer name.
       client_schedule: factor on the client optimizer's updates: a number, which is then an argument
-        of the compiled round and not a constant in it, or a function of the round (`i32[]`).
+        of the compiled round and not a constant in it, or a function of the round (`i32[]`) in
+        which the client began.
       train_loss: "examples" reports the mean over all examples seen; "batches" the mean over
         clients of the mean over steps of the batch's loss.
       local_training: what the algorithm changes of a client's training; None = nothing.

@@ -49,7 +49,7 @@ def fedasync(
       exponent: of the polynomial.
       slope: of the hinge.
       grace: of the hinge.
-      keep: the probability with which a layer is sent, as in `fedlp_homo`.
+      keep: the probability with which a layer is sent, as in `fedbuff`.
       **settings: as in `compose` (epochs, batch_size, ...).
     """
     alpha = check_number("alpha", alpha, gt=0, le=1)

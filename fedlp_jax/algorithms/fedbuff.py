@@ -45,7 +45,8 @@ def fedbuff(
       discount: "polynomial", or "constant": s = 1.
       exponent: of the polynomial; 1/2 in the paper.
       weighting: a_k; in the paper all updates count alike.
-      keep: the probability with which a layer is sent, as in `fedlp_homo`.
+      keep: the probability with which a layer is sent, as in `fedlp_homo`; a schedule is read in
+        the round of the arrival, `client_schedule` in that in which the client began.
       **settings: as in `compose` (epochs, batch_size, server_optimizer, ...).
     """
     return compose(

@@ -159,12 +159,13 @@ def test_a_server_cannot_ask_more_clients_than_arrive_together():
 ORDER = [(0, 0), (0, 1), (1, 0), (0, 2), (0, 4), (0, 5), (1, 3)]
 
 
-def by_hand(start, data, clients, mixes, sent, kept):
+def by_hand(data, clients, mixes, sent, kept, rate):
     """The model after the arrivals of `ORDER`, from the definition; x is [bias, kernel] in a row.
 
-    Each client takes one SGD step of rate 1/2 on all of its examples, in softmax regression.
+    Each client takes one SGD step on all of its examples, in softmax regression. `rate` is a
+    function of the version with which it began.
     """
-    versions, residual = [start], {0: 0.0, 1: 0.0}
+    versions, residual = [np.zeros(15)], {0: 0.0, 1: 0.0}
     for client, begun in ORDER:
         received, current = versions[begun], versions[-1]
         rows = clients.rows(client)
@@ -173,7 +174,7 @@ def by_hand(start, data, clients, mixes, sent, kept):
         error = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         error[np.arange(len(rows)), labels] -= 1
         gradient = np.concatenate([error.sum(axis=0), (inputs.T @ error).ravel()]) / len(rows)
-        whole = -0.5 * gradient + residual[client]
+        whole = -rate(begun) * gradient + residual[client]
         update = sent(whole)
         residual[client] = kept * (whole - update)
         s = 1 / np.sqrt(len(versions) - begun)  # of age len(versions) - 1 - begun
@@ -182,6 +183,28 @@ def by_hand(start, data, clients, mixes, sent, kept):
             x = (1 - 0.625 * s) * current + 0.625 * s * (received + update)
         versions.append(x)
     return versions[-1]
+
+
+def check_by_hand(mixes, settings, sent, kept=0, rate=lambda begun: 0.5, width=1):
+    data = dataset(60)
+    clients = fl.partition.iid(data.train.labels, clients=2, seed=0)
+    task = fl.classification(fl.models.Logistic(num_classes=3))
+    common = {
+        "client_optimizer": optax.sgd(0.5),
+        "batch_size": 60,
+        "profile": fl.Profile(np.array([2.6e3, 1e3]), 1e12, 1e12),
+    }
+    one = fl.fedbuff(task, buffer=1, **common, **settings)
+    if mixes:
+        one = fl.fedasync(task, alpha=0.625, **common, **settings)
+    with jax.enable_x64(True):
+        start = {"params": {"fc": {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 3))}}}
+        result = fl.simulate(
+            one, data, clients, rounds=7, cohort=2, variables=start, plan=fl.Plan(1, width)
+        )
+    assert result.history["staleness_max"].tolist() == [0, 0, 2, 1, 0, 0, 3]
+    expected = by_hand(data, clients, mixes, sent, kept, rate)
+    np.testing.assert_allclose(flat(result.variables), expected, rtol=1e-9, atol=1e-12)
 
 
 def largest_two(vector):
@@ -204,22 +227,12 @@ def shortened(vector):
 )
 def test_a_late_client_compresses_its_own_update(mixes, settings, sent, kept):
     """It cannot know how late it will be, nor the model that the server has by then."""
-    data = dataset(60)
-    clients = fl.partition.iid(data.train.labels, clients=2, seed=0)
-    task = fl.classification(fl.models.Logistic(num_classes=3))
-    common = {
-        "client_optimizer": optax.sgd(0.5),
-        "batch_size": 60,
-        "profile": fl.Profile(np.array([2.6e3, 1e3]), 1e12, 1e12),
-    }
-    one = fl.fedbuff(task, buffer=1, **common, **settings)
-    if mixes:
-        one = fl.fedasync(task, alpha=0.625, **common, **settings)
-    with jax.enable_x64(True):
-        start = {"params": {"fc": {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 3))}}}
-        result = fl.simulate(
-            one, data, clients, rounds=7, cohort=2, variables=start, plan=fl.Plan(1, 1)
-        )
-    assert result.history["staleness_max"].tolist() == [0, 0, 2, 1, 0, 0, 3]
-    expected = by_hand(np.zeros(15), data, clients, mixes, sent, kept)
-    np.testing.assert_allclose(flat(result.variables), expected, rtol=1e-9, atol=1e-12)
+    check_by_hand(mixes, settings, sent, kept)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_late_client_trains_at_the_rate_of_the_round_in_which_it_began(width):
+    schedule = {"client_schedule": lambda round: jnp.where(round > 3, 0.25, 1.0)}
+    check_by_hand(
+        False, schedule, lambda u: u, rate=lambda begun: 0.125 if begun >= 3 else 0.5, width=width
+    )
