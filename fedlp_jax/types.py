@@ -54,6 +54,7 @@ class Batch(NamedTuple):
     valid: Array | None  # bool[B], False = padding; None = every row counts (known statically)
     normalize: Normalize  # of the data set; a task may carry another
     classes: Array | None = None  # bool[outputs], those that training heeds; None = all
+    round: Array | None = None  # i32[], from 1, where the task heeds it
 
 
 class Examples(NamedTuple):

@@ -313,8 +313,9 @@ def _trained(
 ) -> tuple[Variables, ClientMetrics]:
     """The variables of ONE client, its head included, after its local training."""
     parts, task = program.parts, program.submodel.task
-    if parts.own_classes:
-        task = _with_own_classes(program, broadcast.examples, inputs, variables)
+    known = _known(program, broadcast, inputs, variables)
+    if known:
+        task = _informed(task, known)
     if program.corruption == "label_flip" and inputs.outcome is not None:
         task = with_flipped_labels(task, inputs.outcome)
     train = local_update(
@@ -340,21 +341,30 @@ def _trained(
     )
 
 
-def _with_own_classes(
-    program: ClientProgram, examples: Examples, inputs: ClientInput, variables: Variables
-) -> Task:
-    """The task whose loss heeds the classes that ONE client has examples of."""
+def _known(
+    program: ClientProgram, broadcast: Broadcast, inputs: ClientInput, variables: Variables
+) -> dict[str, Any]:
+    """The fields of a `Batch` that a loss reads besides the examples, of ONE client."""
     task, client = program.submodel.task, inputs.client
-    labels = examples.labels[client.rows]
-    if program.corruption == "label_flip" and inputs.outcome is not None:
-        labels = flipped(labels, inputs.outcome)
-    outputs = jax.eval_shape(task.outputs, variables, program.example).shape[-1]
-    own = jnp.arange(labels.shape[0], dtype=jnp.int32) < client.size
-    is_class = labels[:, None] == jnp.arange(outputs, dtype=labels.dtype)[None]
-    classes = (is_class & own[:, None]).any(axis=0)
+    known: dict[str, Any] = {}
+    if task.heeds_round:
+        known["round"] = broadcast.round
+    if program.parts.own_classes:
+        labels = broadcast.examples.labels[client.rows]
+        if program.corruption == "label_flip" and inputs.outcome is not None:
+            labels = flipped(labels, inputs.outcome)
+        outputs = jax.eval_shape(task.outputs, variables, program.example).shape[-1]
+        own = jnp.arange(labels.shape[0], dtype=jnp.int32) < client.size
+        is_class = labels[:, None] == jnp.arange(outputs, dtype=labels.dtype)[None]
+        known["classes"] = (is_class & own[:, None]).any(axis=0)
+    return known
+
+
+def _informed(task: Task, known: dict[str, Any]) -> Task:
+    """The task whose loss gets these fields with every batch."""
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
-        return task.loss(variables, batch._replace(classes=classes), key)
+        return task.loss(variables, batch._replace(**known), key)
 
     return task._replace(loss=loss)
 

@@ -16,7 +16,7 @@ from fedlp_jax.tasks.task import Aux, Task
 from fedlp_jax.types import Array, Batch, Metrics, Variables, wide
 
 
-def with_all_exits(task: Task, consistency: float = 0.0) -> Task:
+def with_all_exits(task: Task, consistency: float = 0.0, ramp: int = 0) -> Task:
     """The task in which depth d holds exits 1 to d and adds their losses.
 
     Metrics and outputs are those of exit d. All exits of a step see the same key, so the layers
@@ -25,6 +25,7 @@ def with_all_exits(task: Task, consistency: float = 0.0) -> Task:
     Args:
       task: its module has depths; any other task is returned as it is.
       consistency: weight of the mean divergence of an exit from the others, for classification.
+      ramp: rounds in which that weight rises to `consistency`; 0 = it stands there from the first.
     """
     at_depth = getattr(task, "at_depth", None)
     if at_depth is None:
@@ -32,12 +33,12 @@ def with_all_exits(task: Task, consistency: float = 0.0) -> Task:
 
     @functools.cache  # one object per depth, so that jax recognises what it has traced
     def part(depth: int) -> Task:
-        return _exits(task, [at_depth(d) for d in range(1, depth + 1)], consistency)
+        return _exits(task, [at_depth(d) for d in range(1, depth + 1)], consistency, ramp)
 
     return part(task.depth)._replace(at_depth=part, depth=task.depth)
 
 
-def _exits(whole: Task, exits: Sequence[Task], consistency: float) -> Task:
+def _exits(whole: Task, exits: Sequence[Task], consistency: float, ramp: int) -> Task:
     last = exits[-1]
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -59,7 +60,9 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float) -> Task:
             losses.append(value)
             statistics |= flatten_dict(aux.statistics)
         if consistency and len(exits) > 1:
-            losses.append(consistency * _divergence(logits, batch.valid).astype(losses[0].dtype))
+            divergence = _divergence(logits, batch.valid)
+            weight = consistency * _ramped(batch.round, ramp, divergence.dtype)
+            losses.append((weight * divergence).astype(losses[0].dtype))
         return sum(losses[1:], losses[0]), Aux(unflatten_dict(statistics), aux.metrics)
 
     def evaluate(variables: Variables, batch: Batch) -> Metrics:
@@ -86,8 +89,17 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float) -> Task:
         check,
         whole.metrics,
         heeds_classes=whole.heeds_classes,
+        heeds_round=bool(consistency and ramp),
         exits=tuple(exits),
     )
+
+
+def _ramped(round: Array | None, ramp: int, dtype: jnp.dtype) -> Array:
+    """`f[]`, exp(-5 (1 - round / ramp)^2) up to round `ramp`, then 1."""
+    if round is None or not ramp:
+        return jnp.ones((), dtype)
+    left = 1 - jnp.minimum(round, ramp).astype(dtype) / ramp
+    return jnp.exp(-5 * left**2)
 
 
 def _held(exit: Task, variables: Variables, batch: Batch) -> Variables:

@@ -36,4 +36,5 @@ class Task(NamedTuple):
     loss_and_outputs: Callable[[Variables, Batch, Array], tuple[Array, Aux, Array]] | None = None
     # `outputs` are logits of classes, and `loss` leaves out those that the batch's `classes` omits
     heeds_classes: bool = False
+    heeds_round: bool = False  # `loss` reads the batch's `round`
     exits: tuple[Task, ...] = ()  # whose losses `loss` adds, the deepest last; () = it has one

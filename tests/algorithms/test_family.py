@@ -76,6 +76,10 @@ class FedAvg:
     def __init__(self):
         self.server = defaultdict(float)  # by array
 
+    def weight(self, round):
+        """Of the divergence between exits."""
+        return self.consistency
+
     def sends(self, layer, drawn, round):
         return drawn
 
@@ -383,6 +387,11 @@ class DepthFL(InclusiveFL):
         return list(range(1, DEPTHS[client] + 1))
 
 
+class DepthFLWithFedDyn(DepthFL, FedDyn):
+    def weight(self, round):
+        return self.consistency * np.exp(-5 * (1 - min(round, 2) / 2) ** 2)
+
+
 class FedLPHetero(InclusiveFL):
     layers = ("head3", "hidden1", "hidden2", "hidden3")
 
@@ -569,6 +578,14 @@ ROWS = {
         task=DEEP,
         alone=with_all_exits(DEEP),
     ),
+    "depthfl_feddyn": Row(
+        fl.depthfl,
+        DepthFLWithFedDyn,
+        {"depths": DEPTHS, "consistency": 0.5, "ramp": 2, "alpha": 0.5},
+        {"depths": DEPTHS[::-1], "alpha": 0.25},
+        weigh="uniform",
+        task=DEEP,
+    ),
     "own_classes": Row(
         fl.fedlp_homo,
         OwnClasses,
@@ -673,7 +690,7 @@ def trained(rule, x, own, client, round, rate, private, sends):
             labels = DATA.train.labels[batch]
             classes = DATA.train.labels[rows] if rule.own_classes else None
             exits = rule.exits(client)
-            grads, _ = gradient(pairs, exits, inputs, labels, rule.consistency, classes)
+            grads, _ = gradient(pairs, exits, inputs, labels, rule.weight(round), classes)
             moving = [leaf for leaf in w if rule.trains(leaf[0], sends, steps, whole)]
             for leaf in moving:
                 g = mask[leaf] * grads[leaf[0]][leaf[1]]
@@ -816,7 +833,12 @@ def made(request, runs={}):  # noqa: B006, shared by the tests of this file
     return name, *runs[name]
 
 
-SLOW = ("fjord", "inclusivefl", "fedlp_hetero")  # as heterofl, depthfl and test_oracle.py
+SLOW = (
+    "fjord",
+    "inclusivefl",
+    "fedlp_hetero",
+    "depthfl_feddyn",
+)  # as heterofl, depthfl and test_oracle.py
 
 
 def rows(names, slow):
@@ -1114,6 +1136,7 @@ LEARNS = {
     "fedlp_hetero": {"depths": "uniform"},
     "inclusivefl": {"depths": "uniform"},
     "depthfl": {"depths": "uniform", "consistency": 0.1},
+    "depthfl_feddyn": {"depths": "uniform", "consistency": 0.1, "ramp": 5, "alpha": 0.1},
     "own_classes": {"keep": 0.7, "own_classes": True},
     "heterofl": {"widths": [1.0, 0.5]},
     "fedrolex": {"widths": [1.0, 0.5]},
