@@ -38,7 +38,7 @@ def fedpart(
       task: what is learnt.
       client_optimizer: any optax transform; its authors take Adam.
       groups: names of the layers of each group, shallow to deep; None = each layer alone, in the
-        order of the layer table (`fedlp info` shows it).
+        order in which a forward pass first uses them.
       full_rounds: rounds of the whole model at the start of a cycle.
       group_rounds: rounds of each group.
       download: what a client receives in a round of a group: the model, or the group alone, which

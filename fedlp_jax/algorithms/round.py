@@ -41,7 +41,7 @@ from fedlp_jax.execution.map_clients import Level, map_sum, with_entry
 from fedlp_jax.execution.packing import Packed
 from fedlp_jax.execution.plan import HOST, Plan
 from fedlp_jax.prng import initial_key
-from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table
+from fedlp_jax.pruning.layers import LayerRule, LayerTable, layer_table, order_of_use
 from fedlp_jax.pruning.masks import Feedback, Masks
 from fedlp_jax.pruning.submodels import Submodel
 from fedlp_jax.types import (
@@ -69,6 +69,8 @@ def initial_state(
         variables = draw(initial_key(key), example)
     variables = parts.submodels.of_server(variables)
     table = layer_table(variables, parts.layers)
+    if parts.policy.by_use:
+        table = dataclasses.replace(table, order=order_of_use(parts.task, table, example))
     for depth, level in enumerate(parts.submodels.levels(parts.task, variables, example), 1):
         _check_whole_layers(level, depth, variables, table, parts.layers)
     with jax.numpy_dtype_promotion("standard"):

@@ -17,10 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import Literal
 from jax.tree_util import tree_flatten_with_path
 
 from fedlp_jax.errors import FedLPError, shown
-from fedlp_jax.types import Array, PyTree, Variables, wide
+from fedlp_jax.prng import root_key
+from fedlp_jax.tasks.task import Task
+from fedlp_jax.types import Array, Batch, PyTree, Variables, wide
 
 LayerRule = str | Mapping[str, str]
 
@@ -34,6 +38,7 @@ class LayerTable:
     params: np.ndarray  # i64[L], learnable parameters
     statistics: np.ndarray  # i64[L], other exchanged numbers (batch statistics)
     matrices: frozenset[int] = frozenset()  # layers with a parameter of two dimensions or more
+    order: tuple[int, ...] = ()  # of use, see `order_of_use`; () = nobody asked
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,6 +97,31 @@ def layer_table(
         if path_names(path)[0] == "params" and len(leaf.shape) > 1
     )
     return LayerTable(tuple(names), index, sizes[True], sizes[False], matrices)
+
+
+def order_of_use(task: Task, layers: LayerTable, example: Batch) -> tuple[int, ...]:
+    """The layers in the order in which a forward pass of the whole model first uses them.
+
+    Natural order has a ResNet's `fc` first and its `stem` last. Layers that enter one operation
+    together, such as a compiled block, and those that are not used keep natural order.
+    """
+    shapes = flatten_dict(jax.eval_shape(task.init, root_key(0), example))
+
+    def outputs(*leaves: Array) -> Array:  # new in every call: jax caches traces by function
+        return task.outputs(unflatten_dict(dict(zip(shapes, leaves, strict=True))), example)
+
+    jaxpr = jax.make_jaxpr(outputs)(*shapes.values()).jaxpr
+    layer_of_path = flatten_dict(layers.index)
+    layer_of = {
+        variable: layer_of_path[path]
+        for path, variable in zip(shapes, jaxpr.invars, strict=True)
+        if path in layer_of_path
+    }
+    used: dict[int, None] = {}
+    for equation in jaxpr.eqns:
+        read = [x for x in equation.invars if not isinstance(x, Literal)]
+        used |= dict.fromkeys(sorted(layer_of[x] for x in read if x in layer_of))
+    return tuple(used | dict.fromkeys(range(len(layers))))
 
 
 def squared_norms(params: PyTree, layers: LayerTable) -> Array:

@@ -225,7 +225,7 @@ def in_turn(
 
     Args:
       groups: names of the layers of each group, shallow to deep; None = each layer alone, in the
-        order of the layer table.
+        order in which a forward pass first uses them (`layers.order_of_use`).
       full_rounds: rounds of the whole model at the start of a cycle, from 0.
       group_rounds: rounds of each group, from 1.
       download: what a client receives. "group" counts on clients that have the rest from the rounds
@@ -243,7 +243,8 @@ def in_turn(
         )
 
     def membership(layers: LayerTable) -> np.ndarray:
-        named = [[name] for name in layers.names] if groups is None else groups
+        order = layers.order or range(len(layers))
+        named = [[layers.names[layer]] for layer in order] if groups is None else groups
         table = np.asarray(
             [[name in group for name in layers.names] for group in named], np.float32
         ).reshape(-1, len(layers))
@@ -278,7 +279,8 @@ def in_turn(
         rounds = full_rounds + group_rounds * table.sum(axis=0, keepdims=True)
         return (rounds / (full_rounds + group_rounds * len(table))).astype(np.float32)
 
-    return MaskPolicy(init, sample, expected, expected if download == "group" else always)
+    received = expected if download == "group" else always
+    return MaskPolicy(init, sample, expected, received, by_use=groups is None)
 
 
 def _is_group(group: Any) -> bool:

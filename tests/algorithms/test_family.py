@@ -258,7 +258,8 @@ class Freeze(FedAvg):
 
 class FedPart(Freeze):
     def sends(self, layer, drawn, round):
-        return round == 1 or layer == self.layers[round - 2]
+        shallow_first = ("hidden1", "head1")
+        return round == 1 or layer == shallow_first[round - 2]
 
 
 class FedLUAR(FedAvg):

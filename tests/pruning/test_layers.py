@@ -1,12 +1,15 @@
 """Layer tables."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import fedlp_jax as fl
 from fedlp_jax import FedLPError
-from fedlp_jax.pruning.layers import layer_table
+from fedlp_jax.pruning.layers import layer_table, order_of_use
 
 VARIABLES = {
     "params": {
@@ -16,6 +19,12 @@ VARIABLES = {
     },
     "batch_stats": {"conv10": {"norm": {"mean": jnp.zeros(5), "var": jnp.ones(5)}}},
 }
+EXAMPLE = fl.types.Batch(
+    jnp.zeros((1, 4)),
+    jnp.zeros(1, jnp.int32),
+    None,
+    fl.types.Normalize(jnp.ones(()), jnp.zeros(())),
+)
 
 
 def test_by_module_joins_collections_and_counts():
@@ -80,3 +89,42 @@ def test_modules_in_a_list_are_layers_of_their_own():
     assert table.params.tolist() == [1, 3, 11, 3]
     named = layer_table({"params": tree}, {"^w": "own"})
     assert named.names == ("layers/0", "layers/2", "layers/10", "own")
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("stem", "block2", "block10"):
+            x = nn.relu(nn.Dense(4, name=name)(x))
+        return nn.Dense(3, name="fc")(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.fc, self.stem = (nnx.Linear(4, n, rngs=rngs) for n in (3, 4))
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.unused = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(self.blocks[1](self.blocks[0](self.stem(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (Linen(), ["stem", "block2", "block10", "fc"]),
+        (Nnx(nnx.Rngs(0)), ["stem", "blocks/0", "blocks/1", "fc", "unused"]),
+    ],
+)
+def test_the_order_of_use_is_that_of_the_forward_pass(model, names):
+    task = fl.classification(model)
+    table = layer_table(jax.eval_shape(task.init, jax.random.key(0), EXAMPLE))
+    assert table.names[0] != "stem"
+    assert [table.names[layer] for layer in order_of_use(task, table, EXAMPLE)] == names
+
+
+def test_the_order_of_use_of_layers_that_enter_a_compiled_block_is_natural():
+    task = fl.classification(Linen())
+    compiled = task._replace(outputs=jax.jit(task.outputs))
+    table = layer_table(jax.eval_shape(task.init, jax.random.key(0), EXAMPLE))
+    assert order_of_use(compiled, table, EXAMPLE) == (0, 1, 2, 3)
