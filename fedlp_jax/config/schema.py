@@ -464,18 +464,16 @@ class SweepSection(Section):
 
 
 def preset(kind: type[Section], behaviour: Behaviour = BEHAVIOURS[DEFAULT]) -> dict[str, Any]:
-    """What a behaviour sets of a section's fields where a file does not."""
-    fields, values = kind.model_fields, behaviour._asdict()
-    return {k: v for k, v in values.items() if k in fields and _fits(fields[k], v)}
+    """What a behaviour sets of a section's fields where a file does not.
 
-
-def _fits(field: Any, value: Any) -> bool:
-    """Whether a behaviour's value may become this field.
-
-    Some algorithms know only one, and a transformer's `heads` are others.
+    A field that its function sets otherwise stays: HeteroFL's weighting, a transformer's `heads`.
     """
-    known = get_origin(field.annotation) is not Literal or value in get_args(field.annotation)
-    return known and (field.default is None or isinstance(field.default, type(value)))
+    fields, usual = kind.model_fields, BEHAVIOURS[DEFAULT]._asdict()
+    return {
+        name: value
+        for name, value in behaviour._asdict().items()
+        if name in fields and fields[name].default in (None, usual[name])
+    }
 
 
 def _folder_name(name: str) -> str:

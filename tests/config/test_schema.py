@@ -6,8 +6,10 @@ import inspect
 import pytest
 
 import fedlp_jax as fl
+from fedlp_jax.algorithms.presets import BEHAVIOURS
 from fedlp_jax.config import schema
 from fedlp_jax.config.loading import parse_config
+from fedlp_jax.config.schema import ALGORITHMS, preset
 from fedlp_jax.errors import FedLPError
 
 RAW = {
@@ -118,6 +120,17 @@ def test_the_task_is_classification_unless_said_otherwise():
 def test_a_cohort_of_one_and_of_all():
     one, share = (parse_config(raw(cohort=c)).cohort for c in (1, 1.0))
     assert (type(one), type(share)) == (int, float)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "compose"])
+@pytest.mark.parametrize("behaviour", ["layerwise", "reference"])
+def test_a_behaviour_leaves_an_algorithm_the_weighting_of_its_own(name, behaviour):
+    parameters = inspect.signature(ALGORITHMS[name].factory).parameters
+    own = parameters["weighting"].default if "weighting" in parameters else None
+    by_behaviour = {"layerwise": "examples", "reference": "uniform"}[behaviour]
+    assert preset(ALGORITHMS[name], BEHAVIOURS[behaviour]).get("weighting", own) == (
+        by_behaviour if own is None else own
+    )
 
 
 @pytest.mark.parametrize("name", ["reference", "layerwise", None])
