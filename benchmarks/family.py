@@ -75,6 +75,13 @@ FAMILY: dict[str, dict[str, Any]] = {
     },
     "InclusiveFL(u)": {"name": "inclusivefl", "depths": "uniform"},
     "DepthFL(u)": {"name": "depthfl", "depths": "uniform", "consistency": 1.0},
+    "DepthFL(u) with FedDyn": {
+        "name": "depthfl",
+        "depths": "uniform",
+        "consistency": 1.0,
+        "ramp": 30,
+        "alpha": 0.1,
+    },
     "HeteroFL(1, 1/2, 1/4)": {"name": "heterofl", "widths": [1.0, 0.5, 0.25]},
     "FedRolex(1, 1/2, 1/4)": {"name": "fedrolex", "widths": [1.0, 0.5, 0.25]},
     "Federated Dropout(3/4)": {"name": "federated_dropout", "widths": 0.75},
