@@ -22,7 +22,7 @@ from fedlp_jax.simulation import personal
 from fedlp_jax.simulation.personal import ClientModels
 from fedlp_jax.simulation.personal import eval_batch_size as _batch_size
 from fedlp_jax.simulation.staging import on_host
-from fedlp_jax.simulation.validation import check_outputs
+from fedlp_jax.simulation.validation import check_complete, check_outputs
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import (
     Array,
@@ -128,7 +128,8 @@ def evaluate(
       The mean of each of the task's metrics: a float, or `f64[K]` with one for each client.
 
     Raises:
-      FedLPError: an unknown split, a partition of other examples, or a model that does not fit.
+      FedLPError: an unknown split, a partition of other examples, or a model that does not fit or
+        lacks what clients keep for themselves.
     """
     check_choice("split", split, ("test", "train"))
     examples = getattr(data, split)
@@ -141,6 +142,7 @@ def evaluate(
             f"'{data.name}' has {count:,}; partition data.{split}.labels, or give split=."
         )
     held = on_host(examples, data.normalize)
+    check_complete(task, variables, example_of(held), data)
     check_outputs(task, variables, example_of(held), data)
     order = [np.arange(count, dtype=np.int32)]
     if clients is not None:

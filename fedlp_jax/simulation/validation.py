@@ -20,7 +20,8 @@ from fedlp_jax.errors import FedLPError, check_number, nearest, shown, warn
 from fedlp_jax.execution import processes
 from fedlp_jax.execution.packing import size_bytes
 from fedlp_jax.execution.plan import Plan
-from fedlp_jax.pruning.layers import LayerTable
+from fedlp_jax.prng import root_key
+from fedlp_jax.pruning.layers import LayerTable, path_names
 from fedlp_jax.reporting.metrics import headline
 from fedlp_jax.simulation.checkpoint import Checkpoint
 from fedlp_jax.simulation.early_stop import EarlyStop
@@ -193,6 +194,23 @@ def check_model(algorithm: Algorithm, example: Batch, data: Dataset, root: Array
         )
     _check_step({k: v for k, v in variables.items() if k != "params"}, aux.statistics)
     return variables
+
+
+def check_complete(task: Task, variables: Variables, example: Batch, data: Dataset) -> None:
+    """Refuses variables that lack parameters of the model.
+
+    Raises:
+      FedLPError: with their paths, which clients may keep for themselves.
+    """
+    with _taking(data, example):
+        shapes = initial_shapes(task, root_key(0), example)
+    held = _parameters(variables)
+    lacks = [path for path in _parameters(shapes) if path not in held]
+    if lacks:
+        raise FedLPError(
+            f"the variables lack {', '.join(lacks)} of the model; where clients keep these for "
+            "themselves, measure result.models, or read test_accuracy_personal of the run."
+        )
 
 
 def check_outputs(task: Task, variables: Variables, example: Batch, data: Dataset) -> None:
@@ -385,6 +403,12 @@ def _usable_memory(devices: int) -> int:
     limits = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
     least = processes.least(min(limits, default=None))
     return 2**63 if least is None else devices * least
+
+
+def _parameters(tree: Variables) -> list[str]:
+    """The paths of the parameters, without their collection."""
+    paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return ["/".join(path[1:]) for path in paths if path[:1] == ("params",)]
 
 
 def _leaves(tree: Variables) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def test_models_that_cannot_be_measured_are_refused(result):
         fl.evaluate(TASK, result.models, DATA, other)
     with pytest.raises(fl.FedLPError, match="no client 9: they count from 0 to 8"):
         result.models[9]
+    lacks = "lack head1/bias, head1/kernel, norm1/bias, norm1/scale of the model; .* result.models"
+    with pytest.raises(fl.FedLPError, match=lacks):
+        fl.evaluate(TASK, result.variables, DATA)
 
 
 def test_batches_hold_every_row_once_in_the_slots_of_its_level():
