@@ -26,6 +26,7 @@ from fedlp_jax.pruning.layers import LayerTable
 from fedlp_jax.types import Array, PyTree
 
 _FLOAT = 32  # bits of a float32
+_MOST_BITS = 2**30  # expected, of a layer: half of what an i32 counts, as codes vary with values
 
 
 class Message(NamedTuple):
@@ -101,7 +102,7 @@ def top_k(share: float, error_feedback: bool = False) -> Upload:
     def apply(key: Array, message: Message, sent: Array, state: PyTree) -> tuple[Message, PyTree]:
         del key
         values = message.values + state if error_feedback else message.values
-        count = math.ceil(share * values.size)
+        count = _count(share, values.size)
         places = jax.lax.top_k(jnp.abs(values), count)[1]
         chosen = jnp.zeros(values.shape, bool).at[places].set(True)
         new = jnp.where(chosen, values, jnp.zeros_like(values))
@@ -112,7 +113,7 @@ def top_k(share: float, error_feedback: bool = False) -> Upload:
         return Message(new, bits, message.other_bits + places_bits), state
 
     def bits(n: int, each: float, present: float) -> tuple[float, float, float]:
-        count = math.ceil(share * n)
+        count = _count(share, n)
         return each, min(count, present), count * _place_bits(n)
 
     return Upload(apply, bits, _residual if error_feedback else None)
@@ -243,6 +244,22 @@ def expected_bits(upload: Upload, parameters: int) -> float:
     return each * present + other if parameters else 0.0
 
 
+def check_counted(upload: Upload, layers: LayerTable) -> None:
+    """Refuses layers of more bits than a round counts.
+
+    Raises:
+      FedLPError: with the bits.
+    """
+    for name, parameters in zip(layers.names, layers.params.tolist(), strict=True):
+        bits = expected_bits(upload, parameters)
+        if bits > _MOST_BITS:
+            raise FedLPError(
+                f"the layer {name} with {parameters:,} parameters takes about {bits:,.0f} bits on "
+                f"the wire, and a round counts up to {_MOST_BITS:,} in a layer; cut it by layers=, "
+                "such as 'by_tensor', or omit upload=."
+            )
+
+
 def elias(number: int) -> str:
     """The omega code of a positive whole number, as text of 0 and 1 (Elias, 1975)."""
     code = "0"
@@ -259,6 +276,12 @@ def _by_layer(params: PyTree, layers: LayerTable) -> dict[int, list[Array]]:
     for layer, leaf in zip(index, jax.tree.leaves(params), strict=True):
         found.setdefault(layer, []).append(leaf)
     return found
+
+
+def _count(share: float, n: int) -> int:
+    """`ceil(share n)`."""
+    # A product such as .07 x 100 may lie a rounding error above a whole number.
+    return math.ceil(share * n * (1 - 1e-12))
 
 
 def _residual(n: int, dtype: np.dtype) -> Array:

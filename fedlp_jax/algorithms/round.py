@@ -15,6 +15,7 @@ from fedlp_jax.accounting.ledger import layers_of_levels
 from fedlp_jax.aggregation.pipeline import layers_of_payload, separated
 from fedlp_jax.aggregation.reducer import Aggregate, Received, UploadInfo
 from fedlp_jax.aggregation.server import Reduced, gated, server_step
+from fedlp_jax.aggregation.uploads import check_counted
 from fedlp_jax.algorithms.client_round import (
     Broadcast,
     ClientInput,
@@ -71,6 +72,8 @@ def initial_state(
     table = layer_table(variables, parts.layers)
     if parts.policy.by_use:
         table = dataclasses.replace(table, order=order_of_use(parts.task, table, example))
+    if parts.upload is not None:
+        check_counted(parts.upload, table)
     for depth, level in enumerate(parts.submodels.levels(parts.task, variables, example), 1):
         _check_whole_layers(level, depth, variables, table, parts.layers)
     with jax.numpy_dtype_promotion("standard"):

@@ -95,6 +95,13 @@ def test_top_k_sends_the_largest_with_their_places():
     assert bits == 30 * (32 + 9)
 
 
+@pytest.mark.parametrize(("share", "n", "count"), [(0.07, 100, 7), (0.071, 100, 8), (1e-9, 5, 1)])
+def test_top_k_counts_entries_without_errors_of_rounding(share, n, count):
+    upload = fl.top_k(share)
+    assert np.count_nonzero(sent(upload, X[:n])[0]) == count
+    assert expected_bits(upload, n) == count * (32 + int(np.ceil(np.log2(n))))
+
+
 def test_error_feedback_loses_nothing():
     upload = fl.top_k(0.1, error_feedback=True)
     state, received = upload.init(N, np.dtype(np.float32)), np.zeros(N)
@@ -159,3 +166,19 @@ def make(**settings):
 def test_refuses_in_a_sentence(call, words):
     with pytest.raises(fl.FedLPError, match=words):
         call()
+
+
+def test_refuses_a_layer_of_more_bits_than_are_counted():
+    normalize = fl.types.Normalize(jnp.ones(()), jnp.zeros(()))
+    example = fl.types.Batch(jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32), None, normalize)
+    task = fl.classification(Steps(depth=1, width=2**25))
+
+    def init(upload):
+        made = fl.fedavg(task, client_optimizer=optax.sgd(0.1), upload=upload)
+        return jax.eval_shape(lambda key: made.init(key, example, 2), jax.random.key(0))
+
+    with pytest.raises(
+        fl.FedLPError, match="head1 with 100,663,299 parameters .* 1,610,612,784 bits"
+    ):
+        init(fl.cast("bfloat16"))
+    assert init(fl.top_k(1e-3)).variables["params"]["hidden1"]["kernel"].size == 2**27
