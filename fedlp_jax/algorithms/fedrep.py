@@ -64,14 +64,14 @@ def fedrep(
     kept = submodel.personal(head, submodels)
 
     def levels(task: Task, variables: Variables, example: Batch) -> tuple[Submodel, ...]:
-        levels = kept.levels(task, variables, example)
-        bare = [level.name for level in levels if not level.private_shapes.get("params")]
+        found = kept.levels(task, variables, example)
+        bare = [level.name for level in found if not level.private_shapes.get("params")]
         if bare:
             raise FedLPError(
                 f"fedrep trains the head first, but head={head!r} finds nothing in "
                 f"{', '.join(bare)}; name the heads of all depths in it, such as 'fc3|exit'."
             )
-        return levels
+        return found
 
     def trains(number: Array, steps: Array) -> Callable[[str, bool], Gate]:
         first = number < steps // total * head_epochs

@@ -38,7 +38,7 @@ class LayerTable:
     params: np.ndarray  # i64[L], learnable parameters
     statistics: np.ndarray  # i64[L], other exchanged numbers (batch statistics)
     matrices: frozenset[int] = frozenset()  # layers with a parameter of two dimensions or more
-    order: tuple[int, ...] = ()  # of use, see `order_of_use`; () = nobody asked
+    order: tuple[int, ...] = ()  # of use, see `order_of_use`; () = not known
 
     def __len__(self) -> int:
         return len(self.names)
