@@ -48,7 +48,7 @@ def largest(clients: int) -> Reducer:
         return (able & (place < state)).astype(jnp.float32)
 
     reducer = by_layer(mean, np.int32(clients))
-    return reducer._replace(select=select, of_senders=True, senders=clients)
+    return reducer._replace(select=select, sender_mean=True, senders=clients)
 
 
 def with_squares(mean: Reducer) -> Reducer:

@@ -43,7 +43,7 @@ class WeightedSum(NamedTuple):
 
 def masked_mean() -> Reducer:
     """Mean of each layer over the clients that sent it (FedLP, arXiv:2303.06360)."""
-    return _mean(_weighted, _sent_weight)._replace(of_senders=True)
+    return _mean(_weighted, _sent_weight)._replace(sender_mean=True)
 
 
 def cohort_mean() -> Reducer:

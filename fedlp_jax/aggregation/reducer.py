@@ -26,10 +26,10 @@ class UploadInfo(NamedTuple):
 class Received(NamedTuple):
     """What the server has of a cohort."""
 
-    contributions: PyTree  # their sum over clients, or [C, ...] if the reducer is stacked
-    uploads: UploadInfo  # [C, ...]
-    counted: Array  # bool[C], False = contributes nothing
-    client: Array  # i32[C], ids; -1 = empty slot
+    contributions: PyTree  # their sum over clients, or [D * P, ...] if the reducer is stacked
+    uploads: UploadInfo  # [D * P, ...]
+    counted: Array  # bool[D * P], False = contributes nothing
+    client: Array  # i32[D * P], ids; -1 = empty slot
 
 
 class Aggregate(NamedTuple):
@@ -60,8 +60,8 @@ class Reducer(NamedTuple):
     # after all, such as those that moved far. The others are neither booked nor averaged. None = it
     # sends what was drawn. A deadline of `Faults` is still modelled with all layers drawn.
     sends: Callable[[Variables, LayerTable], Array] | None = None
-    # (received, state, layers) -> f32[C, L]: the layers that the server asks for once each client
-    # has reported a number for every layer; only where stacked. None = what was drawn.
+    # (received, state, layers) -> f32[D * P, L]: the layers that the server asks for once each
+    # client has reported a number for every layer; only where stacked. None = what was drawn.
     select: Callable[[Received, PyTree, LayerTable], Array] | None = None
-    of_senders: bool = False  # the mean over those who sent a layer, by their weights
+    sender_mean: bool = False  # the mean over those who sent a layer, by their weights
     senders: int = 1  # clients that `select` asks for; smaller cohorts are refused

@@ -43,8 +43,8 @@ class ServerRule(NamedTuple):
     # The update of `step` also moves layers that clients of the cohort hold, but that the mask
     # policy let none of them send.
     moves_resting: bool = False
-    of_senders: bool = False  # `step` needs the mean over those who sent a layer
-    # `step` adds up what clients moved, as they do, so that uploads have to be whole in the end
+    needs_sender_mean: bool = False  # `step` is defined for no other mean
+    # `step` adds up the clients' moves, and each client its own: uploads may lose nothing for good
     whole_moves: bool = False
 
 

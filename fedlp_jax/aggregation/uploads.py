@@ -46,11 +46,13 @@ class Upload(NamedTuple):
       bits: `(n, bits of a value, n present) -> (bits of a value, n present, other bits)`, expected,
         on the host: for modelled traffic before a run.
       init: `(n, dtype) -> state` of a layer before the client's first round; None = no state.
+      whole: what a message leaves out is sent later.
     """
 
     apply: Callable[[Array, Message, Array, PyTree], tuple[Message, PyTree]]
     bits: Callable[[int, float, float], tuple[float, float, float]]
     init: Callable[[int, np.dtype], PyTree] | None = None
+    whole: bool = False
 
 
 def chain(*uploads: Upload) -> Upload:
@@ -80,7 +82,8 @@ def chain(*uploads: Upload) -> Upload:
         return [() if upload.init is None else upload.init(n, dtype) for upload in uploads]
 
     stateful = any(upload.init is not None for upload in uploads)
-    return Upload(apply, bits, init if stateful else None)
+    whole = all(upload.whole for upload in uploads)
+    return Upload(apply, bits, init if stateful else None, whole)
 
 
 def top_k(share: float, error_feedback: bool = False) -> Upload:
@@ -116,7 +119,8 @@ def top_k(share: float, error_feedback: bool = False) -> Upload:
         count = _count(share, n)
         return each, min(count, present), count * _place_bits(n)
 
-    return Upload(apply, bits, _residual if error_feedback else None)
+    whole = error_feedback or share == 1
+    return Upload(apply, bits, _residual if error_feedback else None, whole)
 
 
 def quantize(levels: int) -> Upload:

@@ -94,6 +94,11 @@ class Parts:
             exchanged=self._exchanged(),
         )
 
+    def scale_of(self, round: Array) -> Array:
+        """`f32[]`, what a schedule by the round makes of the clients' updates."""
+        assert callable(self.client_schedule)
+        return jnp.asarray(self.client_schedule(round), jnp.float32)
+
     def wire(self, layers: LayerTable) -> Wire:
         """Bytes of what is exchanged: the model, and what the algorithm adds to it.
 
@@ -262,7 +267,7 @@ def _as_begun(
     broadcast = broadcast._replace(variables=model)
     if not callable(schedule):
         return broadcast
-    return broadcast._replace(scale=jnp.asarray(schedule(version + 1), jnp.float32))
+    return broadcast._replace(scale=parts.scale_of(version + 1))
 
 
 def client_state(
@@ -348,7 +353,8 @@ def _known(
     task, client = program.submodel.task, inputs.client
     known: dict[str, Any] = {}
     if task.heeds_round:
-        known["round"] = broadcast.round
+        late = 0 if program.parts.asynchrony is None else inputs.staleness
+        known["round"] = broadcast.round - late
     if program.parts.own_classes:
         labels = broadcast.examples.labels[client.rows]
         if program.corruption == "label_flip" and inputs.outcome is not None:

@@ -204,28 +204,36 @@ def _submodels(submodels: Submodels | None, personal: str | None) -> Submodels:
 
 
 def _check_received(parts: Parts) -> None:
-    """Refuses rules that read the aggregate as something that it is not."""
+    """Refuses parts that need an aggregate other than the one they get."""
     pipeline, upload, rule = parts.pipeline, parts.upload, parts.server_rule
     reducer, feedback = pipeline.reducer, upload is not None and upload.init is not None
-    keeps = feedback or parts.local_training.init is not None
-    if reducer.select is not None and (keeps or pipeline.clip is not None):
-        what = "what clients keep changes" if keeps else "clip= changes the updates"
+    changes = {
+        "clip=": pipeline.clip is not None,
+        "error feedback": feedback,
+        "this algorithm": parts.local_training.init is not None,
+    }
+    if reducer.select is not None and any(changes.values()):
+        what = next(name for name, does in changes.items() if does)
         raise FedLPError(
-            f"the aggregator chooses who sends a layer once all have trained, but {what} before; "
-            "omit it, or choose aggregator='masked_mean'."
+            f"the aggregator chooses who sends a layer once all have trained, but {what} changes "
+            "before what clients send or keep; use aggregator='masked_mean', or omit clip= and "
+            "error feedback."
         )
     if rule is None:
         return
-    if rule.of_senders and not reducer.of_senders:
+    if rule.needs_sender_mean and not reducer.sender_mean:
         raise FedLPError(
             "this algorithm's rule for the server is defined for the mean over the clients that "
-            "sent a layer; use aggregator='masked_mean', or fl.fedavg with the other."
+            "sent a layer; use aggregator='masked_mean', a reducer of your own with "
+            "sender_mean=True, or fl.fedavg with this one."
         )
-    if rule.whole_moves and (pipeline.clip is not None or (upload is not None and not feedback)):
+    lossy = upload is not None and not upload.whole
+    if rule.whole_moves and (pipeline.clip is not None or lossy):
         raise FedLPError(
             "this algorithm's server adds up what clients moved, and the clients do too, so that "
-            "nothing may be lost between them: omit clip, and give an upload error feedback, as "
-            "fl.top_k(0.1, error_feedback=True) has."
+            "nothing may be lost between them: omit clip, and use no upload but "
+            "fl.top_k(share, error_feedback=True) alone; fl.quantize and fl.cast have no error "
+            "feedback."
         )
     if rule.moves_resting and feedback:
         raise FedLPError(
@@ -341,7 +349,8 @@ def _check_optimizers(parts: Parts, model: Variables, sizes: np.ndarray) -> None
     check_optimizer("client", parts.client_optimizer, model["params"])
     check_optimizer("server", parts.server_optimizer, model["params"])
     if parts.local_training.sgd is not None:
-        check_same_sgd(parts.client_optimizer, model["params"], parts.local_training.sgd)
+        params, shared = model["params"], parts.submodels.of_server(model)["params"]
+        check_same_sgd(parts.client_optimizer, params, shared, parts.local_training.sgd)
     warn_of_restarts(parts.client_optimizer, model["params"], local_steps(sizes, parts.work))
 
 

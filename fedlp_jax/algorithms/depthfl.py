@@ -23,7 +23,7 @@ import optax
 from fedlp_jax.algorithms.base import Algorithm
 from fedlp_jax.algorithms.compose import compose
 from fedlp_jax.algorithms.feddyn import feddyn
-from fedlp_jax.errors import check_number
+from fedlp_jax.errors import FedLPError, check_number
 from fedlp_jax.pruning import masks
 from fedlp_jax.pruning.submodels import Depths, by_depth
 from fedlp_jax.tasks.exits import with_all_exits
@@ -67,6 +67,8 @@ def depthfl(
     consistency = check_number("consistency", consistency, ge=0)
     ramp = check_number("ramp", ramp, ge=0, integer=True)
     alpha = check_number("alpha", alpha, ge=0)
+    if ramp and not consistency:
+        raise FedLPError(f"ramp={ramp} raises consistency, which is 0; set it, or omit ramp.")
     exits = with_all_exits(task, consistency, ramp)
     settings |= {
         "client_optimizer": client_optimizer,

@@ -34,8 +34,8 @@ def fedasync(
     `x' = (1 - alpha s(tau)) x + alpha s(tau) x_k`, tau the age of the version that client k
     received. `fl.simulate(cohort=M)` keeps M clients in flight, and a round is one arrival. Times
     are modelled as in `fedbuff`. The paper's proximal term is `fedprox`'s, and is left out. With
-    `upload` or `clip`, x_k is the version that the client received plus what the server decodes of
-    its change, clipped.
+    `upload` or `clip`, x_k is the version that the client received plus its change as the server
+    decodes and clips it.
 
     Args:
       task: what is learnt.

@@ -83,7 +83,12 @@ def fedbn(
                 f"found in no path of its parameters, which are {', '.join(params)}; name them "
                 "in norm, give a model with normalisation, or use fl.fedavg."
             )
-        weights = [path for path in found if params[path].ndim > 1]
+        # Scales and biases have two dimensions in a norm over two axes, or of scanned layers.
+        weights = [
+            path
+            for path in found
+            if params[path].ndim > 1 and path.rpartition("/")[2] not in ("scale", "bias")
+        ]
         if weights:
             raise FedLPError(
                 f"fedbn keeps normalisations with clients, but {norm!r} also finds "

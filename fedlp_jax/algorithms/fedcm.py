@@ -70,7 +70,7 @@ def fedcm(
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(gradient=_mixed, finish=finish, sgd=sgd),
-        server_rule=ServerRule(first, lambda terms: terms, _mean_gradient, of_senders=True),
+        server_rule=ServerRule(first, lambda terms: terms, _mean_gradient, needs_sender_mean=True),
         **settings,
     )
 

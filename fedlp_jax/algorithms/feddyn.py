@@ -70,7 +70,7 @@ def feddyn(
             first,
             lambda terms: Terms(terms.numbers, {}),
             _corrected,
-            of_senders=True,
+            needs_sender_mean=True,
             whole_moves=True,
         ),
         weighting=weighting,

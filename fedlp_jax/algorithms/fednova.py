@@ -60,7 +60,10 @@ def fednova(
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(finish=finish, sgd=sgd),
         server_rule=ServerRule(
-            lambda params, clients: NO_TERMS, lambda terms: terms, _scaled, of_senders=True
+            lambda params, clients: NO_TERMS,
+            lambda terms: terms,
+            _scaled,
+            needs_sender_mean=True,
         ),
         **settings,
     )

@@ -161,7 +161,7 @@ def run_round(
     contributions = stacked if pipeline.reducer.stacked else summed
     received = Received(contributions, uploads, finite, cohort.client)
     of_payload = layers_of_payload(table, payload)
-    masks, received = _sent_after_all(parts, masks, sent, received, numbers, of_payload)
+    masks, received = _with_fewer_layers(parts, masks, sent, received, numbers, of_payload)
     aggregate = pipeline.reduce(received, cohort, numbers, of_payload, plan)
     aggregate = pipeline.privatize(aggregate, received, cohort, numbers, key, number, table)
     senders = jnp.where(finite[:, None], masks.upload, 0.0).sum(axis=0)  # f32[L], that count
@@ -171,7 +171,7 @@ def run_round(
     return state, clients, reported if outcomes is None else with_outcomes(reported, outcomes)
 
 
-def _sent_after_all(
+def _with_fewer_layers(
     parts: Parts,
     masks: Masks,
     sent: Array | tuple[()],
@@ -383,7 +383,7 @@ def _client_scale(parts: Parts, state: ServerState, number: Array) -> Array | No
     if parts.client_schedule is None:
         return None
     if callable(parts.client_schedule):
-        return jnp.asarray(parts.client_schedule(number), jnp.float32)
+        return parts.scale_of(number)
     return state.client_scale
 
 

@@ -60,7 +60,7 @@ def scaffold(
         client_optimizer=client_optimizer,
         policy=masks.bernoulli(keep),
         local_training=LocalTraining(_zeros, _corrected, _option_ii(sgd.rate), sgd=sgd),
-        server_rule=ServerRule(_first, lambda t: Terms({}, t.trees), _mean, of_senders=True),
+        server_rule=ServerRule(_first, lambda t: Terms({}, t.trees), _mean, needs_sender_mean=True),
         weighting=weighting,
         **settings,
     )

@@ -42,7 +42,7 @@ def plan(
     config: ConfigFile,
     seconds: Annotated[
         float,
-        typer.Option(help="About how long to time rounds; at least one is.", metavar="S"),
+        typer.Option(help="About how long to time rounds; at least one round is.", metavar="S"),
     ] = 5.0,
     devices: Annotated[
         str | None,

@@ -45,27 +45,35 @@ def as_sgd(optimizer: optax.GradientTransformation, algorithm: str, momentum: bo
         raise FedLPError(
             f"{algorithm} is defined for plain SGD{' with or without momentum' * momentum}, and "
             f"client_optimizer does something else; give {kinds}, without schedule, clipping, "
-            f"weight decay or {'Nesterov ' * momentum}momentum, or take another algorithm, such as "
-            "fl.fedprox or fl.fedadam, which allow any client optimizer."
+            f"weight decay or {'Nesterov ' * momentum}momentum, for parameters of any name (an "
+            "optimizer that freezes by name has to name what it freezes, in a function of the "
+            "parameters), or take another algorithm, such as fl.fedprox or fl.fedadam, which allow "
+            "any client optimizer."
         )
     return found
 
 
-def check_same_sgd(optimizer: optax.GradientTransformation, params: PyTree, sgd: SGD) -> None:
+def check_same_sgd(
+    optimizer: optax.GradientTransformation, params: PyTree, shared: PyTree, sgd: SGD
+) -> None:
     """Refuses an optimizer that treats parameters differently, by their names or ranks.
 
     Args:
       optimizer: of a client.
       params: of the model.
-      sgd: what `as_sgd` found. A parameter that the optimizer never moves is none the less right.
+      shared: those of them that clients share; a head of their own may have a rate of its own.
+      sgd: what `as_sgd` found. A parameter that the optimizer never moves is right too.
 
     Raises:
       FedLPError: some parameter has another rate or momentum.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     small = jax.tree.map(lambda x: jnp.asarray(_NUMBERS).reshape(*[1] * (x.ndim - 1), 3), params)
+    sent = {path for path, _ in jax.tree_util.tree_leaves_with_path(shared)}
     trials = [_TRIALS[0], (1e3, 100_000)]
     for path, found in zip(paths, _tried(optimizer, small, trials), strict=True):
+        if path not in sent:
+            continue
         if found is None or (found.rate and not np.allclose(found, sgd, _TOLERANCE)):
             raise FedLPError(
                 f"this algorithm needs one rate for all parameters, {sgd.rate:g} with momentum "
@@ -82,7 +90,12 @@ def _tried(
     try:
         with jax.numpy_dtype_promotion("standard"):
             found = [_trial(optimizer, params, *one) for one in trials]
-    except (AttributeError, TypeError, ValueError):  # no optimizer, or one of other parameters
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # no optimizer, or one of other parameters
         return [None] * len(jax.tree.leaves(params))
     return [_agreed(of_leaf) for of_leaf in zip(*found, strict=True)]
 
@@ -127,10 +140,12 @@ def _answers(
 ) -> list[np.ndarray]:
     """The updates of each leaf in successive steps, `[steps, n]`; parameters stay as they are."""
 
-    def counted(x: Any) -> Any:
-        return x + count if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x
+    def counted(path: Any, x: Any) -> Any:
+        # A hyperparameter may be a whole number; the others count steps.
+        held = any(getattr(key, "name", "") in ("hyperparams", "mini_step") for key in path)
+        return x if held or not jnp.issubdtype(jnp.result_type(x), jnp.integer) else x + count
 
-    state, updates = jax.tree.map(counted, optimizer.init(params)), []
+    state, updates = jax.tree_util.tree_map_with_path(counted, optimizer.init(params)), []
     for gradient in gradients:
         update, state = optimizer.update(gradient, state, params)
         updates.append([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(update)])

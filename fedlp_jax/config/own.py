@@ -86,5 +86,5 @@ def check_made(name: str, value: Any, *kinds: type) -> Any:
     """
     if isinstance(value, kinds):
         return value
-    wanted = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
-    raise FedLPError(f"{name} returned {shown(value)}, where it should return a {wanted}.")
+    names = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
+    raise FedLPError(f"{name} returned {shown(value)}, where it should return a {names}.")

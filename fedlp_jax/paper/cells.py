@@ -175,7 +175,7 @@ def run_cells(
     Args:
       study: directory and scale.
       cells: to run, in this order.
-      todo: those that have not ended, as `unfinished` says; None = it is asked.
+      todo: those that have not ended; None = `unfinished` is called.
       progress: as in `experiment.execute`.
       say: called with a line when a cell begins: its name and the expected time left.
       stop: as in `experiment.execute`.

@@ -103,7 +103,8 @@ def order_of_use(task: Task, layers: LayerTable, example: Batch) -> tuple[int, .
     """The layers in the order in which a forward pass of the whole model first uses them.
 
     Natural order has a ResNet's `fc` first and its `stem` last. Layers that enter one operation
-    together, such as a compiled block, and those that are not used keep natural order.
+    together, such as a compiled block, keep natural order among themselves; those that are not
+    used come last.
     """
     shapes = flatten_dict(jax.eval_shape(task.init, root_key(0), example))
 

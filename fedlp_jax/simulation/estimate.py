@@ -47,8 +47,8 @@ def estimate(arguments: Mapping[str, Any], seconds: float = 5.0) -> Estimate:
 
     Args:
       arguments: of `simulate`, as from `config.build`.
-      seconds: about how long to time rounds. At least one is, after one that warms up; of rounds
-        that take longer, no second one is.
+      seconds: about how long to time rounds. One round warms up; then at least one is timed, and
+        only one if it takes longer than this.
 
     Raises:
       FedLPError: bad input, or a round that does not fit the memory.

@@ -182,10 +182,10 @@ def _begin(
     checkpoint: Checkpoint | None,
     resume: Snapshot | None,
 ) -> str:
-    """Checks where the run starts, says that it does, and returns its name for the progress.
+    """Checks where the run starts, and says that it is being prepared.
 
     Returns:
-      The name; empty if no progress is shown here.
+      Its name for the progress; empty if no progress is shown here.
     """
     checks.check_start(rounds, first_round, checkpoint, resume)
     if not progress or not processes.is_first():

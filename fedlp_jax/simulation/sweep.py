@@ -386,8 +386,8 @@ class _Member:
     @property
     def has_ended(self) -> bool:
         """Whether the last round that counts is booked, where that is before the last of all."""
-        reached = 0 if self.run is None else self.run.reached
-        return self.error is not None or (self._last is not None and reached >= self._last)
+        ended = self._last is not None and self.lane.reached >= self._last
+        return self.error is not None or ended
 
     def due(self, round: int) -> bool:
         """Whether to save after this round."""

@@ -32,8 +32,8 @@ def classification(
       A task whose loss is the mean over the valid rows of a batch; metrics "loss" and "accuracy".
     """
     names = ("loss", "accuracy")
-    task = supervised(network(module), _measure, _check, names, normalize, augment)
-    return task._replace(heeds_classes=True)
+    net = network(module)
+    return supervised(net, _measure, _check, names, normalize, augment, heeds_classes=True)
 
 
 def _measure(logits: Array, batch: Batch) -> Metrics:

@@ -54,6 +54,8 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float, ramp: int) ->
             held = _held(one, variables, batch)
             if consistency and one.loss_and_outputs is not None:
                 value, aux, outputs = one.loss_and_outputs(held, batch, key)
+                if batch.classes is not None:  # as in the loss
+                    outputs = jnp.where(batch.classes[None], outputs, jnp.zeros_like(outputs))
                 logits.append(outputs)
             else:
                 value, aux = one.loss(held, batch, key)
@@ -96,7 +98,7 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float, ramp: int) ->
 
 def _ramped(round: Array | None, ramp: int, dtype: jnp.dtype) -> Array:
     """`f[]`, exp(-5 (1 - round / ramp)^2) up to round `ramp`, then 1."""
-    if round is None or not ramp:
+    if round is None or not ramp:  # None outside a round, such as where MACs are counted
         return jnp.ones((), dtype)
     left = 1 - jnp.minimum(round, ramp).astype(dtype) / ramp
     return jnp.exp(-5 * left**2)

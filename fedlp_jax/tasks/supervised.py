@@ -26,6 +26,7 @@ def supervised(
     metrics: tuple[str, ...],
     normalize: Normalize | None = None,
     augment: Augment | None = None,
+    heeds_classes: bool = False,
 ) -> Task:
     """Builds the functions of a task.
 
@@ -38,6 +39,7 @@ def supervised(
       normalize: replaces the data set's own `x * gain + shift`.
       augment: `(key, inputs f32[B, ...]) -> inputs`, applied to normalised training batches, row by
         row.
+      heeds_classes: as `Task.heeds_classes`.
     """
 
     def inputs_of(batch: Batch, dtype: Any) -> Array:
@@ -83,12 +85,13 @@ def supervised(
 
         @functools.cache  # one object per part, so that jax recognises what it has traced
         def task(size: Any) -> Task:
-            return supervised(part(size), measure, check, metrics, normalize, augment)
+            of_all = measure, check, metrics, normalize, augment, heeds_classes
+            return supervised(part(size), *of_all)
 
         return task
 
-    depths, widths = of(net.at_depth), of(net.at_width)
-    return Task(init, loss, evaluate, outputs, check, metrics, depths, net.depth, widths, step)
+    functions = init, loss, evaluate, outputs, check, metrics
+    return Task(*functions, of(net.at_depth), net.depth, of(net.at_width), step, heeds_classes)
 
 
 def mean_over_rows(values: Array, valid: Array | None) -> Mean:

@@ -47,15 +47,16 @@ def test_layers_that_exits_share_count_once():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(fl.FedLPError, match="consistency=-1 must be a number"):
         fl.depthfl(TASK, depths=1, consistency=-1, **LOCAL)
+    with pytest.raises(fl.FedLPError, match="ramp=3 raises consistency, which is 0"):
+        fl.depthfl(TASK, depths=1, ramp=3, **LOCAL)
     with pytest.raises(fl.FedLPError, match="this model has no depths"):
         made = fl.depthfl(fl.classification(fl.models.Logistic()), depths=1, **LOCAL)
         fl.simulate(made, DATA, POPULATION, rounds=1, cohort=2)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_consistency_needs_classes_whatever_the_dtype_of_the_targets(dtype):
+def test_consistency_needs_classes_and_not_whole_numbers():
     made = fl.depthfl(fl.regression(Steps(classes=1)), depths=1, consistency=1, **LOCAL)
-    example = EXAMPLE._replace(labels=jnp.zeros(1, dtype))
+    example = EXAMPLE._replace(labels=jnp.zeros(1, jnp.int32))
     with pytest.raises(fl.FedLPError, match="use fl.classification, .* or consistency=0"):
         made.task.check((1, 1), example, 0)
 

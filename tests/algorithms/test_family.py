@@ -389,6 +389,8 @@ class DepthFL(InclusiveFL):
 
 
 class DepthFLWithFedDyn(DepthFL, FedDyn):
+    own_classes = True
+
     def weight(self, round):
         return self.consistency * np.exp(-5 * (1 - min(round, 2) / 2) ** 2)
 
@@ -582,7 +584,7 @@ ROWS = {
     "depthfl_feddyn": Row(
         fl.depthfl,
         DepthFLWithFedDyn,
-        {"depths": DEPTHS, "consistency": 0.5, "ramp": 2, "alpha": 0.5},
+        {"depths": DEPTHS, "consistency": 0.5, "ramp": 2, "alpha": 0.5, "own_classes": True},
         {"depths": DEPTHS[::-1], "alpha": 0.25},
         weigh="uniform",
         task=DEEP,
