@@ -44,9 +44,9 @@ def depthfl(
 ) -> Algorithm:
     """DepthFL: each client trains a prefix of the model and every exit in it.
 
-    The mean is that of `inclusivefl`. If all clients have the full depth and consistency is 0, this
-    is FedAvg of one network with all exits, whose losses are added; if all have depth 1, it is
-    `inclusivefl`.
+    The mean is that of `inclusivefl`. If all clients have the full depth and consistency and alpha
+    are 0, this is FedAvg of one network with all exits, whose losses are added; if all have depth 1
+    and alpha is 0, it is `inclusivefl`.
 
     Args:
       task: what is learnt; its module has depths (`fedlp_jax.tasks.flax_adapter.network`).
