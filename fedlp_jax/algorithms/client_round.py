@@ -318,9 +318,9 @@ def _trained(
 ) -> tuple[Variables, ClientMetrics]:
     """The variables of ONE client, its head included, after its local training."""
     parts, task = program.parts, program.submodel.task
-    known = _known(program, broadcast, inputs, variables)
-    if known:
-        task = _informed(task, known)
+    fields = _heeded_fields(program, broadcast, inputs, variables)
+    if fields:
+        task = _with_fields(task, fields)
     if program.corruption == "label_flip" and inputs.outcome is not None:
         task = with_flipped_labels(task, inputs.outcome)
     train = local_update(
@@ -346,15 +346,15 @@ def _trained(
     )
 
 
-def _known(
+def _heeded_fields(
     program: ClientProgram, broadcast: Broadcast, inputs: ClientInput, variables: Variables
 ) -> dict[str, Any]:
     """The fields of a `Batch` that a loss reads besides the examples, of ONE client."""
     task, client = program.submodel.task, inputs.client
-    known: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if task.heeds_round:
         late = 0 if program.parts.asynchrony is None else inputs.staleness
-        known["round"] = broadcast.round - late
+        fields["round"] = broadcast.round - late
     if program.parts.own_classes:
         labels = broadcast.examples.labels[client.rows]
         if program.corruption == "label_flip" and inputs.outcome is not None:
@@ -362,15 +362,15 @@ def _known(
         outputs = jax.eval_shape(task.outputs, variables, program.example).shape[-1]
         own = jnp.arange(labels.shape[0], dtype=jnp.int32) < client.size
         is_class = labels[:, None] == jnp.arange(outputs, dtype=labels.dtype)[None]
-        known["classes"] = (is_class & own[:, None]).any(axis=0)
-    return known
+        fields["classes"] = (is_class & own[:, None]).any(axis=0)
+    return fields
 
 
-def _informed(task: Task, known: dict[str, Any]) -> Task:
+def _with_fields(task: Task, fields: dict[str, Any]) -> Task:
     """The task whose loss gets these fields with every batch."""
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
-        return task.loss(variables, batch._replace(**known), key)
+        return task.loss(variables, batch._replace(**fields), key)
 
     return task._replace(loss=loss)
 

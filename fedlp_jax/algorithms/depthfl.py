@@ -70,11 +70,11 @@ def depthfl(
     if ramp and not consistency:
         raise FedLPError(f"ramp={ramp} raises consistency, which is 0; set it, or omit ramp.")
     exits = with_all_exits(task, consistency, ramp)
-    settings |= {
+    common: dict[str, Any] = {
         "client_optimizer": client_optimizer,
         "submodels": by_depth(depths, "shared"),
         "weighting": weighting,
     }
     if alpha:
-        return feddyn(exits, alpha=alpha, keep=keep, **settings)
-    return compose(exits, policy=masks.bernoulli(keep), **settings)
+        return feddyn(exits, alpha=alpha, keep=keep, **common, **settings)
+    return compose(exits, policy=masks.bernoulli(keep), **common, **settings)

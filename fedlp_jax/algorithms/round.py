@@ -70,7 +70,7 @@ def initial_state(
         variables = draw(initial_key(key), example)
     variables = parts.submodels.of_server(variables)
     table = layer_table(variables, parts.layers)
-    if parts.policy.by_use:
+    if parts.policy.needs_order:
         table = dataclasses.replace(table, order=order_of_use(parts.task, table, example))
     if parts.upload is not None:
         check_counted(parts.upload, table)

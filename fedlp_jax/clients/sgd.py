@@ -86,21 +86,20 @@ def check_same_sgd(
 def _tried(
     optimizer: optax.GradientTransformation, params: PyTree, trials: Sequence[tuple[float, int]]
 ) -> list[SGD | None]:
-    """For each leaf the numbers of which all trials would be steps; of rate 0 if it stays."""
+    """For each leaf the numbers of which all trials would be steps; of rate 0 if it stays.
+
+    All are None if the object is no optimizer, or one of other parameters.
+    """
     try:
         with jax.numpy_dtype_promotion("standard"):
             found = [_trial(optimizer, params, *one) for one in trials]
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ):  # no optimizer, or one of other parameters
+    except (AttributeError, LookupError, TypeError, ValueError):
         return [None] * len(jax.tree.leaves(params))
     return [_agreed(of_leaf) for of_leaf in zip(*found, strict=True)]
 
 
 def _agreed(found: Sequence[SGD | None]) -> SGD | None:
+    """What all trials found; None = they found different numbers, or one found none."""
     first, *others = found
     if first is None or not all(x and np.allclose(x, first, _TOLERANCE) for x in others):
         return None

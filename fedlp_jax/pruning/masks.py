@@ -280,7 +280,7 @@ def in_turn(
         return (rounds / (full_rounds + group_rounds * len(table))).astype(np.float32)
 
     received = expected if download == "group" else always
-    return MaskPolicy(init, sample, expected, received, by_use=groups is None)
+    return MaskPolicy(init, sample, expected, received, needs_order=groups is None)
 
 
 def _is_group(group: Any) -> bool:

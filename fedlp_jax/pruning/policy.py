@@ -59,4 +59,4 @@ class MaskPolicy(NamedTuple):
     # Clients keep their model, and train on with their own of a layer that they do not receive.
     keeps_models: bool = False
     cohort_rounds: int = 1  # rounds for which a drawn cohort stays together
-    by_use: bool = False  # `init` reads `LayerTable.order`
+    needs_order: bool = False  # `init` reads `LayerTable.order`

@@ -10,7 +10,7 @@ import optax
 
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.tasks.flax_adapter import network
-from fedlp_jax.tasks.supervised import Augment, mean_over_rows, supervised
+from fedlp_jax.tasks.supervised import Augment, heeded, mean_over_rows, supervised
 from fedlp_jax.tasks.task import Task
 from fedlp_jax.types import Array, Batch, Metrics, Normalize, wide
 
@@ -38,9 +38,7 @@ def classification(
 
 def _measure(logits: Array, batch: Batch) -> Metrics:
     """Cross-entropy and hits over the valid rows of `logits: [B, classes]`."""
-    logits = logits.astype(wide(logits.dtype))
-    if batch.classes is not None:  # 0 and not -inf, as in the code of HeteroFL
-        logits = jnp.where(batch.classes[None], logits, jnp.zeros_like(logits))
+    logits = heeded(logits.astype(wide(logits.dtype)), batch)
     # One-hot rather than a gather: its gradient is a subtraction, not a scatter.
     target = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
     loss = optax.softmax_cross_entropy(logits, target)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedlp_jax.errors import FedLPError
 from fedlp_jax.prng import root_key
-from fedlp_jax.tasks.supervised import mean_over_rows
+from fedlp_jax.tasks.supervised import heeded, mean_over_rows
 from fedlp_jax.tasks.task import Aux, Task
 from fedlp_jax.types import Array, Batch, Metrics, Variables, wide
 
@@ -54,9 +54,7 @@ def _exits(whole: Task, exits: Sequence[Task], consistency: float, ramp: int) ->
             held = _held(one, variables, batch)
             if consistency and one.loss_and_outputs is not None:
                 value, aux, outputs = one.loss_and_outputs(held, batch, key)
-                if batch.classes is not None:  # as in the loss
-                    outputs = jnp.where(batch.classes[None], outputs, jnp.zeros_like(outputs))
-                logits.append(outputs)
+                logits.append(heeded(outputs, batch))
             else:
                 value, aux = one.loss(held, batch, key)
             losses.append(value)

@@ -94,6 +94,16 @@ def supervised(
     return Task(*functions, of(net.at_depth), net.depth, of(net.at_width), step, heeds_classes)
 
 
+def heeded(logits: Array, batch: Batch) -> Array:
+    """`logits: [B, classes]`, 0 where the batch leaves a class out (arXiv:2010.01264).
+
+    0 and not -inf, as in the code of HeteroFL.
+    """
+    if batch.classes is None:
+        return logits
+    return jnp.where(batch.classes[None], logits, jnp.zeros_like(logits))
+
+
 def mean_over_rows(values: Array, valid: Array | None) -> Mean:
     """The mean of `values: [B, ...]` over the valid rows, each element with weight 1.
 

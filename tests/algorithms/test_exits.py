@@ -49,6 +49,9 @@ def test_what_makes_no_sense_is_refused():
         fl.depthfl(TASK, depths=1, consistency=-1, **LOCAL)
     with pytest.raises(fl.FedLPError, match="ramp=3 raises consistency, which is 0"):
         fl.depthfl(TASK, depths=1, ramp=3, **LOCAL)
+    for alpha in (0.0, 0.1):  # it sets these itself, and leaves out nothing in silence
+        with pytest.raises(TypeError, match="submodels"):
+            fl.depthfl(TASK, depths=1, alpha=alpha, submodels=fl.submodel.whole(), **LOCAL)
     with pytest.raises(fl.FedLPError, match="this model has no depths"):
         made = fl.depthfl(fl.classification(fl.models.Logistic()), depths=1, **LOCAL)
         fl.simulate(made, DATA, POPULATION, rounds=1, cohort=2)
